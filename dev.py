@@ -1,0 +1,74 @@
+"""Development commands, the same on every system: `python dev.py demo | test | check`.
+
+Each makes an environment first if there is none yet: `.venv` beside this file, or the folder that VSR_VENV names. Set
+VSR_PYTHON to use a Python that already has everything (a ComfyUI's, say) and install nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+#: Tools of development, beside what requirements.txt names.
+TOOLS = ["torch", "pytest", "ruff", "pyright[nodejs]"]
+
+
+def run(*command: str | Path) -> None:
+    """Runs a command in the repository; a failure ends this script with the same exit code."""
+    code = subprocess.run([str(part) for part in command], cwd=ROOT, check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+def environment() -> Path:
+    """The Python of the environment, made and filled when it is missing or the requirements changed."""
+    if chosen := os.environ.get("VSR_PYTHON"):
+        return Path(chosen)
+    folder = Path(os.environ.get("VSR_VENV", ROOT / ".venv"))
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    files = [ROOT / "requirements.txt", ROOT / "constraints.txt"]
+    stamp = folder / "installed.txt"
+    wanted = hashlib.sha256(b"".join(file.read_bytes() for file in files) + repr(TOOLS).encode()).hexdigest()
+    if not stamp.exists() or stamp.read_text() != wanted:
+        venv.create(folder, with_pip=True)
+        run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", files[1], "-r", files[0], *TOOLS)
+        stamp.write_text(wanted)
+    return python
+
+
+def demo(python: Path, rest: list[str]) -> None:
+    """Upscales the bundled clip on bundled weights, prints the table, writes pictures to demo_output/."""
+    run(python, "-m", "vsr_ops", "demo", *rest)
+
+
+def test(python: Path, rest: list[str]) -> None:
+    """Runs the tests."""
+    run(python, "-m", "pytest", *rest)
+
+
+def check(python: Path, rest: list[str]) -> None:
+    """Lints, checks the format and the types."""
+    run(python, "-m", "ruff", "check", ".")
+    run(python, "-m", "ruff", "format", "--check", ".")
+    run(python, "-m", "pyright", "--pythonpath", python, *rest)
+
+
+COMMANDS = {"demo": demo, "test": test, "check": check}
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        print(__doc__)
+        for name, command in COMMANDS.items():
+            print(f"  {name:6}{command.__doc__}")
+        sys.exit(2)
+    COMMANDS[sys.argv[1]](environment(), sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()
