@@ -1,0 +1,151 @@
+"""Safetensors files, opened with suspicion and written whole: the floor under this pack's weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from vsr_ops.errors import CheckpointError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+PICKLE = "a pickle, which can run code, expected safetensors; use the .safetensors file of the same model"
+# First bytes that people meet under a .safetensors name.
+_CONTENT = {
+    b"version https://git-lfs": "a git-lfs pointer",
+    b"GGUF": "a GGUF file",
+    b"<": "a web page",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One open safetensors file: its metadata, the shape of each tensor, and a way to read one."""
+
+    path: Path
+    metadata: dict[str, str]
+    shapes: Shapes
+    get: Callable[[str], Tensor]
+
+    def tensor(self, key: str, dtype: torch.dtype) -> Tensor:
+        """One tensor as `dtype`, in memory of its own. Raises CheckpointError unless all of it is finite."""
+        stored = self.get(key)
+        if not stored.is_floating_point():
+            what = f"{self.path}: {key} is {stored.dtype}, expected floating point"
+            raise CheckpointError(f"{what}; use a file that is not quantised")
+        tensor = stored.to(dtype, copy=True)
+        refuse_not_finite(self.path, key, tensor, stored)
+        return tensor
+
+
+@contextlib.contextmanager
+def open_safely(path: Path) -> Generator[Source, None, None]:
+    """Opens a safetensors file on the CPU, mapped rather than read.
+
+    Raises CheckpointError for a file that cannot be opened, is a pickle by suffix or content, or is damaged.
+    """
+    refuse_foreign_content(path)
+    try:
+        opening: Any = safetensors.safe_open(path, framework="pt", device="cpu")
+    except (safetensors.SafetensorError, OSError) as error:
+        what = f"{path}: truncated or damaged, safetensors cannot read its {path.stat().st_size} bytes"
+        advice = "expected a whole .safetensors file, copy or download it again"
+        raise CheckpointError(f"{what} ({first_line(error)}); {advice}") from error
+    with opening as opened:
+        keys: list[str] = list(opened.keys())
+        shapes: Shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in keys}
+        yield Source(path, dict(opened.metadata() or {}), shapes, opened.get_tensor)
+
+
+def write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes beside `path` and renames when whole. Raises CheckpointError if that cannot be done."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        cast("Any", safetensors.torch).save_file(tensors, beside, metadata=metadata)
+        beside.replace(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        what = f"{path}: cannot be written ({first_line(error)})"
+        raise CheckpointError(
+            f"{what}; expected an existing folder with room and write permission"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+def refuse_foreign_content(path: Path) -> None:
+    """Raises CheckpointError for what its suffix or first bytes show to be no safetensors, before parsing."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(32)
+    except OSError as error:
+        what = f"{path}: cannot be opened ({first_line(error)})"
+        raise CheckpointError(f"{what}, expected a readable .safetensors file; check the path") from error
+    # A safetensors file is a length in 8 bytes, then JSON; that length may begin like a pickle.
+    pickled = head[8:9] != b"{" and re.match(rb"PK\x03\x04|\x80[\x02-\x05]", head)
+    if path.suffix.lower() in PICKLE_SUFFIXES or pickled:
+        raise CheckpointError(f"{path}: {PICKLE}")
+    for magic, what in _CONTENT.items():
+        if head.startswith(magic) and head[8:9] != b"{":
+            raise CheckpointError(f"{path}: {what}, expected the .safetensors file itself; download that")
+
+
+def refuse_not_finite(path: Path, key: str, tensor: Tensor, source: Tensor) -> None:
+    """Raises CheckpointError if `tensor`, made from `source` by a change of dtype, holds NaN or infinity."""
+    if torch.isfinite(tensor).all():
+        return
+    count = int((~torch.isfinite(source.to(torch.float64))).sum())
+    what = f"{count} values of NaN or infinity" if count else f"values too large for {tensor.dtype}"
+    advice = "use an undamaged file" if count else "choose a wider dtype"
+    raise CheckpointError(f"{path}: {key} holds {what}, expected finite numbers; {advice}")
+
+
+def refuse_differences(path: Path, name: str, expected: Shapes, found: Shapes) -> None:
+    """Raises CheckpointError for tensors missing, unexpected or of another shape: counts and first names.
+
+    A matrix may stand for a 1x1 convolution.
+    """
+    wrong = {
+        f"{key} {found[key]} for {shape}"
+        for key, shape in expected.items()
+        if key in found and shape not in (found[key], (*found[key], 1, 1))
+    }
+    problems = [
+        f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in (
+            ("missing", expected.keys() - found.keys()),
+            ("unexpected", found.keys() - expected.keys()),
+            ("of the wrong shape", wrong),
+        )
+        if keys
+    ]
+    if problems:
+        what = f"{path}: {name} tensors {', '.join(problems)}"
+        raise CheckpointError(
+            f"{what}; expected the {len(expected)} of its configuration, use an unmodified file"
+        )
+
+
+def json_object(text: str) -> dict[str, Any] | None:
+    """A JSON object, or None for anything else."""
+    try:
+        value: object = json.loads(text)
+    except ValueError:
+        return None
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's message, for use inside one of ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
