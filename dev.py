@@ -36,7 +36,19 @@ def environment() -> Path:
     wanted = hashlib.sha256(b"".join(file.read_bytes() for file in files) + repr(TOOLS).encode()).hexdigest()
     if not stamp.exists() or stamp.read_text() != wanted:
         venv.create(folder, with_pip=True)
-        run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", files[1], "-r", files[0], *TOOLS)
+        run(
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "-c",
+            files[1],
+            "-r",
+            files[0],
+            *TOOLS,
+        )
         stamp.write_text(wanted)
     return python
 

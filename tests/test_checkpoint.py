@@ -149,9 +149,7 @@ def outputs(weights: SVDWeights) -> list[Tensor]:
 
 
 def same(a: dict[str, Tensor] | None, b: dict[str, Tensor] | None) -> bool:
-    return (
-        a is not None and b is not None and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    )
+    return a is not None and b is not None and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def refusal(path: Path, dtype: torch.dtype = torch.float32) -> str:
@@ -230,9 +228,7 @@ def test_weights_without_image_encoder(weights: SVDWeights, tmp_path: Path) -> N
 # --- original files -----------------------------------------------------------------------------------------
 
 
-def test_original_file_needs_no_metadata(
-    stock: SVDWeights, stock_tensors: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_original_file_needs_no_metadata(stock: SVDWeights, stock_tensors: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "svd.safetensors"
     extra = {
         "conditioner.embedders.3.encoder.encoder.conv_in.weight": torch.full((2, 2), torch.nan),
@@ -253,9 +249,9 @@ def test_original_file_needs_no_metadata(
 def test_original_file_with_a_quant_conv_of_its_own(
     stock: SVDWeights, stock_tensors: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    unfolded = {
-        VAE + f"encoder.conv_out.{p}": stock.vae[f"encoder.conv_out.{p}"] for p in ("weight", "bias")
-    } | {VAE + f"quant_conv.{p}": stock.vae[f"quant_conv.{p}"] for p in ("weight", "bias")}
+    unfolded = {VAE + f"encoder.conv_out.{p}": stock.vae[f"encoder.conv_out.{p}"] for p in ("weight", "bias")} | {
+        VAE + f"quant_conv.{p}": stock.vae[f"quant_conv.{p}"] for p in ("weight", "bias")
+    }
     save_file({**stock_tensors, **unfolded}, tmp_path / "svd.safetensors")
     assert same(read_svd(tmp_path / "svd.safetensors").vae, stock.vae)
 
@@ -305,15 +301,11 @@ def test_diffusers_folder_without_image_encoder(folder: Path, tmp_path: Path) ->
 def test_diffusers_folder_of_half_precision_shards(folder: Path, stock: SVDWeights, tmp_path: Path) -> None:
     path = tmp_path / "x"
     shutil.copytree(folder, path)
-    (path / "vae/diffusion_pytorch_model.safetensors").rename(
-        path / "vae/diffusion_pytorch_model.fp16.safetensors"
-    )
+    (path / "vae/diffusion_pytorch_model.safetensors").rename(path / "vae/diffusion_pytorch_model.fp16.safetensors")
     file = path / "unet/diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     file.unlink()
-    shards = {
-        f"diffusion_pytorch_model.fp16-0000{i + 1}-of-00002.safetensors": list(tensors)[i::2] for i in (0, 1)
-    }
+    shards = {f"diffusion_pytorch_model.fp16-0000{i + 1}-of-00002.safetensors": list(tensors)[i::2] for i in (0, 1)}
     for name, keys in shards.items():
         save_file({key: tensors[key] for key in keys}, path / "unet" / name)
     index = {"weight_map": {key: name for name, keys in shards.items() for key in keys}}
@@ -334,9 +326,7 @@ def test_folder_of_another_class_is_refused(folder: Path, tmp_path: Path) -> Non
 
 def test_folder_with_only_a_pickle_is_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "x")
-    (tmp_path / "x/vae/diffusion_pytorch_model.safetensors").rename(
-        tmp_path / "x/vae/diffusion_pytorch_model.bin"
-    )
+    (tmp_path / "x/vae/diffusion_pytorch_model.safetensors").rename(tmp_path / "x/vae/diffusion_pytorch_model.bin")
     assert "diffusion_pytorch_model.bin: a pickle" in refusal(tmp_path / "x")
     (tmp_path / "x/vae/diffusion_pytorch_model.bin").unlink()
     assert "no weights, expected diffusion_pytorch_model.safetensors" in refusal(tmp_path / "x")
@@ -468,9 +458,7 @@ def edited(lite_file: Path, path: Path, edit: Callable[[dict[str, Tensor], dict[
     return path
 
 
-def test_missing_unexpected_and_misshapen_tensors_are_named_and_counted(
-    lite_file: Path, tmp_path: Path
-) -> None:
+def test_missing_unexpected_and_misshapen_tensors_are_named_and_counted(lite_file: Path, tmp_path: Path) -> None:
     def edit(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
         for key in [k for k in tensors if k.startswith(UNET + "middle_block.1.")]:
             del tensors[key]
@@ -485,9 +473,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named_and_counted(
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("key", [UNET + "out.0.bias", VAE + "encoder.norm_out.weight", CLIP + "ln_pre.bias"])
-def test_values_that_are_not_finite_are_refused(
-    value: float, key: str, lite_file: Path, tmp_path: Path
-) -> None:
+def test_values_that_are_not_finite_are_refused(value: float, key: str, lite_file: Path, tmp_path: Path) -> None:
     def edit(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
         tensors[key][3] = value
 
@@ -508,9 +494,7 @@ def test_quantised_tensors_are_refused(lite_file: Path, tmp_path: Path) -> None:
     def edit(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
         tensors[UNET + "out.0.bias"] = tensors[UNET + "out.0.bias"].to(torch.int8)
 
-    assert "torch.int8, expected floating point" in refusal(
-        edited(lite_file, tmp_path / "x.safetensors", edit)
-    )
+    assert "torch.int8, expected floating point" in refusal(edited(lite_file, tmp_path / "x.safetensors", edit))
 
 
 @pytest.mark.parametrize(
@@ -535,9 +519,7 @@ def test_metadata_that_cannot_be_used_is_refused(
 
 def test_original_whose_heads_cannot_be_known_is_refused(lite_file: Path, tmp_path: Path) -> None:
     save_file(load_file(lite_file), tmp_path / "x.safetensors")
-    assert "attention is 32 wide, expected a multiple of 64-channel heads" in refusal(
-        tmp_path / "x.safetensors"
-    )
+    assert "attention is 32 wide, expected a multiple of 64-channel heads" in refusal(tmp_path / "x.safetensors")
 
 
 def test_working_middle_block_at_one_layer_is_refused(lite_file: Path, tmp_path: Path) -> None:
@@ -555,9 +537,7 @@ def test_failed_writing_leaves_nothing_behind(weights: SVDWeights, tmp_path: Pat
     too_large = {**weights.unet, "conv_in.bias": weights.unet["conv_in.bias"] + 1e6}
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"older")
-    with pytest.raises(
-        CheckpointError, match=r"input_blocks\.0\.0\.bias holds values too large for torch.float16"
-    ):
+    with pytest.raises(CheckpointError, match=r"input_blocks\.0\.0\.bias holds values too large for torch.float16"):
         write_svd(path, replace(weights, unet=too_large), "test noise")
     (tmp_path / "y.safetensors").mkdir()
     with pytest.raises(CheckpointError, match=r"y\.safetensors: cannot be written"):

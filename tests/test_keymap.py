@@ -69,9 +69,7 @@ def shapes(full: dict[str, tuple[dict[str, Tensor], dict[str, str]]]) -> dict[st
     }
 
 
-def assert_bijection(
-    state: dict[str, Tensor], names: dict[str, str], left_out: frozenset[str] = frozenset()
-) -> None:
+def assert_bijection(state: dict[str, Tensor], names: dict[str, str], left_out: frozenset[str] = frozenset()) -> None:
     targets = [name for entry in names.values() for name in keymap.expand(entry)]
     assert len(targets) == len(set(targets))
     assert set(targets) == set(state) - left_out
@@ -101,9 +99,7 @@ def test_unet_maps_of_other_sizes_are_bijections(kwargs: dict[str, Any]) -> None
     assert_bijection(*meta_unet(**kwargs))
 
 
-@pytest.mark.parametrize(
-    ("widths", "layers"), [((32, 64, 64, 64), 1), ((64, 32, 96), 2), ((32,), 2), ((32, 32), 3)]
-)
+@pytest.mark.parametrize(("widths", "layers"), [((32, 64, 64, 64), 1), ((64, 32, 96), 2), ((32,), 2), ((32, 32), 3)])
 def test_vae_maps_of_other_sizes_are_bijections(widths: tuple[int, ...], layers: int) -> None:
     kinds = ("DownEncoderBlock2D",) * len(widths)
     state, names = meta_vae(block_out_channels=widths, layers_per_block=layers, down_block_types=kinds)

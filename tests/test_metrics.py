@@ -43,9 +43,7 @@ def test_luma_of_black_and_white() -> None:
 
 def test_psnr_equals_scikit_image(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     result, truth = pair
-    expected = [
-        peak_signal_noise_ratio(pixels(t), pixels(r), data_range=1) for r, t in zip(*pair, strict=True)
-    ]
+    expected = [peak_signal_noise_ratio(pixels(t), pixels(r), data_range=1) for r, t in zip(*pair, strict=True)]
     assert np.abs(psnr(result, truth).numpy() - expected).max() < 1e-4
 
 
@@ -91,8 +89,7 @@ def test_metrics_move_the_right_way_under_blur(pair: tuple[torch.Tensor, torch.T
     truth = pair[1]
     size = (truth.shape[-2], truth.shape[-1])
     little, much = (
-        measure(resize_bicubic(resize_bicubic(truth, (size[0] // n, size[1] // n)), size), truth)
-        for n in (2, 5)
+        measure(resize_bicubic(resize_bicubic(truth, (size[0] // n, size[1] // n)), size), truth) for n in (2, 5)
     )
     for name in ("psnr_y", "psnr", "ssim_y"):
         assert little[name] > much[name]
@@ -106,9 +103,7 @@ def test_color_drift_is_the_largest_channel_shift_in_levels(pair: tuple[torch.Te
 
 
 @pytest.mark.parametrize("name", list(METRICS))
-def test_one_value_per_frame_and_frames_do_not_mix(
-    name: str, pair: tuple[torch.Tensor, torch.Tensor]
-) -> None:
+def test_one_value_per_frame_and_frames_do_not_mix(name: str, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     both = METRICS[name](*pair)
     assert both.shape == (2,)
     assert torch.equal(METRICS[name](pair[0][1:], pair[1][1:]), both[1:])

@@ -48,10 +48,7 @@ def _png16(path: Path, channels: np.ndarray[tuple[int, ...], np.dtype[np.uint16]
 
     header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
     path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(data))
-        + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
     )
 
 

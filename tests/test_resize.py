@@ -159,9 +159,7 @@ def test_impossible_size_is_named(size: tuple[int, int]) -> None:
         resize_bicubic(torch.rand(1, 3, 8, 8), size)
 
 
-@pytest.mark.parametrize(
-    "x", [torch.rand(3, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.rand(1, 3, 0, 8)]
-)
+@pytest.mark.parametrize("x", [torch.rand(3, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.rand(1, 3, 0, 8)])
 def test_unfit_tensor_is_named(x: torch.Tensor) -> None:
     with pytest.raises(SettingError, match="cannot resize a torch"):
         resize_bicubic(x, (4, 4))

@@ -49,9 +49,7 @@ def test_reading_a_full_range_file_as_limited_would_show(tmp_path: Path, matrix:
     assert (frame.image.mean((1, 2)) - images[0].mean((1, 2))).abs().max() > 4 / 255
 
 
-@pytest.mark.parametrize(
-    ("size", "matrix"), [((48, 64), 6), ((576, 704), 6), ((578, 704), 1), ((16, 1280), 1)]
-)
+@pytest.mark.parametrize(("size", "matrix"), [((48, 64), 6), ((576, 704), 6), ((578, 704), 1), ((16, 1280), 1)])
 def test_an_unnamed_matrix_is_guessed_by_size(tmp_path: Path, size: tuple[int, int], matrix: int) -> None:
     info = probe(steady(tmp_path / "x.mkv", 1, size=size))
     assert (info.colorspace, info.color_range) == (matrix, 1)
@@ -71,9 +69,7 @@ def test_ten_bits_are_read_as_ten_bits(tmp_path: Path) -> None:
         stream.width, stream.height, stream.pix_fmt = 512, 16, "yuv444p10le"
         stream.codec_context.color_range, stream.codec_context.colorspace = 1, 1
         frame = av.VideoFrame(512, 16, "yuv444p10le")
-        for plane, rows in zip(
-            frame.planes, (ramp, np.full_like(ramp, 512), np.full_like(ramp, 512)), strict=True
-        ):
+        for plane, rows in zip(frame.planes, (ramp, np.full_like(ramp, 512), np.full_like(ramp, 512)), strict=True):
             plane.update(rows.tobytes())
         frame.pts = 0
         output.mux(stream.encode(frame))
@@ -122,9 +118,7 @@ def test_sizes_are_kept_exactly(tmp_path: Path, codec: str, suffix: str, size: t
 @pytest.mark.parametrize("source", [".mp4", ".mkv"])
 @pytest.mark.parametrize("target", [".mp4", ".mkv", ".mov"])
 @pytest.mark.parametrize("rate", [Fraction(25), NTSC, Fraction(25, 2)])
-def test_a_steady_rate_and_its_duration_survive(
-    tmp_path: Path, source: str, target: str, rate: Fraction
-) -> None:
+def test_a_steady_rate_and_its_duration_survive(tmp_path: Path, source: str, target: str, rate: Fraction) -> None:
     first = raw_video(tmp_path / f"in{source}", list(range(10)), 1 / rate, rate)
     info = probe(first)
     path = tmp_path / f"out{target}"
@@ -164,9 +158,7 @@ def test_every_frame_comes_with_its_own_time_and_ranges_are_exact(tmp_path: Path
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 7), (-1, 3), (3, 3), (4, 2), (6, None)])
-def test_a_range_outside_the_video_is_refused_before_reading(
-    tmp_path: Path, start: int, stop: int | None
-) -> None:
+def test_a_range_outside_the_video_is_refused_before_reading(tmp_path: Path, start: int, stop: int | None) -> None:
     info = probe(steady(tmp_path / "in.mp4", 6))
     with pytest.raises(VideoError, match=r"which has 6; expected"):
         read_frames(info, start, stop)
@@ -237,9 +229,7 @@ def test_pixels_that_are_not_square_stay_so(tmp_path: Path) -> None:
         write(path, replace(made_info(64, 48, 2), aspect=Fraction(4, 3)))
         assert probe(path).aspect == Fraction(4, 3)
     with pytest.warns(UserWarning, match="4/3 as wide as high"):
-        check_output(
-            tmp_path / "x.mkv", codec="ffv1", info=replace(made_info(64, 48, 2), aspect=Fraction(4, 3))
-        )
+        check_output(tmp_path / "x.mkv", codec="ffv1", info=replace(made_info(64, 48, 2), aspect=Fraction(4, 3)))
 
 
 def test_pictures_take_another_rate_and_videos_do_not(tmp_path: Path) -> None:
@@ -254,9 +244,7 @@ def test_pictures_take_another_rate_and_videos_do_not(tmp_path: Path) -> None:
         open_writer(tmp_path / "b.mp4", made_info(64, 48, 5), size=(48, 64), rate=0)
 
 
-@pytest.mark.skipif(
-    not hasattr(av.VideoStream, "set_display_matrix"), reason="older PyAV cannot write a matrix"
-)
+@pytest.mark.skipif(not hasattr(av.VideoStream, "set_display_matrix"), reason="older PyAV cannot write a matrix")
 @pytest.mark.parametrize(
     "turn",
     [
@@ -303,9 +291,7 @@ def test_frames_come_upright_and_so_does_the_output(tmp_path: Path, turn: tuple[
     assert (next(iter(read_frames(upright))).image - expected).abs().mean() < 3 / 255
 
 
-@pytest.mark.skipif(
-    not hasattr(av.VideoStream, "set_display_matrix"), reason="older PyAV cannot write a matrix"
-)
+@pytest.mark.skipif(not hasattr(av.VideoStream, "set_display_matrix"), reason="older PyAV cannot write a matrix")
 def test_a_turn_that_is_no_quarter_is_refused(tmp_path: Path) -> None:
     path = steady(tmp_path / "in.mp4", 1, rotate=lambda stream: stream.set_display_rotation(30))
     with pytest.raises(VideoError, match="multiple of 90"):

@@ -36,9 +36,7 @@ from vsr_ops.video import (
         ("prores", "out.mov", 2 / 255),
     ],
 )
-def test_alpha_goes_through_where_the_output_has_it(
-    tmp_path: Path, codec: str, name: str, error: float
-) -> None:
+def test_alpha_goes_through_where_the_output_has_it(tmp_path: Path, codec: str, name: str, error: float) -> None:
     info = made_info(32, 24, 2, alpha=True)
     alpha = torch.linspace(0, 1, 32).expand(1, 24, 32)
     with open_writer(tmp_path / name, info, size=(24, 32), codec=codec) as writer:
@@ -135,9 +133,7 @@ def test_a_failed_run_leaves_the_older_file_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("codec", "name"), [("h264", "out.mp4"), ("ffv1", "out.mkv"), ("png", "out"), ("png8", "out.png")]
 )
-def test_a_full_disk_is_an_error_in_one_line_and_leaves_nothing(
-    tmp_path: Path, codec: str, name: str
-) -> None:
+def test_a_full_disk_is_an_error_in_one_line_and_leaves_nothing(tmp_path: Path, codec: str, name: str) -> None:
     import resource
 
     generator = torch.Generator().manual_seed(0)
@@ -174,9 +170,7 @@ def test_a_full_disk_is_an_error_in_one_line_and_leaves_nothing(
         ("file", "png", "is a file"),
     ],
 )
-def test_outputs_that_cannot_work_are_refused_early(
-    tmp_path: Path, name: str, codec: str, words: str
-) -> None:
+def test_outputs_that_cannot_work_are_refused_early(tmp_path: Path, name: str, codec: str, words: str) -> None:
     (tmp_path / "there.mp4").touch()
     (tmp_path / "file").touch()
     (tmp_path / "folder.mp4").mkdir()

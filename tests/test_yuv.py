@@ -84,6 +84,4 @@ def test_halved_chroma_sits_on_even_columns_and_between_rows() -> None:
         assert (back - image)[:, 2:-2, 2:-2].abs().max() < 1e-4
     codes = torch.arange(4.0).expand(2, 2, 4)
     assert torch.equal(yuv._widen(codes, 4, 8, False)[0, 0], torch.tensor([0, 0.5, 1, 1.5, 2, 2.5, 3, 3]))
-    assert torch.equal(
-        yuv._widen(codes, 4, 8, True)[0, 0], torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
-    )
+    assert torch.equal(yuv._widen(codes, 4, 8, True)[0, 0], torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]))

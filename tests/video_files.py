@@ -27,9 +27,7 @@ def picture(index: int, height: int, width: int) -> Tensor:
     return torch.stack([0.1 + 0.8 * x, 0.9 - 0.7 * y, (0.2 + 0.05 * index) * (x + y) / 2 + 0.1])
 
 
-def write(
-    path: Path, info: VideoInfo, codec: str = "h264", size: tuple[int, int] | None = None
-) -> list[Tensor]:
+def write(path: Path, info: VideoInfo, codec: str = "h264", size: tuple[int, int] | None = None) -> list[Tensor]:
     size = size or (info.height, info.width)
     images = [picture(i, *size) for i in range(info.frames)]
     with open_writer(path, info, size=size, codec=codec) as writer:
@@ -78,9 +76,7 @@ def raw_video(
             tone = av.AudioFrame.from_ndarray(np.stack([wave, wave]), format="fltp", layout="stereo")
             tone.rate, tone.pts = 48000, 0
             for audio in audios:
-                shape = av.AudioResampler(
-                    audio.format, "stereo", 48000, audio.codec_context.frame_size or 1024
-                )
+                shape = av.AudioResampler(audio.format, "stereo", 48000, audio.codec_context.frame_size or 1024)
                 for part in [*shape.resample(tone), *shape.resample(None)]:
                     output.mux(audio.encode(part))
                 output.mux(audio.encode(None))
@@ -94,8 +90,4 @@ def steady(path: Path, count: int = 6, **more: object) -> Path:
 def sound_packets(path: Path) -> list[tuple[float, bytes]]:
     with av.open(str(path)) as source:
         stream = source.streams.audio[0]
-        return [
-            (float(p.pts * p.time_base), bytes(p))
-            for p in source.demux(stream)
-            if p.pts is not None and p.size
-        ]
+        return [(float(p.pts * p.time_base), bytes(p)) for p in source.demux(stream) if p.pts is not None and p.size]

@@ -200,9 +200,7 @@ def _file_config(source: Source, part: Part, stored: Mapping[str, Any] | None) -
     raise CheckpointError(f"{source.path}: not a {part.name} of SVD's layout ({reason}); {_ADVICE}")
 
 
-def _read_part(
-    source: Source, part: Part, kwargs: Mapping[str, Any], dtype: torch.dtype
-) -> dict[str, Tensor]:
+def _read_part(source: Source, part: Part, kwargs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
     """One of the models of a single file, under diffusers' names."""
     state, names = part.plan(source.path, kwargs)
     found = {key: shape for key, shape in source.shapes.items() if key.startswith(part.prefix)}
@@ -243,11 +241,7 @@ def _originals(
         tensor = keymap.to_original(original, name, weights).detach()
         tensors[original] = tensor.to("cpu", dtype, copy=True).contiguous()
         refuse_not_finite(path, original, tensors[original], tensor)
-    return (
-        tensors
-        if part is not VAE_PART or _runs_middle(names)
-        else tensors | keymap.idle_middle_block(tensors)
-    )
+    return tensors if part is not VAE_PART or _runs_middle(names) else tensors | keymap.idle_middle_block(tensors)
 
 
 # --- diffusers folders --------------------------------------------------------------------------------------
@@ -274,9 +268,7 @@ def _folder_config(folder: Path, part: Part) -> dict[str, Any]:
         raise CheckpointError(f"{file}: no such file, expected in a diffusers folder of SVD; {_ADVICE}")
     config = json_object(file.read_text(encoding="utf-8", errors="replace"))
     if config is None:
-        raise CheckpointError(
-            f"{file}: not a JSON object, expected the configuration of a model; copy it again"
-        )
+        raise CheckpointError(f"{file}: not a JSON object, expected the configuration of a model; copy it again")
     name: Any = config.get("_class_name") or ", ".join(config.get("architectures") or [])
     if name != part.class_name:
         raise CheckpointError(f"{file}: a '{name}', expected a '{part.class_name}'; {_ADVICE}")
@@ -295,15 +287,11 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
             content = json_object((folder / index).read_text(encoding="utf-8", errors="replace")) or {}
             names = {str(name) for name in cast("dict[str, Any]", content.get("weight_map") or {}).values()}
             if not names or any(Path(name).name != name for name in names):
-                raise CheckpointError(
-                    f"{folder / index}: no usable weight_map, expected file names; copy it again"
-                )
+                raise CheckpointError(f"{folder / index}: no usable weight_map, expected file names; copy it again")
             return [folder / name for name in sorted(names)]
     if pickles := sorted(f.name for f in folder.iterdir() if f.suffix in PICKLE_SUFFIXES):
         raise CheckpointError(f"{folder / pickles[0]}: {PICKLE}")
-    raise CheckpointError(
-        f"{folder}: no weights, expected {stem}.safetensors (or .fp16, or shards); copy it again"
-    )
+    raise CheckpointError(f"{folder}: no weights, expected {stem}.safetensors (or .fp16, or shards); copy it again")
 
 
 def _read_named(
@@ -315,9 +303,7 @@ def _read_named(
     prefix: str = "",
 ) -> dict[str, Tensor]:
     """A model stored under its own library's names, over one or several files."""
-    owners = {
-        key[len(prefix) :]: source for source in sources for key in source.shapes if key.startswith(prefix)
-    }
+    owners = {key[len(prefix) :]: source for source in sources for key in source.shapes if key.startswith(prefix)}
     found = {key: source.shapes[prefix + key] for key, source in owners.items() if key not in _REBUILT}
     refuse_differences(path, part.name, _shapes(state), found)
     return {key: owners[key].tensor(prefix + key, dtype) for key in state}
@@ -336,9 +322,7 @@ def _kwargs(config: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_other_models(path: Path, shapes: Shapes) -> None:
     """Refuses a file without metadata that is not a whole SVD, saying what it looks like."""
     if UNET + "input_blocks.1.0.time_stack.in_layers.0.weight" not in shapes:
-        fits = (
-            what for pattern, what in _OTHER_MODELS.items() if any(re.search(pattern, key) for key in shapes)
-        )
+        fits = (what for pattern, what in _OTHER_MODELS.items() if any(re.search(pattern, key) for key in shapes))
         first = min(shapes, default="nothing")
         what = next(fits, f"no known model, its {len(shapes)} tensors begin with {first}")
         raise CheckpointError(f"{path}: looks like {what}, expected Stable Video Diffusion; {_ADVICE}")

@@ -30,9 +30,7 @@ def adain(x: Tensor, reference: Tensor, strength: float = 1.0, smooth: float = 0
     _check_strength(strength)
     _check_videos(x, reference)
     if not (math.isfinite(smooth) and smooth >= 0):
-        raise SettingError(
-            f"smooth is {smooth}: expected a width in frames, at least 0; set 0 for no smoothing"
-        )
+        raise SettingError(f"smooth is {smooth}: expected a width in frames, at least 0; set 0 for no smoothing")
     if strength == 0:
         return x
     mean, deviation = _statistics(x)

@@ -225,9 +225,7 @@ def _reason(error: Exception) -> str:
 
 
 def _damaged(path: Path, index: int, reason: str) -> VideoError:
-    return VideoError(
-        f"'{path}' is damaged near frame {index} ({reason}); expected whole video data: {_REPAIR}"
-    )
+    return VideoError(f"'{path}' is damaged near frame {index} ({reason}); expected whole video data: {_REPAIR}")
 
 
 def _require_whole(path: Path, format_name: str) -> None:
@@ -241,9 +239,7 @@ def _require_whole(path: Path, format_name: str) -> None:
         else:
             return
     if promised > size:
-        raise VideoError(
-            f"'{path}' is cut off: it has {size} bytes of the {promised} that its header says: {_REPAIR}"
-        )
+        raise VideoError(f"'{path}' is cut off: it has {size} bytes of the {promised} that its header says: {_REPAIR}")
 
 
 def _box_end(file: BinaryIO, size: int) -> int:

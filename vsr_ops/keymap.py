@@ -75,9 +75,7 @@ def _spatio_temporal_resnet(shortcut: bool) -> Names:
 
 def _spatio_temporal_transformer(depth: int) -> Names:
     names = _pairs({n: n for n in ("norm", "proj_in", "proj_out")})
-    names |= _pairs(
-        {"time_pos_embed.0": "time_pos_embed.linear_1", "time_pos_embed.2": "time_pos_embed.linear_2"}
-    )
+    names |= _pairs({"time_pos_embed.0": "time_pos_embed.linear_1", "time_pos_embed.2": "time_pos_embed.linear_2"})
     names["time_mixer.mix_factor"] = "time_mixer.mix_factor"
     temporal = [*_TRANSFORMER, "norm_in", "ff_in.net.0.proj", "ff_in.net.2"]
     for layer in range(depth):
@@ -112,9 +110,7 @@ def unet_map(config: Config) -> Names:
         new = f"down_blocks.{level}"
         for layer in range(layers[level]):
             shortcut = layer == 0 and widths[max(level - 1, 0)] != widths[level]
-            names |= _below(
-                f"input_blocks.{index}.0", f"{new}.resnets.{layer}", _spatio_temporal_resnet(shortcut)
-            )
+            names |= _below(f"input_blocks.{index}.0", f"{new}.resnets.{layer}", _spatio_temporal_resnet(shortcut))
             if has_attention(block_type):
                 block = _spatio_temporal_transformer(depths[level])
                 names |= _below(f"input_blocks.{index}.1", f"{new}.attentions.{layer}", block)
@@ -140,9 +136,7 @@ def _up_blocks(widths: list[int], layers: list[int], depths: list[int], block_ty
             last = layer == layers[level]
             skip = widths[max(level - 1, 0)] if last else widths[level]
             shortcut = (below if layer == 0 else widths[level]) + skip != widths[level]
-            names |= _below(
-                f"output_blocks.{index}.0", f"{new}.resnets.{layer}", _spatio_temporal_resnet(shortcut)
-            )
+            names |= _below(f"output_blocks.{index}.0", f"{new}.resnets.{layer}", _spatio_temporal_resnet(shortcut))
             if has_attention(block_type):
                 block = _spatio_temporal_transformer(depths[level])
                 names |= _below(f"output_blocks.{index}.1", f"{new}.attentions.{layer}", block)
@@ -287,9 +281,5 @@ def idle_middle_block(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     first, second = VAE + "decoder.mid.block_1.", VAE + "decoder.mid.block_2."
     idle = {second + k[len(first) :]: torch.zeros_like(v) for k, v in weights.items() if k.startswith(first)}
-    idle |= {
-        k: torch.zeros_like(v)
-        for k, v in weights.items()
-        if k.startswith(VAE + "decoder.mid.attn_1.proj_out.")
-    }
+    idle |= {k: torch.zeros_like(v) for k, v in weights.items() if k.startswith(VAE + "decoder.mid.attn_1.proj_out.")}
     return idle

@@ -24,9 +24,7 @@ def luma(x: Tensor) -> Tensor:
     shapes.
     """
     if x.ndim != 4 or x.shape[1] != 3:
-        raise SettingError(
-            f"luma got {_shape(x)}: expected RGB of (frames, 3, height, width); convert it first"
-        )
+        raise SettingError(f"luma got {_shape(x)}: expected RGB of (frames, 3, height, width); convert it first")
     red, green, blue = x.unbind(1)
     return ((65.481 * red + 128.553 * green + 24.966 * blue + 16.0) / 255.0).unsqueeze(1)
 
@@ -89,18 +87,14 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     lines = [["method", *columns]]
     lines += [[method, *(_cell(name, row) for name in columns)] for method, row in rows.items()]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines
-    )
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 
 
 def _cell(name: str, row: dict[str, float]) -> str:
     return f"{row[name]:.{DIGITS.get(name, 3)}f}" if name in row else "-"
 
 
-def _per_frame(
-    metric: Callable[[Tensor, Tensor], Tensor], result: Tensor, truth: Tensor, border: int
-) -> Tensor:
+def _per_frame(metric: Callable[[Tensor, Tensor], Tensor], result: Tensor, truth: Tensor, border: int) -> Tensor:
     """Apply `metric` to each pair of (1, c, h, w) frames without their border, in float64."""
     if result.shape != truth.shape:
         raise SettingError(

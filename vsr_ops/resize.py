@@ -26,9 +26,7 @@ def resize_bicubic(x: Tensor, size: tuple[int, int]) -> Tensor:
             " (frames, channels, height, width) with at least one pixel; convert it first"
         )
     if min(size) < 1:
-        raise SettingError(
-            f"cannot resize to {size[0]}x{size[1]}: expected a height and width of at least 1 pixel"
-        )
+        raise SettingError(f"cannot resize to {size[0]}x{size[1]}: expected a height and width of at least 1 pixel")
     lengths = {-2: (x.shape[-2], size[0]), -1: (x.shape[-1], size[1])}
     changed = {axis: pair for axis, pair in lengths.items() if pair[0] != pair[1]}
     if not changed:

@@ -76,9 +76,7 @@ def write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
         beside.replace(path)
     except (safetensors.SafetensorError, OSError) as error:
         what = f"{path}: cannot be written ({first_line(error)})"
-        raise CheckpointError(
-            f"{what}; expected an existing folder with room and write permission"
-        ) from error
+        raise CheckpointError(f"{what}; expected an existing folder with room and write permission") from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
@@ -132,9 +130,7 @@ def refuse_differences(path: Path, name: str, expected: Shapes, found: Shapes) -
     ]
     if problems:
         what = f"{path}: {name} tensors {', '.join(problems)}"
-        raise CheckpointError(
-            f"{what}; expected the {len(expected)} of its configuration, use an unmodified file"
-        )
+        raise CheckpointError(f"{what}; expected the {len(expected)} of its configuration, use an unmodified file")
 
 
 def json_object(text: str) -> dict[str, Any] | None:

@@ -53,9 +53,7 @@ def infer_unet(shapes: Shapes) -> dict[str, Any]:
             raise ValueError(f"attention is {width} wide, expected a multiple of {HEAD_WIDTH}-channel heads")
     extra = shapes[UNET + "label_emb.0.0.weight"][1]
     if extra % 3:
-        raise ValueError(
-            f"label_emb takes {extra} values, expected three embeddings (frame rate, motion, noise)"
-        )
+        raise ValueError(f"label_emb takes {extra} values, expected three embeddings (frame rate, motion, noise)")
     down = tuple("CrossAttnDownBlockSpatioTemporal" if a else "DownBlockSpatioTemporal" for a in attends)
     return {
         "in_channels": shapes[UNET + "input_blocks.0.0.weight"][1],

@@ -103,9 +103,7 @@ def probe(path: str | Path) -> VideoInfo:
         raise VideoError(f"'{path}' cannot be read ({error.strerror}); check its permissions") from error
 
 
-def made_info(
-    width: int, height: int, frames: int, rate: Fraction | int = 24, *, alpha: bool = False
-) -> VideoInfo:
+def made_info(width: int, height: int, frames: int, rate: Fraction | int = 24, *, alpha: bool = False) -> VideoInfo:
     """The info of frames that come from no file, for `open_writer`; frame i has pts i."""
     rate = Fraction(rate)
     times = tuple(range(frames))
@@ -288,6 +286,4 @@ def _colorspace(path: Path, frame: VideoFrame) -> int:
         return yuv.guess_matrix(frame.width, frame.height)
     if yuv.is_grey(frame.format) or code in yuv.MATRICES:
         return code if code in yuv.MATRICES else yuv.guess_matrix(frame.width, frame.height)
-    raise VideoError(
-        f"'{path}' uses YUV matrix {code} (H.273); expected one of {sorted(yuv.MATRICES)}: make it BT.709"
-    )
+    raise VideoError(f"'{path}' uses YUV matrix {code} (H.273); expected one of {sorted(yuv.MATRICES)}: make it BT.709")

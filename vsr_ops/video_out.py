@@ -123,9 +123,7 @@ class Writer:
         if frame.alpha is not None:
             self._require_fit(frame.alpha, 1, "alpha")
         if self._written and frame.pts <= self._last:
-            raise VideoError(
-                f"frame {self._written} has time {frame.pts} after {self._last}; write frames in order"
-            )
+            raise VideoError(f"frame {self._written} has time {frame.pts} after {self._last}; write frames in order")
         # Encoding works on the CPU, in float32 whatever the sampler used.
         image = frame.image.detach().float().cpu()
         alpha = None if frame.alpha is None else frame.alpha.detach().float().cpu()
@@ -183,9 +181,7 @@ class Writer:
 
     def _failure(self, error: Exception) -> VideoError:
         if isinstance(error, OSError) and error.errno in _FULL_DISK:
-            return VideoError(
-                f"'{self._path}' cannot be written: the disk is full ({error.strerror}); free some space"
-            )
+            return VideoError(f"'{self._path}' cannot be written: the disk is full ({error.strerror}); free some space")
         reason = getattr(error, "strerror", None) or error
         return VideoError(f"'{self._path}' cannot be written ({reason}); expected a path that takes a file")
 
@@ -227,9 +223,7 @@ def _check_place(path: Path, overwrite: bool, way: Codec) -> None:
         trial.touch()
         trial.unlink()
     except OSError as error:
-        raise VideoError(
-            f"folder '{folder}' cannot be written to ({error.strerror}); choose another output"
-        ) from error
+        raise VideoError(f"folder '{folder}' cannot be written to ({error.strerror}); choose another output") from error
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
@@ -257,9 +251,7 @@ def _warn_of_losses(path: Path, codec: str, way: Codec, info: VideoInfo) -> None
             for stream in container.audio_streams(source):
                 if not container.fits(stream, FORMATS[suffix]):
                     name = stream.codec_context.name
-                    losses.append(
-                        f"{suffix} cannot hold sound of codec {name}: it is dropped (.mkv may keep it)"
-                    )
+                    losses.append(f"{suffix} cannot hold sound of codec {name}: it is dropped (.mkv may keep it)")
     for loss in losses:
         warnings.warn(f"'{path}': {loss}", stacklevel=3)
 

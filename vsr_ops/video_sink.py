@@ -75,9 +75,7 @@ of 16 bits. png (16 bits), png8, jpeg: one picture where the path ends so, else 
 class VideoSink:
     """A video file in the making."""
 
-    def __init__(
-        self, part: Path, info: VideoInfo, size: tuple[int, int], way: Codec, rate: Fraction
-    ) -> None:
+    def __init__(self, part: Path, info: VideoInfo, size: tuple[int, int], way: Codec, rate: Fraction) -> None:
         self._info, self._way = info, way
         # A steady video is written on its exact grid, without the rounding of the container it came in.
         self._tick = 1 / rate if info.steady else info.time_base

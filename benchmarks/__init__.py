@@ -1,0 +1,1 @@
+"""Scripts that print ratio tables: `python -m benchmarks.attention`, `.guidance`, `.propagation`, `.memory`."""

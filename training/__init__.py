@@ -1,0 +1,1 @@
+"""Recipes that train the pack's own weights from folders of pictures and videos."""

@@ -1,0 +1,214 @@
+"""Command line: `python -m vsr_ops upscale | plan | demo`. Errors a user can cause are one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vsr_ops import cost
+from vsr_ops.color import COLOR
+from vsr_ops.demo import run_demo
+from vsr_ops.errors import SettingError, VSRError
+from vsr_ops.guidance import GUIDANCE
+from vsr_ops.pipeline import Job, Settings, make_plan, scene_cuts, upscale
+from vsr_ops.propagation import PROPAGATION, SAP_MODES, Propagation
+from vsr_ops.svd import DTYPES, SVD, load_svd, pick_device, pick_dtype
+from vsr_ops.tiling import TilePlan, TileSize
+from vsr_ops.video import CODECS, check_output, probe
+
+
+class Bars:
+    """A progress bar per stage, with frames a second and the time left."""
+
+    def __init__(self, frames: int) -> None:
+        self._frames, self._stage, self._start = frames, "", 0.0
+        self._bar: Any = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage or self._bar is None:
+            self.close()
+            self._stage, self._start = stage, time.monotonic()
+            unit = "call" if stage == "sample" else "frame"
+            self._bar = tqdm(total=total, desc=stage, unit=unit, leave=True, dynamic_ncols=True)
+        elapsed = time.monotonic() - self._start
+        if stage == "sample" and elapsed > 0:
+            self._bar.set_postfix_str(f"{self._frames * done / total / elapsed:.2f} frames/s", refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _add_sampling(parser: argparse.ArgumentParser, steps: int) -> None:
+    add = parser.add_argument
+    add(
+        "--model",
+        default="lite",
+        metavar="lite|PATH",
+        help="bundled weights, an SVD .safetensors or a diffusers folder",
+    )
+    add("--steps", type=int, default=steps)
+    add("--guidance", default="dssag", help=", ".join(GUIDANCE))
+    add("--cfg", type=float, help="classifier-free guidance; 1 is off. With dssag it is equation 9's 1 + s")
+    add("--guidance-scale", type=float, help="the s of dssag, pag and sag; 0 is off")
+    add("--tile", metavar="HxWxT", help="in latents (8 pixels each) and frames; the model's own by default")
+    add("--overlap", type=float, default=0.5, help="share of a tile, 0 to 0.75")
+    add("--propagation", default="sap+tap", help=", ".join(PROPAGATION))
+    add("--sap-mode", default="auto", help=", ".join(SAP_MODES))
+    add("--sap-rate", type=int, help="every s-th token in y and x; by default 4, more where tiles are many")
+    add("--tap-frames", type=int, default=4)
+    add("--tap-rate", type=int, default=1, help="1 is the paper's setting, 4 is cheaper")
+    add("--color", default="wavelet", help=", ".join(COLOR))
+    add("--seed", type=int, default=0)
+    add("--denoise", type=float, default=1.0, help="below 1: start from the LR latent at partial noise")
+    add("--batch", type=int, default=1, help="spatial tiles through the UNet together")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:0 ..., mps")
+    add("--dtype", default="auto", help=", ".join(["auto", *DTYPES]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m vsr_ops", description="Diffusion video super-resolution (DC-VSR).")
+    commands = parser.add_subparsers(required=True, metavar="upscale|plan|demo")
+    for name, run, text in (
+        ("upscale", _upscale, "upscale a video, a folder of pictures or a picture"),
+        ("plan", _plan, "show tiles, UNet passes, banks, memory and time before spending them"),
+    ):
+        sub = commands.add_parser(name, help=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("input", type=Path, metavar="IN")
+        if name == "upscale":
+            sub.add_argument("output", type=Path, metavar="OUT")
+            sub.add_argument("--overwrite", action="store_true")
+            sub.add_argument("--codec", default=None, help=", ".join(CODECS))
+        sub.add_argument("--scale", type=float, default=4.0)
+        sub.add_argument("--frames", metavar="A:B", help="only these frames, counted from 0, B not included")
+        sub.add_argument("--cuts", default="auto", help="auto, none, or first frames of new scenes such as 24,50")
+        _add_sampling(sub, steps=10)
+    demo = commands.add_parser("demo", help="upscale a bundled clip and compare it with the truth")
+    demo.set_defaults(run=_demo)
+    demo.add_argument("--out", type=Path, default=Path("demo_output"))
+    _add_sampling(demo, steps=10)
+    return parser
+
+
+def _settings(args: argparse.Namespace, scale: float) -> Settings:
+    if args.sap_mode not in SAP_MODES:
+        raise SettingError(f"SAP mode is {args.sap_mode!r}: expected one of {', '.join(SAP_MODES)}")
+    propagation = Propagation.named(
+        args.propagation, sap_rate=args.sap_rate, tap_frames=args.tap_frames, tap_rate=args.tap_rate
+    )
+    return Settings(
+        scale=scale,
+        steps=args.steps,
+        guidance=args.guidance,
+        cfg=args.cfg,
+        guidance_scale=args.guidance_scale,
+        tile=None if args.tile is None else TileSize.parse(args.tile),
+        overlap=args.overlap,
+        propagation=propagation,
+        color=args.color,
+        seed=args.seed,
+        denoise=args.denoise,
+        batch=args.batch,
+    )
+
+
+def _model(args: argparse.Namespace) -> SVD:
+    device = pick_device(args.device)
+    return load_svd(args.model, device, pick_dtype(args.dtype, device))
+
+
+def _job(args: argparse.Namespace) -> Job:
+    info = probe(args.input)
+    start, stop = 0, info.frames
+    if args.frames is not None:
+        first, colon, last = args.frames.partition(":")
+        if not colon or not all(part == "" or part.isdigit() for part in (first, last)):
+            raise SettingError(f"frames is {args.frames!r}: expected A:B, such as 0:48, 24: or :10")
+        start, stop = int(first or 0), int(last or info.frames)
+    return Job(info, start, stop, args.scale)
+
+
+def _cuts(args: argparse.Namespace, job: Job) -> tuple[int, ...]:
+    if args.cuts == "auto":
+        return scene_cuts(job)
+    parts: list[str] = [] if args.cuts == "none" else args.cuts.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise SettingError(f"cuts is {args.cuts!r}: expected auto, none, or frame numbers such as 24,50")
+    return tuple(int(part) for part in parts)
+
+
+def _prepared(args: argparse.Namespace, job: Job) -> tuple[SVD, Settings, TilePlan, tuple[int, ...]]:
+    """Everything that can be refused is refused here, before anything is spent."""
+    settings = _settings(args, args.scale)
+    model = _model(args)
+    cuts = _cuts(args, job)
+    plan = make_plan(job, settings, model.tile, model.factor, cuts)
+    return model, cost.resolve_sap(model, plan, settings, args.sap_mode), plan, cuts
+
+
+def _codec_for(output: Path, name: str | None) -> str:
+    """The codec asked for, else the usual one of the output's name."""
+    if name is not None:
+        return name
+    endings = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", "": "png"}
+    return endings.get(output.suffix.lower(), "h264")
+
+
+def _upscale(args: argparse.Namespace) -> None:
+    _settings(args, args.scale)
+    job = _job(args)
+    codec = _codec_for(args.output, args.codec)
+    check_output(args.output, args.overwrite, codec, job.info, job.frames)
+    model, settings, _, cuts = _prepared(args, job)
+    bars = Bars(job.frames)
+    try:
+        upscale(model, job, args.output, settings, codec, args.overwrite, cuts, bars)
+    finally:
+        bars.close()
+    print(f"{args.output}: {job.frames} frames of {job.size[1]}x{job.size[0]}")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    job = _job(args)
+    model, settings, plan, _ = _prepared(args, job)
+    print(cost.describe(job, plan, settings, cost.estimate(model, plan, settings)))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    settings = _settings(args, 4.0)
+    model = _model(args)
+    start = time.monotonic()
+    bars = Bars(24)
+    try:
+        text = run_demo(model, args.out, settings, bars)
+    finally:
+        bars.close()
+    print(f"\n{text}\n\n{time.monotonic() - start:.0f} s; pictures and videos are in {args.out}/, see side_by_side.png")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit code: 0, 2 for an error the user can mend, 130 for Ctrl-C."""
+    args = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], None] = args.run
+    try:
+        run(args)
+    except VSRError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

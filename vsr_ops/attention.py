@@ -1,0 +1,77 @@
+"""One self-attention with extended keys and values and a temperature, and the perturbed forms guidance swaps in.
+
+Tensors are `(videos*frames, heads, tokens, dim)`. Everything goes through torch's fused attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one layer, both `(videos*frames, heads, tokens, dim)`."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class SelfAttention(Protocol):
+    """`extra` holds keys and values appended to the layer's own; `frames` how many frames one video has."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra: KeyValue | None, frames: int) -> Tensor: ...
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, extra: KeyValue | None, frames: int) -> Tensor:
+    """softmax(Q [K; K']^T / sqrt(d)) [V; V'], DC-VSR equations 1 and 2."""
+    if extra is not None:
+        k = torch.cat([k, extra.keys.to(k)], dim=2)
+        v = torch.cat([v, extra.values.to(v)], dim=2)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def temperature(q: Tensor, k: Tensor, gamma: float, frames: int) -> Tensor:
+    """max(gamma^2 q k, 1) of DC-VSR equation 7, q and k the largest |Q| and |K| of each video.
+
+    `(videos*frames, 1, 1, 1)` float32, over the video's own keys, so that neither batching nor appended keys change it.
+    """
+    # amax and amin copy nothing, and on the CPU are some 20 times quicker than an infinity norm.
+    peaks = [torch.maximum(x.amax(dim=(1, 2, 3)), -x.amin(dim=(1, 2, 3))) for x in (q, k)]
+    tops = [rearrange(peak.float(), "(b t) -> b t", t=frames).amax(dim=1) for peak in peaks]
+    divisor = (gamma**2 * tops[0] * tops[1]).clamp(min=1)
+    return rearrange(divisor.repeat_interleave(frames), "b -> b 1 1 1")
+
+
+@dataclass(frozen=True)
+class Tempered:
+    """Equation 7: attention blurred by gamma in [0, 1]. Gamma 0 is `plain`, bit for bit.
+
+    Scales Q in place before the fused attention (no extra memory), so `q` must be the caller's to spend.
+    """
+
+    gamma: float
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra: KeyValue | None, frames: int) -> Tensor:
+        if self.gamma > 0:
+            # Divided by float32: the temperature may be above float16's largest number.
+            q = q.div_(temperature(q, k, self.gamma, frames))
+        return plain(q, k, v, extra, frames)
+
+
+def identity(q: Tensor, k: Tensor, v: Tensor, extra: KeyValue | None, frames: int) -> Tensor:
+    """PAG's perturbation: every token attends to itself alone, so the values pass through (DC-VSR, section 3.3)."""
+    return v
+
+
+def received(q: Tensor, k: Tensor) -> Tensor:
+    """How much attention each token receives, mean over heads and sum over queries: `(videos*frames, tokens)` float32.
+
+    1 is what a token gets when attention is even. For small layers: it forms the whole attention map.
+    """
+    scores = torch.einsum("b h i d, b h j d -> b h i j", q.float(), k.float()) / q.shape[-1] ** 0.5
+    return scores.softmax(-1).mean(1).sum(1)

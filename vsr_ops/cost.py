@@ -1,0 +1,194 @@
+"""What a run will take before it is spent: tiles, UNet passes, banks, memory, time.
+
+Counts are exact; bytes of banks are exact for the plan; activation memory and time are estimates and labelled so.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vsr_ops.guidance import COND, guide
+from vsr_ops.pipeline import Job, Settings, strengths, unet_calls
+from vsr_ops.propagation import calls, sap_rate, step_at
+from vsr_ops.svd import SVD, find_layers, spatial_self_attention
+from vsr_ops.tiling import TilePlan, TileSize
+
+#: Live copies of the widest activation at the peak of a UNet call, and the share of a matrix product's speed that a
+#: UNet reaches: rough, good to a factor of about 2.
+ACTIVATION_COPIES, EFFICIENCY = 24, 0.45
+
+
+@dataclass(frozen=True)
+class Bank:
+    """A layer that propagation acts in: its tokens in a tile, and the width of keys and values together."""
+
+    rows: int
+    cols: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Numbers of a planned run; bytes and seconds."""
+
+    unet_calls: int
+    tile_passes: int
+    weights_bytes: int
+    lagged_bytes: int
+    tap_bytes: int
+    activation_bytes: int
+    flops: float
+    seconds: float
+
+
+def banks(model: SVD, tile: TileSize) -> list[Bank]:
+    """The layers at the ends of the UNet, for tiles of one size."""
+    chosen = {name for name, layer in find_layers(model.unet).items() if layer.place == "ends"}
+    found: list[Bank] = []
+    for name, module in spatial_self_attention(model.unet):
+        attention = cast(Any, module)
+        if name in chosen:
+            shrink = 2 ** _depth(name, len(model.unet.config["block_out_channels"]))
+            width = int(attention.to_k.out_features + attention.to_v.out_features)
+            found.append(Bank(-(-tile.height // shrink), -(-tile.width // shrink), width))
+    return found
+
+
+def _depth(name: str, levels: int) -> int:
+    """How often the latent has been halved where a layer stands, from its name."""
+    stage, number = name.split(".")[:2]
+    return int(number) if stage == "down_blocks" else levels - 1 - int(number)
+
+
+def lagged_bytes(plan: TilePlan, settings: Settings, layers: list[Bank], itemsize: int) -> int:
+    """Host memory of SAP's lagged banks: every window's, for each branch that runs; 0 where SAP does not lag."""
+    wanted = settings.propagation.sap_lagged and "sap" in settings.propagation.kinds
+    if not wanted or len(plan.spatial) == 1:
+        return 0
+    tokens = 0
+    for layer in layers:
+        rate = sap_rate(settings.propagation, len(plan.spatial), (layer.rows, layer.cols))
+        tokens += -(-layer.rows // rate) * -(-layer.cols // rate) * layer.width
+    frames = sum(window.span.length for window in plan.windows)
+    branches = guide(settings.guidance).passes(strengths(settings)[0])
+    return frames * len(plan.spatial) * tokens * branches * itemsize
+
+
+def tap_bytes(plan: TilePlan, settings: Settings, layers: list[Bank], itemsize: int) -> int:
+    """Device memory of TAP's banks: those of one batch of tiles, from one window to the next."""
+    if "tap" not in settings.propagation.kinds or len(plan.windows) == 1:
+        return 0
+    rate, frames = settings.propagation.tap_rate, settings.propagation.tap_frames
+    tokens = sum(-(-layer.rows // rate) * -(-layer.cols // rate) * layer.width for layer in layers)
+    return 2 * settings.batch * frames * tokens * itemsize
+
+
+def activation_bytes(model: SVD, tile: TileSize, tiles: int) -> int:
+    """Roughly what one UNet call of `tiles` tiles needs beside the weights."""
+    width = model.unet.config["block_out_channels"][0]
+    return ACTIVATION_COPIES * tiles * tile.frames * tile.height * tile.width * width * model.dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory free now, on the GPU or in the machine."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def resolve_sap(model: SVD, plan: TilePlan, settings: Settings, mode: str) -> Settings:
+    """Settings with SAP's mode decided: "auto" is synchronous where a window's tiles fit in half the free memory."""
+    if mode == "auto":
+        needed = activation_bytes(model, plan.tile_size(0), len(plan.spatial))
+        lagged = needed > free_bytes(model.device) / 2
+    else:
+        lagged = mode == "lagged"
+    return replace(settings, propagation=replace(settings.propagation, sap_lagged=lagged))
+
+
+def tile_flops(model: SVD, tile: TileSize) -> float:
+    """Operations of one tile's UNet call, counted on a copy without data."""
+    with torch.device("meta"):
+        unet = type(model.unet)(**dict(model.unet.config))
+    cast(nn.Module, unet).to("meta")  # the mixers' factors ignore the line above
+    sample = torch.empty(1, tile.frames, 8, tile.height, tile.width, device="meta")
+    context = torch.empty(1, 1, model.context(None).shape[-1], device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(sample, torch.empty((), device="meta"), context, torch.empty(1, 3, device="meta"))
+    return float(counter.get_total_flops())
+
+
+def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a matrix product here, in about a tenth of a second."""
+    size = 1024 if device.type == "cpu" else 4096
+    a = torch.randn(size, size, device=device).to(dtype)
+
+    def run() -> float:
+        start = time.perf_counter()
+        out: Tensor = a @ a
+        out[0, 0].item()  # waits for the device
+        return time.perf_counter() - start
+
+    run()
+    return 2 * size**3 / min(run() for _ in range(3))
+
+
+def estimate(model: SVD, plan: TilePlan, settings: Settings) -> Estimate:
+    """Numbers for a plan whose SAP mode is decided (`resolve_sap`). Measures the device for a tenth of a second."""
+    tile = max((plan.tile_size(n) for n in range(len(plan.windows))), key=lambda t: t.frames)
+    layers, kinds = banks(model, tile), settings.propagation.kinds
+    guidance, powers = guide(settings.guidance), strengths(settings)
+    tile_passes = sum(guidance.passes(power) for power in powers) * plan.tiles
+    together = max(
+        len(call.tiles)
+        for index in range(len(powers))
+        for call in calls(
+            plan, step_at(index, kinds), COND, settings.batch, synchronous=not settings.propagation.sap_lagged
+        )
+    )
+    flops = tile_flops(model, tile)
+    seconds = tile_passes * flops / (EFFICIENCY * matmul_speed(model.device, model.dtype))
+    weights = sum(p.nbytes for module in (model.unet, model.vae) for p in module.parameters())
+    size = model.dtype.itemsize
+    return Estimate(
+        unet_calls=unet_calls(plan, settings),
+        tile_passes=tile_passes,
+        weights_bytes=weights,
+        lagged_bytes=lagged_bytes(plan, settings, layers, size),
+        tap_bytes=tap_bytes(plan, settings, layers, size),
+        activation_bytes=activation_bytes(model, tile, together),
+        flops=flops,
+        seconds=seconds,
+    )
+
+
+def describe(job: Job, plan: TilePlan, settings: Settings, numbers: Estimate) -> str:
+    """The plan as text for a person."""
+    height, width = job.size
+    rows, cols, windows = len(plan.rows), len(plan.cols), len(plan.windows)
+    tile = plan.tile_size(0)
+    scenes = plan.windows[-1].scene + 1
+    mode = "lagged" if settings.propagation.sap_lagged else "synchronous"
+    kinds = " + ".join(settings.propagation.kinds) or "none"
+    lines = [
+        f"input        {job.info.width}x{job.info.height}, {job.frames} of {job.info.frames} frames",
+        f"output       {width}x{height}; latents {plan.width}x{plan.height}",
+        f"tiles        {rows} rows x {cols} columns x {windows} windows of {tile} latents, {scenes} scene(s)",
+        f"propagation  {kinds}" + (f" (SAP {mode})" if "sap" in settings.propagation.kinds else ""),
+        f"UNet         {numbers.unet_calls} calls, {numbers.tile_passes} tile passes of {numbers.flops / 1e9:.1f} GFLOP"
+        f" ({settings.guidance}, {settings.steps} steps)",
+        f"memory       weights {_size(numbers.weights_bytes)}, activations about {_size(numbers.activation_bytes)},"
+        f" TAP banks {_size(numbers.tap_bytes)}; in host memory: SAP's lagged banks {_size(numbers.lagged_bytes)},"
+        f" latents {_size(5 * 4 * 4 * plan.frames * plan.height * plan.width)}",
+        f"time         about {numbers.seconds / 60:.1f} minutes of sampling (good to a factor of 2)",
+    ]
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

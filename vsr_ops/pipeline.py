@@ -1,0 +1,280 @@
+"""The main job without a host: a video in, DC-VSR's sampling over tiles, a larger video out.
+
+The input is read twice (to encode it, and as the colour reference), so that only its latents are ever held whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count, pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vsr_ops.color import COLOR, correct
+from vsr_ops.errors import SettingError
+from vsr_ops.guidance import COND, Branch, Strength, gamma_at, guide, strength
+from vsr_ops.propagation import Call, Propagation, Step, TileRun, calls, gather_tiles, run_pass, step_at
+from vsr_ops.resize import resize_bicubic
+from vsr_ops.scenes import find_cuts
+from vsr_ops.svd import SIGMA_MAX, SIGMA_MIN, SVD, sigmas
+from vsr_ops.tiling import Merger, TilePlan, TileSize, cut_tile, plan_tiles, spans
+from vsr_ops.video import Frame, VideoInfo, check_output, open_writer, read_frames
+
+#: Picture pixels of one latent pixel along each side.
+CELL = 8
+#: The VAE works on spatial tiles of this many latents, so that memory is flat in area.
+VAE_TILE, VAE_OVERLAP = 64, 0.25
+
+#: (stage, done, total): called after every unit of work; raising stops the run.
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Reports nothing."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `upscale` does. None takes the model's or the strategy's own value.
+
+    `denoise` below 1 starts from the LR latent at partial noise, keeping `steps`. `batch` is how many spatial tiles go
+    through the UNet together where they need not all.
+    """
+
+    scale: float = 4.0
+    steps: int = 10
+    guidance: str = "dssag"
+    cfg: float | None = None
+    guidance_scale: float | None = None
+    rho: float = 0.5
+    tile: TileSize | None = None
+    overlap: float = 0.5
+    propagation: Propagation = field(default_factory=Propagation)
+    color: str = "wavelet"
+    seed: int = 0
+    denoise: float = 1.0
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale <= 16:
+            raise SettingError(f"scale is {self.scale}: expected a number above 0, at most 16")
+        if not 1 <= self.steps <= 1000:
+            raise SettingError(f"steps is {self.steps}: expected a whole number from 1 to 1000")
+        if not 0 < self.denoise <= 1:
+            raise SettingError(f"denoise is {self.denoise}: expected a share above 0, at most 1")
+        if self.batch < 1:
+            raise SettingError(f"batch is {self.batch}: expected a whole number from 1")
+        if self.color not in COLOR:
+            raise SettingError(f"color is {self.color!r}: expected one of {', '.join(COLOR)}")
+        strength(self.guidance, self.cfg, self.guidance_scale)
+
+
+@dataclass(frozen=True)
+class Job:
+    """An input, the frames [start, stop) of it, and the sizes that follow."""
+
+    info: VideoInfo
+    start: int
+    stop: int
+    scale: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop <= self.info.frames:
+            raise SettingError(
+                f"frames {self.start}:{self.stop} of '{self.info.path}': it has {self.info.frames} frames;"
+                " expected A < B within them"
+            )
+
+    @property
+    def frames(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the result, in pixels."""
+        return max(1, round(self.info.height * self.scale)), max(1, round(self.info.width * self.scale))
+
+    def latent_size(self, factor: int) -> tuple[int, int]:
+        """Height and width of the padded latent, multiples of the UNet's factor."""
+        cell = CELL * factor
+        return (-(-self.size[0] // cell) * factor, -(-self.size[1] // cell) * factor)
+
+    def upscaled(self) -> Iterator[Frame]:
+        """The LR frames at the result's size: bicubic, clamped, unpadded."""
+        for frame in read_frames(self.info, self.start, self.stop):
+            image = resize_bicubic(frame.image[None], self.size)[0].clamp(0, 1)
+            alpha = frame.alpha
+            if alpha is not None:
+                alpha = resize_bicubic(alpha[None], self.size)[0].clamp(0, 1)
+            yield Frame(image, alpha, frame.pts)
+
+
+def make_plan(job: Job, settings: Settings, tile: TileSize, factor: int, cuts: Sequence[int] = ()) -> TilePlan:
+    """The tiles of a job; `tile` is the model's, used where the settings name none."""
+    return plan_tiles(job.frames, *job.latent_size(factor), settings.tile or tile, settings.overlap, cuts, factor)
+
+
+def scene_cuts(job: Job) -> tuple[int, ...]:
+    """First frames of new scenes, counted from the job's first frame."""
+    return find_cuts(frame.image for frame in read_frames(job.info, job.start, job.stop))
+
+
+def pad_to(frame: Tensor, height: int, width: int) -> Tensor:
+    """`(c, h, w)` grown at the bottom and right by repeating its edge."""
+    rows = torch.arange(height).clamp(max=frame.shape[-2] - 1)
+    cols = torch.arange(width).clamp(max=frame.shape[-1] - 1)
+    return frame[:, rows][:, :, cols]
+
+
+def _vae_plan(frames: int, height: int, width: int) -> TilePlan:
+    return plan_tiles(frames, height, width, TileSize(VAE_TILE, VAE_TILE, frames), VAE_OVERLAP, factor=1)
+
+
+@torch.no_grad()
+def encode_frames(model: SVD, frames: Iterable[Tensor], height: int, width: int) -> Iterator[Tensor]:
+    """Unscaled latents `(4, height, width)` of frames `(3, h, w)`, padded to fit, one by one, in spatial tiles."""
+    plan = _vae_plan(1, height, width)
+    for frame in frames:
+        padded = pad_to(frame, height * CELL, width * CELL)[None]
+        merger = Merger(plan)
+        for m in range(len(plan.spatial)):
+            merger.add(0, m, model.encode(cut_tile(plan.magnified(CELL), 0, m, padded)))
+        yield merger.result()[0]
+
+
+@torch.no_grad()
+def decode_frames(model: SVD, latents: Tensor, chunk: int, cuts: Sequence[int] = ()) -> Iterator[Tensor]:
+    """Frames `(3, 8h, 8w)` of unscaled latents `(n, 4, h, w)`, not clamped, one by one.
+
+    Fixed chunks of `chunk` frames overlap by a quarter and are blended; none crosses a cut. Only frames that a later
+    chunk still adds to are held.
+    """
+    for start, stop in pairwise([0, *cuts, latents.shape[0]]):
+        windows = spans(stop - start, chunk, VAE_OVERLAP)
+        held: Tensor | None = None
+        for n, window in enumerate(windows):
+            out = _decode_chunk(model, latents[start + window.start : start + window.stop])
+            if held is not None:
+                # Linear cross-fade over the frames both chunks hold.
+                shared = held.shape[0]
+                weight = torch.linspace(0, 1, shared + 2)[1:-1].view(-1, 1, 1, 1)
+                out[:shared] = torch.lerp(held, out[:shared], weight)
+            following = windows[n + 1].start if n + 1 < len(windows) else window.stop
+            ready = following - window.start
+            held = out[ready:].clone()
+            yield from out[:ready]
+
+
+def _decode_chunk(model: SVD, latents: Tensor) -> Tensor:
+    plan = _vae_plan(latents.shape[0], *latents.shape[-2:])
+    merger = Merger(plan.magnified(CELL))
+    for m in range(len(plan.spatial)):
+        merger.add(0, m, model.decode(cut_tile(plan, 0, m, latents)))
+    return merger.result()
+
+
+def noise_schedule(settings: Settings) -> list[float]:
+    """Falling sigmas with a final 0: all of them, or the last `steps` of a longer schedule at partial denoise."""
+    total = max(settings.steps, int(settings.steps / settings.denoise))
+    return sigmas(total)[-(settings.steps + 1) :]
+
+
+def unet_calls(plan: TilePlan, settings: Settings) -> int:
+    """How many UNet calls `sample` makes: branches of each step's guidance times the batches of its tiles."""
+    chosen = guide(settings.guidance)
+    lagged, kinds = settings.propagation.sap_lagged, settings.propagation.kinds
+    total = 0
+    for index, power in enumerate(strengths(settings)):
+        batches = sum(1 for _ in calls(plan, step_at(index, kinds), COND, settings.batch, synchronous=not lagged))
+        total += chosen.passes(power) * batches
+    return total
+
+
+def strengths(settings: Settings) -> list[Strength]:
+    """The guidance's strengths at each step, gamma included."""
+    power = strength(settings.guidance, settings.cfg, settings.guidance_scale)
+    schedule = noise_schedule(settings)
+    # A partial schedule is a part of the model's own, so gamma starts lower there.
+    ends = (schedule[0], schedule[-2]) if settings.denoise == 1 else (SIGMA_MAX, SIGMA_MIN)
+    return [replace(power, gamma=gamma_at(sigma, *ends, settings.rho)) for sigma in schedule[:-1]]
+
+
+@torch.no_grad()
+def sample(
+    model: SVD,
+    lr: Tensor,
+    plan: TilePlan,
+    settings: Settings,
+    context: Tensor | None = None,
+    noise: Tensor | None = None,
+    tick: Callable[[Call], None] = lambda call: None,
+) -> Tensor:
+    """Scaled latents `(frames, 4, h, w)` of the result, from unscaled LR latents of the same shape (DC-VSR, section 3).
+
+    Euler steps on tiles, with SAP and TAP in turn and guidance outside the tiles. Latents stay where `lr` is; one batch
+    of tiles at a time goes to the model's device. `noise` has deviation 1 (drawn from the seed when None), `tick` is
+    called before each UNet call. Raises SamplingError for a value that is not finite.
+    """
+    chosen, schedule = guide(settings.guidance), noise_schedule(settings)
+    contexts = {True: model.context(None) if context is None else context, False: model.context(None)}
+    concats = {True: lr, False: torch.zeros_like(lr)}
+    if noise is None:
+        noise = torch.randn(lr.shape, generator=torch.Generator().manual_seed(settings.seed)).to(lr.device)
+    first = schedule[0]
+    x = noise * (first**2 + 1) ** 0.5 if settings.denoise == 1 else lr * model.scaling_factor + noise * first
+    run = TileRun(plan, settings.propagation)
+    for index, ((sigma, following), power) in enumerate(zip(pairwise(schedule), strengths(settings), strict=True)):
+        step = step_at(index, settings.propagation.kinds)
+
+        def evaluate(x: Tensor, branch: Branch, call: Call, sigma: float = sigma) -> Tensor:
+            tick(call)
+            tiles, concat = (gather_tiles(plan, call, z) for z in (x, concats[branch.conditional]))
+            with model.serving(run, call):
+                return model.denoise(tiles, sigma, concat, contexts[branch.conditional], call.frames)
+
+        def denoise(x: Tensor, branch: Branch, step: Step = step) -> tuple[Tensor, Tensor | None]:
+            value = run_pass(run, step, branch, lambda call: evaluate(x, branch, call), settings.batch)
+            return value, None if run.saliency is None else run.saliency.result()
+
+        x0 = chosen.predict(denoise, x, power)
+        x = x0 + (x - x0) * (following / sigma)
+    return x
+
+
+def upscale(
+    model: SVD,
+    job: Job,
+    output: Path,
+    settings: Settings,
+    codec: str = "h264",
+    overwrite: bool = False,
+    cuts: Sequence[int] | None = None,
+    progress: Progress = silent,
+) -> None:
+    """Upscales a job into `output`, keeping frame count, timing and sound. `cuts` None looks for scene cuts.
+
+    Nothing stands under the final name unless the whole run succeeds. Raises VSRError.
+    """
+    check_output(output, overwrite, codec, job.info, job.frames)
+    cuts = scene_cuts(job) if cuts is None else cuts
+    plan = make_plan(job, settings, model.tile, model.factor, cuts)
+    lr = torch.empty(job.frames, 4, plan.height, plan.width)
+    pictures = (frame.image for frame in job.upscaled())
+    for i, z in enumerate(encode_frames(model, pictures, plan.height, plan.width)):
+        lr[i] = z
+        progress("encode", i + 1, job.frames)
+    calls_done = count(1)
+    total = unet_calls(plan, settings)
+    context = model.context(next(job.upscaled()).image[None]) if model.image_encoder is not None else None
+    result = sample(model, lr, plan, settings, context, tick=lambda _: progress("sample", next(calls_done), total))
+    height, width = job.size
+    decoded = decode_frames(model, result / model.scaling_factor, model.tile.frames, cuts)
+    with open_writer(output, job.info, size=job.size, codec=codec, overwrite=overwrite) as writer:
+        for i, (frame, reference) in enumerate(zip(decoded, job.upscaled(), strict=True)):
+            image = frame[None, :, :height, :width].clamp(0, 1)
+            image = correct(settings.color, image, reference.image[None])[0].clamp(0, 1)
+            writer.write(Frame(image, reference.alpha, reference.pts))
+            progress("decode", i + 1, job.frames)

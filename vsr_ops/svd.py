@@ -1,0 +1,243 @@
+"""Stable Video Diffusion without a host, on diffusers' own classes, with our self-attention in its spatial layers.
+
+Frames are `(frames, 3, h, w)` RGB in [0, 1], latents `(frames, 4, h/8, w/8)`; noise levels are EDM sigmas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import AutoencoderKLTemporalDecoder
+from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from einops import rearrange, repeat
+from kornia.geometry.transform import resize
+from torch import Tensor, nn
+
+from vsr_ops.attention import plain
+from vsr_ops.checkpoint import SVDWeights, match_host_epsilon, read_svd
+from vsr_ops.errors import DeviceError
+from vsr_ops.propagation import Call, Layer, TileRun
+from vsr_ops.tiling import TileSize
+
+LITE = Path(__file__).parent / "weights" / "svd_lite.safetensors"
+
+#: What the UNet is told beside the picture: frame rate (the paper's 8, as the UNet sees it), motion bucket, noise.
+MICRO_CONDITIONS = (8.0, 127.0, 0.0)
+
+#: Stock SVD's sampler: EDM, Karras spacing between these sigmas.
+SIGMA_MAX, SIGMA_MIN = 700.0, 0.002
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def spatial_self_attention(unet: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, attention) of every spatial self-attention layer, in the order the UNet runs them."""
+    stages = [("down_blocks", "down_blocks"), ("mid_block", "mid_block"), ("up_blocks", "up_blocks")]
+    return [
+        (f"{stage}.{name}", module)
+        for stage, attribute in stages
+        for name, module in cast("Iterable[tuple[str, nn.Module]]", getattr(unet, attribute).named_modules())
+        if ".transformer_blocks." in name and name.endswith(".attn1") and "temporal" not in name
+    ]
+
+
+def find_layers(unet: nn.Module) -> dict[str, Layer]:
+    """The layers the pack acts in: the first and last two spatial self-attentions, and those of the middle block."""
+    names = [name for name, _ in spatial_self_attention(unet)]
+    middle = {name: Layer(name, "middle") for name in names if name.startswith("mid_block.")}
+    outer = [name for name in names if name not in middle]
+    return middle | {name: Layer(name, "ends") for name in (*outer[:2], *outer[-2:])}
+
+
+class PatchedAttention:
+    """diffusers' attention processor for one spatial self-attention layer: projections, then `attend`."""
+
+    def __init__(self, model: SVD, layer: Layer) -> None:
+        self._model = model
+        self._layer = layer
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        q, k, v = (
+            rearrange(project(hidden_states), "b n (h d) -> b h n d", h=attn.heads)
+            for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        active = self._model.active
+        if active is None:
+            out = plain(q, k, v, None, 1)
+        else:
+            run, call = active
+            out = run.attend(call, self._layer, q, k, v)
+        return attn.to_out[1](attn.to_out[0](rearrange(out, "b h n d -> b n (h d)")))
+
+
+@dataclass
+class SVD:
+    """A loaded model. `active` is the run and call that the attention layers serve; None outside `serving`."""
+
+    unet: UNetSpatioTemporalConditionModel
+    vae: AutoencoderKLTemporalDecoder
+    image_encoder: Any
+    tile: TileSize
+    device: torch.device
+    dtype: torch.dtype
+    active: tuple[TileRun, Call] | None = None
+
+    def __post_init__(self) -> None:
+        layers = find_layers(self.unet)
+        for name, module in spatial_self_attention(self.unet):
+            if name in layers:
+                cast(Any, module).set_processor(PatchedAttention(self, layers[name]))
+
+    @property
+    def scaling_factor(self) -> float:
+        return float(self.vae.config["scaling_factor"])
+
+    @property
+    def factor(self) -> int:
+        """By how much the UNet shrinks a latent: tiles and frames must be multiples of it."""
+        return 2 ** (len(self.unet.config["block_out_channels"]) - 1)
+
+    @contextmanager
+    def serving(self, run: TileRun, call: Call) -> Generator[None]:
+        """Lets the attention layers know what is being evaluated."""
+        self.active = (run, call)
+        try:
+            yield
+        finally:
+            self.active = None
+
+    def context(self, image: Tensor | None) -> Tensor:
+        """Cross-attention tokens `(1, 1, dim)`: CLIP's embedding of one frame `(1, 3, h, w)`, or zeros without an
+        encoder or an image."""
+        if self.image_encoder is None or image is None:
+            return torch.zeros(1, 1, _context_width(self.unet), device=self.device, dtype=self.dtype)
+        return rearrange(
+            self.image_encoder(clip_pixels(image).to(self.device, self.dtype)).image_embeds, "b d -> b 1 d"
+        )
+
+    def denoise(self, x: Tensor, sigma: float, concat: Tensor, context: Tensor, frames: int) -> Tensor:
+        """Denoised estimate of tiles `(videos*frames, 4, h, w)` float32: EDM preconditioning of a v-prediction UNet.
+
+        c_in = 1/sqrt(s^2+1), c_skip = 1/(s^2+1), c_out = -s/sqrt(s^2+1), c_noise = ln(s)/4. `concat` holds the LR
+        latents (unscaled, as SVD's are), `context` `(1, tokens, dim)`.
+        """
+        videos = x.shape[0] // frames
+        scaled = (x.float() / (sigma**2 + 1) ** 0.5).to(self.device, self.dtype)
+        model_input = torch.cat([scaled, concat.to(self.device, self.dtype)], dim=1)
+        timestep = torch.tensor(sigma, dtype=torch.float64).log().mul(0.25).to(self.device, torch.float32)
+        conditions = torch.tensor([MICRO_CONDITIONS], device=self.device, dtype=self.dtype)
+        v = self.unet(
+            rearrange(model_input, "(b t) c h w -> b t c h w", t=frames),
+            timestep,
+            repeat(context, "1 n d -> b n d", b=videos),
+            conditions.expand(videos, -1),
+            return_dict=False,
+        )[0]
+        v = rearrange(v, "b t c h w -> (b t) c h w").float().to(x.device)
+        return x.float() / (sigma**2 + 1) - v * (sigma / (sigma**2 + 1) ** 0.5)
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Unscaled latents `(n, 4, h/8, w/8)` float32 (the distribution's mode) of frames; h, w multiples of 8."""
+        moments = self.vae.quant_conv(self.vae.encoder((frames * 2 - 1).to(self.device, self.dtype)))
+        return moments[:, :4].float().to(frames.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames of one chunk of unscaled latents; not clamped."""
+        z = latents.to(self.device, self.dtype)
+        indicator = torch.zeros(1, z.shape[0], device=z.device, dtype=z.dtype)
+        out = self.vae.decoder(z, num_frames=z.shape[0], image_only_indicator=indicator)
+        return (out.float() / 2 + 0.5).to(latents.device)
+
+
+def _context_width(unet: UNetSpatioTemporalConditionModel) -> int:
+    width = unet.config["cross_attention_dim"]
+    return width if isinstance(width, int) else width[0]
+
+
+def clip_pixels(image: Tensor) -> Tensor:
+    """A frame as SVD's CLIP takes it: 224 x 224 by the resize it was trained with, CLIP's mean and deviation."""
+    small = resize(image.float() * 2 - 1, (224, 224), interpolation="bicubic", align_corners=True, antialias=True)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
+    deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
+    return (small / 2 + 0.5 - mean.to(small)) / deviation.to(small)
+
+
+def sigmas(steps: int) -> list[float]:
+    """`steps` falling noise levels and a final 0: diffusers' scheduler, set up as stock SVD's."""
+    scheduler: Any = EulerDiscreteScheduler(
+        prediction_type="v_prediction",
+        use_karras_sigmas=True,
+        sigma_min=SIGMA_MIN,
+        sigma_max=SIGMA_MAX,
+        timestep_type="continuous",
+        timestep_spacing="leading",
+        steps_offset=1,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        interpolation_type="linear",
+    )
+    scheduler.set_timesteps(steps)
+    return [float(sigma) for sigma in scheduler.sigmas]
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name` ("auto": CUDA, else Apple's, else the CPU). Raises DeviceError if it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"device is {name!r}: expected auto, cpu, cuda, cuda:0 ... or mps") from None
+    there = available.get(device.type, False)
+    if not there or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise DeviceError(
+            f"device {name!r} is not there on this machine: use --device cpu, or install a torch that sees it"
+        )
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision called `name`; "auto" is float32 on the CPU and float16 elsewhere. Raises DeviceError."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if name not in DTYPES:
+        raise DeviceError(f"dtype is {name!r}: expected auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def build_svd(weights: SVDWeights, device: torch.device, dtype: torch.dtype) -> SVD:
+    """The models of `weights` (which are `dtype` already), built without a second copy of the tensors."""
+    with torch.device("meta"):
+        unet = UNetSpatioTemporalConditionModel(**weights.unet_config)
+        vae = AutoencoderKLTemporalDecoder(**weights.vae_config)
+    unet.load_state_dict(weights.unet, assign=True)
+    vae.load_state_dict(weights.vae, assign=True)
+    match_host_epsilon(unet)
+    image_encoder = None
+    if weights.image_encoder is not None:
+        image_encoder = _build_image_encoder(weights).to(device).eval().requires_grad_(False)
+    for model in (unet, vae):
+        cast(nn.Module, model).to(device).eval().requires_grad_(False)
+    return SVD(unet, vae, image_encoder, TileSize(*weights.tile), device, dtype)
+
+
+def _build_image_encoder(weights: SVDWeights) -> nn.Module:
+    # transformers is needed for stock SVD's CLIP alone, and slow to import.
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**(weights.image_encoder_config or {})))
+    encoder.load_state_dict(weights.image_encoder or {}, strict=False)
+    return cast(nn.Module, encoder).to(next(iter((weights.image_encoder or {}).values())).dtype)
+
+
+def load_svd(path: Path | str, device: torch.device, dtype: torch.dtype) -> SVD:
+    """The bundled weights for "lite", else the SVD at `path`. Raises CheckpointError."""
+    return build_svd(read_svd(LITE if str(path) == "lite" else Path(path), dtype), device, dtype)
