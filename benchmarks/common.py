@@ -82,10 +82,16 @@ def _processor() -> str:
 
 @torch.no_grad()
 def randomize(model: nn.Module) -> None:
-    """Weights of deviation 1/sqrt(fan-in), norms that pass through: outputs stay finite in every precision."""
+    """Weights of deviation 1/sqrt(fan-in), norms that pass through: outputs stay finite in every precision.
+
+    One block of noise over and over: drawing 1.5 billion numbers takes minutes.
+    """
+    block = torch.randn(1_000_003)
     for name, p in model.named_parameters():
         if p.ndim > 1:
-            p.normal_(std=(p.numel() / p.shape[0]) ** -0.5)
+            noise = (block * (p.numel() / p.shape[0]) ** -0.5).to(p)
+            for part in p.view(-1).split(block.numel()):
+                part.copy_(noise[: part.numel()])
         else:
             p.fill_(1.0 if name.endswith("weight") else 0.0)
 
@@ -114,21 +120,18 @@ def build(options: Options, with_vae: bool = False) -> SVD:
     def make_vae() -> nn.Module:
         return temporal_vae() if options.size == "lite" else AutoencoderKLTemporalDecoder(**FULL_VAE)
 
+    with torch.device("meta"):
+        vae: Any = make_vae()
     if with_vae:
-        vae: Any = _filled(make_vae, options)
-    else:
-        with torch.device("meta"):
-            vae = make_vae()
+        vae = _filled(make_vae, options)
     return SVD(unet, vae, None, options.tile, options.device, options.dtype)
 
 
-def weights_name(options: Options) -> str:
-    """Which weights `build` takes, for the heading of a table."""
-    return "bundled weights" if options.size == "lite" and LITE.exists() else "random weights"
-
-
-def parameters(model: nn.Module) -> str:
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+def describe(model: SVD, options: Options) -> str:
+    """The UNet's size, and which weights `build` took."""
+    millions = sum(p.numel() for p in model.unet.parameters()) / 1e6
+    bundled = options.size == "lite" and LITE.exists()
+    return f"{millions:.1f} M parameters, {'bundled' if bundled else 'random'} weights"
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

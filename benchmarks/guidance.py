@@ -14,7 +14,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from benchmarks.common import build, heading, interleaved, parameters, parser, ratio, read, table, weights_name
+from benchmarks.common import build, describe, heading, interleaved, parser, ratio, read, table
 from vsr_ops.pipeline import Settings, sample
 from vsr_ops.propagation import Propagation
 from vsr_ops.svd import SVD
@@ -59,7 +59,7 @@ def main() -> None:
     model = build(options)
     tile = options.tile
     heading("Guidance, one step", options)
-    print(f"{parameters(model.unet)}, {weights_name(options)}; one tile\n", flush=True)
+    print(f"{describe(model, options)}; one tile\n", flush=True)
     lr = torch.randn(tile.frames, 4, tile.height, tile.width)
     plan = plan_tiles(tile.frames, tile.height, tile.width, tile, factor=model.factor)
     passes: dict[str, list[int]] = {name: [] for name in ROWS}

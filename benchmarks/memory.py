@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import MIB, Options, build, heading, parser, peak_bytes, read, table, weights_name
+from benchmarks.common import MIB, Options, build, heading, parser, peak_bytes, read, table
 from vsr_ops import pipeline
 from vsr_ops.pipeline import CELL, Settings, decode_frames, encode_frames, sample
 from vsr_ops.propagation import Propagation
@@ -113,22 +113,22 @@ def stages(model: SVD, settings: Settings, plan: Any, peaks: dict[str, int], cud
             run()
 
 
-def measured(arguments: argparse.Namespace, frames: int, times: int, lagged: bool, profiled: bool) -> dict[str, int]:
+def measured(frames: int, times: int, lagged: bool, profiled: bool) -> dict[str, int]:
     spec = f"{frames},{times},{int(lagged)},{int(profiled)}"
     command = [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:], "--child", spec]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def row(arguments: argparse.Namespace, options: Options, frames: int, times: int, lagged: bool) -> list[str]:
-    device = measured(arguments, frames, times, lagged, True)
+def row(options: Options, frames: int, times: int, lagged: bool) -> list[str]:
+    device = measured(frames, times, lagged, True)
     height, width = area(options, times)
     label = "" if lagged else ", synchronous"
     cells = [f"{frames} frames, area x{times}{label}", f"{device['spatial']}x{device['windows']}"]
     cells += [f"{device[name] / MIB:.1f}" for name in ("encode", "denoise", "decode")]
     if options.device.type == "cuda":
         return [*cells, "", "", f"{device['banks'] / MIB:.1f}", ""]
-    host = measured(arguments, frames, times, lagged, False)
+    host = measured(frames, times, lagged, False)
     latents = frames * 4 * height * width * 4
     chunk = min(options.tile.frames, frames) * 3 * height * width * CELL**2 * 4
     own = max(SAMPLE_COPIES * latents, latents + CHUNK_COPIES * chunk)
@@ -152,11 +152,14 @@ def main() -> None:
         print(json.dumps(child(options, frames, times, bool(lagged), bool(profiled))))
         return
     heading("Peak memory", options)
-    print(f"{weights_name(options)}; area x1 is {'x'.join(map(str, area(options, 1)))} latents\n", flush=True)
+    print(f"area x1 is {'x'.join(map(str, area(options, 1)))} latents\n", flush=True)
     cases = [(frames, 1, True) for frames in arguments.frames]
     cases += [(min(arguments.frames), times, True) for times in arguments.areas]
     cases += [(min(arguments.frames), times, False) for times in (1, *arguments.areas)]
-    rows = [row(arguments, options, *case) for case in cases]
+    rows: list[list[str]] = []
+    for case in cases:
+        rows.append(row(options, *case))
+        print(rows[-1], file=sys.stderr, flush=True)
     columns = ["MiB", "tiles", "encode", "UNet", "decode", "host growth", "own tensors", "SAP banks", "rest"]
     table(columns, rows)
 

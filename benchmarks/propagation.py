@@ -1,9 +1,9 @@
 """Time per sampling step with SAP and TAP, against tiles alone, for videos of 4 to 64 spatial tiles.
 
-Lagged SAP and TAP: one tile goes through the UNet at a time, so one call's ratio is a step's. Its banks are those of
-all the video's tiles, and gathering, transfers and blending are in the time. A SAP call reads one bank and fills the next
-(what SAP at every step pays); a TAP call takes its neighbour's frames, hands over its own and fills SAP's bank.
-Synchronous SAP: all tiles in one call, against the same tiles one by one.
+Lagged SAP and TAP: one tile a call, so one call's ratio is a step's, with the banks of all the video's tiles;
+gathering, transfers and blending are in the time. A SAP call reads one bank and fills the next (what SAP at every step
+pays); a TAP call takes its neighbour's frames, hands over its own and fills SAP's bank. Synchronous SAP: all tiles in
+one call, against the same tiles one by one.
 
     python -m benchmarks.propagation --size full --synchronous 4
 """
@@ -17,19 +17,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from benchmarks.common import (
-    MIB,
-    Options,
-    build,
-    heading,
-    interleaved,
-    parameters,
-    parser,
-    ratio,
-    read,
-    table,
-    weights_name,
-)
+from benchmarks import common
+from benchmarks.common import MIB, Options, interleaved, ratio, table
 from vsr_ops.guidance import COND
 from vsr_ops.propagation import Call, Kind, Layer, Propagation, Step, TileRun, gather_tiles, sap_rate, token_grid
 from vsr_ops.svd import SVD
@@ -131,6 +120,9 @@ def one_by_one(options: Options, model: SVD, sides: list[int]) -> None:
         work[name] = lambda r=run: first.evaluate(r, first.call("tap", 1))
 
     def prepare(name: str) -> None:
+        if name in saps:
+            # every call pays for joining its window's bank and moving it, as the first call of a window does
+            saps[name][1].begin(Step(1, "sap"), COND)
         if name in taps:
             taps[name].begin(Step(1, "tap"), COND)
             first.fill(taps[name], first.call("tap", 1, WINDOW - 1))
@@ -184,14 +176,14 @@ def together(options: Options, model: SVD, sides: list[int]) -> None:
 
 
 def main() -> None:
-    made = parser(__doc__, repeats=5)
+    made = common.parser(__doc__, repeats=5)
     made.add_argument("--sides", type=int, nargs="*", default=[2, 4, 8], help="tiles along a side; 8 is 64 tiles")
     made.add_argument("--synchronous", type=int, nargs="*", default=[2, 4, 8], help="sides for synchronous SAP")
     arguments = made.parse_args()
-    options = read(arguments)
-    model = build(options)
-    heading("Propagation", options)
-    print(f"{parameters(model.unet)}, {weights_name(options)}\n", flush=True)
+    options = common.read(arguments)
+    model = common.build(options)
+    common.heading("Propagation", options)
+    print(f"{common.describe(model, options)}\n", flush=True)
     with torch.no_grad():
         if arguments.sides:
             one_by_one(options, model, arguments.sides)

@@ -124,7 +124,7 @@ def test_strength_zero_is_the_same_tensor(name: str) -> None:
     assert correct(name, x, clip(1), 0.0) is x
 
 
-@pytest.mark.parametrize("name", ["adain", "wavelet"])
+@pytest.mark.parametrize("name", ["adain", "wavelet", "detail"])
 def test_correct_keeps_dtype_input_and_frames_apart(name: str) -> None:
     x, reference = clip(0), clip(1)
     before = x.clone()
@@ -141,7 +141,7 @@ def test_none_is_the_input_whatever_the_reference() -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(SettingError, match=r"'lab'.*adain, wavelet, none"):
+    with pytest.raises(SettingError, match=r"'lab'.*adain, wavelet, detail, none"):
         correct("lab", clip(0), clip(1))
 
 
@@ -150,7 +150,7 @@ def test_wavelet_names_both_sizes() -> None:
         wavelet(clip(0), clip(1, height=20, width=26))
 
 
-@pytest.mark.parametrize("name", ["adain", "wavelet"])
+@pytest.mark.parametrize("name", ["adain", "wavelet", "detail"])
 @pytest.mark.parametrize("strength", [-0.1, 1.5, float("nan")])
 def test_strength_outside_its_range(name: str, strength: float) -> None:
     with pytest.raises(SettingError, match="strength"):
@@ -159,7 +159,7 @@ def test_strength_outside_its_range(name: str, strength: float) -> None:
 
 @pytest.mark.parametrize("reference", [clip(1, frames=2), clip(1)[:, :1], clip(1)[0], clip(1)[:0]])
 def test_reference_of_other_frames_or_channels(reference: torch.Tensor) -> None:
-    for name in ("adain", "wavelet"):
+    for name in ("adain", "wavelet", "detail"):
         with pytest.raises(SettingError, match="frames"):
             correct(name, clip(0), reference)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -33,13 +33,20 @@ def draw(seed: int) -> Tensor:
 
 X = draw(0)
 #: What each kind of pass answers.
-ANSWERS = {("cond", True): draw(1), ("uncond", False): draw(2), ("perturbed", True): draw(3), ("perturbed", False): draw(4)}
+ANSWERS = {
+    ("cond", True): draw(1),
+    ("uncond", False): draw(2),
+    ("perturbed", True): draw(3),
+    ("perturbed", False): draw(4),
+}
 
 
 class Model:
     """Answers by a branch's name and condition, whatever x is, and keeps what it was asked."""
 
-    def __init__(self, saliency: Tensor | float = 0.0, answer: Callable[[Tensor, Branch], Tensor] | None = None) -> None:
+    def __init__(
+        self, saliency: Tensor | float = 0.0, answer: Callable[[Tensor, Branch], Tensor] | None = None
+    ) -> None:
         self.asked: list[tuple[Tensor, Branch]] = []
         self._saliency = torch.as_tensor(saliency).expand(2, 1, 12, 16)
         self._answer = answer or (lambda x, branch: ANSWERS[branch.name, branch.conditional].to(x.dtype))
@@ -66,7 +73,7 @@ def test_gamma_runs_from_one_to_zero_and_only_falls() -> None:
     for rho in (0.25, 0.5, 1.0, 2.0):
         gammas = [gamma_at(sigma, sigmas[0], sigmas[-1], rho) for sigma in sigmas]
         assert gammas[0] == 1.0 and gammas[-1] == 0.0
-        assert all(a > b for a, b in zip(gammas, gammas[1:], strict=False))
+        assert all(a > b for a, b in pairwise(gammas))
         # Equation 10: these sigmas are even in ln, so gamma^(1/rho) falls along a straight line.
         assert all(math.isclose(g ** (1 / rho), 1 - i / 24, abs_tol=1e-9) for i, g in enumerate(gammas))
 
@@ -155,10 +162,11 @@ def blur(image: Tensor) -> Tensor:
         index = abs(index)
         return 2 * (size - 1) - index if index >= size else index
 
-    rows = sum(taps[i + 4] * image.double()[:, :, [mirrored(y + i, height) for y in range(height)]] for i in range(-4, 5))
-    assert isinstance(rows, Tensor)
-    out = sum(taps[i + 4] * rows[..., [mirrored(x + i, width) for x in range(width)]] for i in range(-4, 5))
-    assert isinstance(out, Tensor)
+    rows, out = torch.zeros(2, *image.shape, dtype=torch.float64)
+    for i in range(-4, 5):
+        rows += taps[i + 4] * image.double()[:, :, [mirrored(y + i, height) for y in range(height)]]
+    for i in range(-4, 5):
+        out += taps[i + 4] * rows[..., [mirrored(x + i, width) for x in range(width)]]
     return out
 
 
@@ -242,3 +250,9 @@ def test_strengths_are_filled_in_and_refused() -> None:
             strength("pag", None, bad)
     with pytest.raises(SettingError, match="equation 9"):
         strength("dssag", 2.0, 1.0)
+
+
+@pytest.mark.parametrize(("name", "cfg", "scale"), [("none", 3.0, None), ("none", None, 1.0), ("cfg", None, 2.0)])
+def test_a_strength_without_effect_is_refused(name: str, cfg: float | None, scale: float | None) -> None:
+    with pytest.raises(SettingError, match=name):
+        strength(name, cfg, scale)

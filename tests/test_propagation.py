@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import product
+from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
 import pytest
@@ -120,7 +120,7 @@ def test_a_step_runs_from_its_sigma_down_to_the_next() -> None:
 
 def test_a_second_order_sampler_sees_one_step_for_its_two_calls() -> None:
     sigmas = [700.0, 40.0, 3.0, 0.002, 0.0]
-    for index, (a, b) in enumerate(zip(sigmas[:-2], sigmas[1:-1], strict=True)):
+    for index, (a, b) in enumerate(pairwise(sigmas[:-1])):
         # DPM-2 and its kin: the second call at the geometric mean; Heun: the second at the sigma of the next first.
         assert step_index(sigmas, a) == step_index(sigmas, math.sqrt(a * b)) == index
         assert step_index(sigmas, b) == index + 1
@@ -159,8 +159,12 @@ def test_calls_take_every_tile_once_and_windows_in_direction(
 
 
 def test_token_grids() -> None:
-    for height, width, shrink in product((8, 16, 40), (8, 24, 64), (1, 2, 4, 8)):
-        assert token_grid(height * width // shrink**2, height, width) == (height // shrink, width // shrink)
+    for height, width in product(range(1, 41), range(1, 41)):
+        rows, cols = height, width
+        for _ in range(4):
+            assert token_grid(rows * cols, height, width) == (rows, cols)
+            # A convolution of stride 2 and padding 1 keeps the odd one.
+            rows, cols = (rows + 1) // 2, (cols + 1) // 2
     with pytest.raises(SettingError, match="7 tokens"):
         token_grid(7, 8, 8)
 
@@ -254,7 +258,8 @@ def test_lagged_sap_is_synchronous_when_the_input_stands_still() -> None:
     run = TileRun(plan, Propagation(("sap",), True, sap_rate=2))
     first, second = (run_pass(run, Step(i, "sap"), COND, one_layer(run, video)) for i in (0, 1))
     synchronous = passed(plan, Propagation(("sap",), sap_rate=2), Step(0, "sap"), video)
-    assert torch.equal(first, passed(plan, Propagation(()), Step(0), video))
+    # Not bit for bit: a SAP step blends the tiles in another order.
+    assert relative(first, passed(plan, Propagation(()), Step(0), video)) < 1e-6
     assert relative(second, synchronous) < 1e-6 and relative(first, synchronous) > 1e-2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -65,7 +66,8 @@ def test_the_layers_of_full_size_svd() -> None:
     names = [name for name, _ in spatial_self_attention(unet)]
     # 2 in each of three down blocks, 1 in the middle, 3 in each of three up blocks.
     assert len(names) == 6 + 1 + 9
-    places = {name.removesuffix(".transformer_blocks.0.attn1"): layer.place for name, layer in find_layers(unet).items()}
+    found = find_layers(unet).items()
+    places = {name.removesuffix(".transformer_blocks.0.attn1"): layer.place for name, layer in found}
     assert places == {
         "down_blocks.0.attentions.0": "ends",
         "down_blocks.0.attentions.1": "ends",
@@ -95,7 +97,9 @@ def test_the_layers_come_in_the_order_the_unet_runs_them(tiny: SVD) -> None:
 def test_denoise_is_diffusers_unet_and_scheduler(tiny: SVD, sigma: float, served: bool) -> None:
     from diffusers import EulerDiscreteScheduler
 
-    scheduler = EulerDiscreteScheduler(prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True)
+    scheduler = EulerDiscreteScheduler(
+        prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True
+    )
     scheduler.set_timesteps(1)
     scheduler.sigmas = torch.tensor([sigma, 0.0])
     scheduler.timesteps = 0.25 * torch.tensor([sigma]).log()
@@ -157,7 +161,7 @@ def test_sigmas_are_karras_spacing(steps: int) -> None:
     low, high = SIGMA_MIN ** (1 / 7), SIGMA_MAX ** (1 / 7)
     expected = [(high + i / max(steps - 1, 1) * (low - high)) ** 7 for i in range(steps)]
     assert found[:-1] == pytest.approx(expected, rel=1e-4)
-    assert found[0] == pytest.approx(700.0) and all(a > b for a, b in zip(found, found[1:], strict=False))
+    assert found[0] == pytest.approx(700.0) and all(a > b for a, b in pairwise(found))
 
 
 def test_encode_is_the_mode_of_diffusers_distribution(tiny: SVD) -> None:

@@ -126,10 +126,10 @@ def test_an_axis_with_one_tile_takes_no_weighting() -> None:
     w = blend_weight(PLANS["time"], 0, 0)
     assert torch.equal(w, w[:, :, :1, :1].expand_as(w)) and w.std() > 0
     # A scene that fits in one window likewise, though other scenes are there.
-    plan = PLANS["cuts"]
-    assert [window.span.length for window in plan.windows[:2]] == [1, 2]
-    w = blend_weight(plan, 1, 0)
-    assert torch.equal(w, w[:1].expand_as(w))
+    plan = plan_tiles(10, 8, 8, TileSize(8, 8, 4), 0.5, cuts=(3,))
+    assert [window.span.length for window in plan.windows] == [3, 4, 4, 4]
+    assert torch.equal(blend_weight(plan, 0, 0), torch.ones(3, 1, 8, 8))
+    assert torch.equal(merge(plan, split(plan, noise(plan)))[:3], noise(plan)[:3])
 
 
 @pytest.mark.parametrize("cuts", [(), (1,), (5,), (9,), (3, 6), (1, 2, 3)])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from vsr_ops import cost
@@ -66,7 +68,7 @@ def _add_sampling(parser: argparse.ArgumentParser, steps: int) -> None:
     add("--sap-rate", type=int, help="every s-th token in y and x; by default 4, more where tiles are many")
     add("--tap-frames", type=int, default=4)
     add("--tap-rate", type=int, default=1, help="1 is the paper's setting, 4 is cheaper")
-    add("--color", default="wavelet", help=", ".join(COLOR))
+    add("--color", default=Settings.color, help=", ".join(COLOR))
     add("--seed", type=int, default=0)
     add("--denoise", type=float, default=1.0, help="below 1: start from the LR latent at partial noise")
     add("--batch", type=int, default=1, help="spatial tiles through the UNet together")
@@ -103,7 +105,11 @@ def _settings(args: argparse.Namespace, scale: float) -> Settings:
     if args.sap_mode not in SAP_MODES:
         raise SettingError(f"SAP mode is {args.sap_mode!r}: expected one of {', '.join(SAP_MODES)}")
     propagation = Propagation.named(
-        args.propagation, sap_rate=args.sap_rate, tap_frames=args.tap_frames, tap_rate=args.tap_rate
+        args.propagation,
+        sap_lagged=args.sap_mode == "lagged",
+        sap_rate=args.sap_rate,
+        tap_frames=args.tap_frames,
+        tap_rate=args.tap_rate,
     )
     return Settings(
         scale=scale,
@@ -195,14 +201,34 @@ def _demo(args: argparse.Namespace) -> None:
     print(f"\n{text}\n\n{time.monotonic() - start:.0f} s; pictures and videos are in {args.out}/, see side_by_side.png")
 
 
+def _notes() -> Callable[..., None]:
+    """Shows a warning as one line a person can read, above the progress bar, and each only once."""
+    seen: set[str] = set()
+
+    def show(message: Warning | str, *_: object) -> None:
+        if str(message) not in seen:
+            seen.add(str(message))
+            tqdm.write(f"note: {message}", file=sys.stderr)
+
+    return show
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code: 0, 2 for an error the user can mend, 130 for Ctrl-C."""
     args = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = args.run
     try:
-        run(args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.showwarning = _notes()
+            run(args)
     except VSRError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(
+            "error: the device ran out of memory; use --sap-mode lagged, a smaller --tile or --dtype", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)

@@ -101,7 +101,15 @@ def _untouched(x: Tensor, reference: Tensor, strength: float) -> Tensor:
     return x
 
 
-COLOR: dict[str, ColorFunction] = {"adain": adain, "wavelet": wavelet, "none": _untouched}
+def detail(x: Tensor, reference: Tensor, strength: float = 1.0) -> Tensor:
+    """`wavelet` with 3 levels: only what is finer than about 8 pixels is the result's, the rest the reference's.
+
+    For x4 that is about what the input cannot hold; for weights whose colours are not to be trusted.
+    """
+    return wavelet(x, reference, strength, levels=3)
+
+
+COLOR: dict[str, ColorFunction] = {"adain": adain, "wavelet": wavelet, "detail": detail, "none": _untouched}
 """Colour corrections by name; each leaves `x` itself at strength 0."""
 
 

@@ -169,6 +169,10 @@ def guide(name: str) -> Guide:
 def strength(name: str, cfg: float | None = None, scale: float | None = None) -> Strength:
     """The strengths of a run, gaps filled with the strategy's defaults. Raises SettingError for what cannot combine."""
     chosen = guide(name)
+    if name == "none" and cfg not in (None, 1.0):
+        raise SettingError(f"cfg is {cfg} but guidance is none: choose --guidance cfg, or leave cfg out")
+    if name in ("none", "cfg") and scale not in (None, 0.0):
+        raise SettingError(f"guidance scale is {scale} but guidance {name} has none: choose dssag, pag or sag")
     for label, value in {"cfg": cfg, "guidance scale": scale}.items():
         if value is not None and not (math.isfinite(value) and 0 <= value <= 100):
             raise SettingError(f"{label} is {value}: expected a number from 0 to 100")

@@ -53,7 +53,7 @@ class Settings:
     tile: TileSize | None = None
     overlap: float = 0.5
     propagation: Propagation = field(default_factory=Propagation)
-    color: str = "wavelet"
+    color: str = "detail"
     seed: int = 0
     denoise: float = 1.0
     batch: int = 1
@@ -63,8 +63,10 @@ class Settings:
             raise SettingError(f"scale is {self.scale}: expected a number above 0, at most 16")
         if not 1 <= self.steps <= 1000:
             raise SettingError(f"steps is {self.steps}: expected a whole number from 1 to 1000")
-        if not 0 < self.denoise <= 1:
-            raise SettingError(f"denoise is {self.denoise}: expected a share above 0, at most 1")
+        if not 0.01 <= self.denoise <= 1:
+            raise SettingError(f"denoise is {self.denoise}: expected a share from 0.01 to 1")
+        if not 0 < self.rho <= 100:
+            raise SettingError(f"rho is {self.rho}: expected a number above 0, at most 100 (0.5 is the paper's)")
         if self.batch < 1:
             raise SettingError(f"batch is {self.batch}: expected a whole number from 1")
         if self.color not in COLOR:

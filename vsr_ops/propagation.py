@@ -42,6 +42,8 @@ class Propagation:
     tap_rate: int = 1
 
     def __post_init__(self) -> None:
+        if unknown := set(self.kinds) - {"sap", "tap"}:
+            raise SettingError(f"propagation of {', '.join(sorted(unknown))}: expected sap, tap, or none of them")
         for label, value in {
             "SAP rate": self.sap_rate,
             "TAP frames": self.tap_frames,
@@ -98,26 +100,29 @@ class Call:
 def calls(plan: TilePlan, step: Step, branch: Branch, batch: int, synchronous: bool) -> Iterator[Call]:
     """The calls of one pass over the video, in the order they must run.
 
-    All spatial tiles of a window go at once at a synchronous SAP step, `batch` at a time otherwise. Windows are the
+    All spatial tiles of a window go at once at a synchronous SAP step, `batch` at a time otherwise. At a SAP step all
+    tiles of a window come before the next window, so that a lagged bank goes to the device once. Else windows are the
     inner loop, in the step's direction, so that TAP's banks are those of one batch of tiles, however large the frame.
     """
-    count = len(plan.spatial)
-    size = count if synchronous and step.kind == "sap" else batch
-    windows = range(len(plan.windows))
-    for first in range(0, count, size):
-        tiles = tuple(range(first, min(first + size, count)))
-        for n in windows if step.forward else reversed(windows):
-            tile = plan.tile_size(n)
-            yield Call(step, branch, n, tiles, tile.frames, tile.height, tile.width)
+    count, sap = len(plan.spatial), step.kind == "sap"
+    size = count if synchronous and sap else batch
+    groups = [tuple(range(first, min(first + size, count))) for first in range(0, count, size)]
+    windows = range(len(plan.windows)) if step.forward else range(len(plan.windows))[::-1]
+    order = (
+        [(n, tiles) for n in windows for tiles in groups] if sap else [(n, tiles) for tiles in groups for n in windows]
+    )
+    for n, tiles in order:
+        tile = plan.tile_size(n)
+        yield Call(step, branch, n, tiles, tile.frames, tile.height, tile.width)
 
 
 def token_grid(tokens: int, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of a layer's tokens, from the tile's height and width in latents."""
-    shrink = max(1, round(math.sqrt(height * width / tokens)))
-    rows, cols = math.ceil(height / shrink), math.ceil(width / shrink)
-    if rows * cols != tokens:
-        raise SettingError(f"a layer with {tokens} tokens does not fit a tile of {height}x{width} latents")
-    return rows, cols
+    for shrink in (1, 2, 4, 8, 16, 32):
+        rows, cols = math.ceil(height / shrink), math.ceil(width / shrink)
+        if rows * cols == tokens:
+            return rows, cols
+    raise SettingError(f"a layer with {tokens} tokens does not fit a tile of {height}x{width} latents")
 
 
 def subsample(x: Tensor, grid: tuple[int, int], rate: int) -> Tensor:
@@ -173,6 +178,10 @@ class TileRun:
         default_factory=dict[tuple[str, int, str], dict[int, KeyValue]]
     )
 
+    #: The lagged banks of the window under way, joined and on the device, by layer.
+    _joined: dict[str, KeyValue] = field(default_factory=dict[str, KeyValue])
+    _joined_at: tuple[int, str, int] | None = None
+
     @property
     def bank_bytes(self) -> int:
         """Host memory the lagged banks hold now."""
@@ -185,7 +194,7 @@ class TileRun:
             self._lagged = self._gathering if step.index == self._step + 1 else {}
             self._gathering = {}
             self._step = step.index
-        self._tap = {}
+        self._tap, self._joined, self._joined_at = {}, {}, None
         self.saliency = Saliency(self.plan) if branch.observe else None
 
     def attend(self, call: Call, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -235,9 +244,13 @@ class TileRun:
         bank = self._lagged.get((call.branch.name, call.window, layer))
         if not bank:
             return None
-        tiles = [bank[m] for m in sorted(bank)]
-        joined = [torch.cat(parts, dim=2).to(like) for parts in zip(*tiles, strict=True)]
-        return KeyValue(*(repeat(x, "t h n d -> (m t) h n d", m=len(call.tiles)) for x in joined))
+        place = (call.step.index, call.branch.name, call.window)
+        if self._joined_at != place:
+            self._joined, self._joined_at = {}, place
+        if layer not in self._joined:
+            tiles = [bank[m] for m in sorted(bank)]
+            self._joined[layer] = KeyValue(*(torch.cat(parts, dim=2).to(like) for parts in zip(*tiles, strict=True)))
+        return KeyValue(*(repeat(x, "t h n d -> (m t) h n d", m=len(call.tiles)) for x in self._joined[layer]))
 
     def _hand_over(self, call: Call, layer: str, grid: tuple[int, int], k: Tensor, v: Tensor) -> KeyValue | None:
         """Stores this window's sharpest frames for the next window, and returns what the last one left."""

@@ -78,7 +78,10 @@ class PatchedAttention:
 
 @dataclass
 class SVD:
-    """A loaded model. `active` is the run and call that the attention layers serve; None outside `serving`."""
+    """A loaded model. `active` is the run and call that the attention layers serve; None outside `serving`.
+
+    Takes over the UNet's attention processors: one UNet belongs to one SVD.
+    """
 
     unet: UNetSpatioTemporalConditionModel
     vae: AutoencoderKLTemporalDecoder
@@ -144,12 +147,12 @@ class SVD:
 
     def encode(self, frames: Tensor) -> Tensor:
         """Unscaled latents `(n, 4, h/8, w/8)` float32 (the distribution's mode) of frames; h, w multiples of 8."""
-        moments = self.vae.quant_conv(self.vae.encoder((frames * 2 - 1).to(self.device, self.dtype)))
+        moments = self.vae.quant_conv(self.vae.encoder((frames * 2 - 1).to(self.device, self.vae.dtype)))
         return moments[:, :4].float().to(frames.device)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Frames of one chunk of unscaled latents; not clamped."""
-        z = latents.to(self.device, self.dtype)
+        z = latents.to(self.device, self.vae.dtype)
         indicator = torch.zeros(1, z.shape[0], device=z.device, dtype=z.dtype)
         out = self.vae.decoder(z, num_frames=z.shape[0], image_only_indicator=indicator)
         return (out.float() / 2 + 0.5).to(latents.device)
@@ -224,6 +227,9 @@ def build_svd(weights: SVDWeights, device: torch.device, dtype: torch.dtype) -> 
     image_encoder = None
     if weights.image_encoder is not None:
         image_encoder = _build_image_encoder(weights).to(device).eval().requires_grad_(False)
+    if dtype == torch.float16:
+        # SVD's encoder overflows float16; diffusers widens it too.
+        cast(nn.Module, vae).float()
     for model in (unet, vae):
         cast(nn.Module, model).to(device).eval().requires_grad_(False)
     return SVD(unet, vae, image_encoder, TileSize(*weights.tile), device, dtype)
