@@ -472,7 +472,7 @@ def test_odd_and_short_clips_come_out_at_their_size(
     frames = list(read_frames(result))
     assert all(torch.isfinite(frame.image).all() for frame in frames)
     for stage in ("encode", "sample", "decode"):
-        counts = [(done, total) for name, done, total in heard if name == stage]
+        counts = [(done, total) for name, done, total in heard if name == stage and done > 0]
         assert counts == [(i + 1, len(counts)) for i in range(len(counts))] and counts
 
 

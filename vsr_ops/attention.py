@@ -58,8 +58,10 @@ class Tempered:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra: KeyValue | None, frames: int) -> Tensor:
         if self.gamma > 0:
-            # Divided by float32: the temperature may be above float16's largest number.
-            q = q.div_(temperature(q, k, self.gamma, frames))
+            # By its root twice: the temperature may be above float16's largest number, and for a float32 divisor the
+            # CPU would make two float32 copies of a half precision Q.
+            root = temperature(q, k, self.gamma, frames).sqrt().to(q.dtype)
+            q = q.div_(root).div_(root)
         return plain(q, k, v, extra, frames)
 
 

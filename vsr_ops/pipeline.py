@@ -265,6 +265,7 @@ def upscale(
     plan = make_plan(job, settings, model.tile, model.factor, cuts)
     lr = torch.empty(job.frames, 4, plan.height, plan.width)
     pictures = (frame.image for frame in job.upscaled())
+    progress("encode", 0, job.frames)
     for i, z in enumerate(encode_frames(model, pictures, plan.height, plan.width)):
         lr[i] = z
         progress("encode", i + 1, job.frames)
@@ -273,6 +274,7 @@ def upscale(
     context = model.context(next(job.upscaled()).image[None]) if model.image_encoder is not None else None
     result = sample(model, lr, plan, settings, context, tick=lambda _: progress("sample", next(calls_done), total))
     height, width = job.size
+    progress("decode", 0, job.frames)
     decoded = decode_frames(model, result / model.scaling_factor, model.tile.frames, cuts)
     with open_writer(output, job.info, size=job.size, codec=codec, overwrite=overwrite) as writer:
         for i, (frame, reference) in enumerate(zip(decoded, job.upscaled(), strict=True)):

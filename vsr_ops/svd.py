@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import AutoencoderKLTemporalDecoder
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
@@ -76,6 +77,23 @@ class PatchedAttention:
         return attn.to_out[1](attn.to_out[0](rearrange(out, "b h n d -> b n (h d)")))
 
 
+class OneTokenAttention:
+    """diffusers' attention processor for cross-attention to one token: a softmax over one key is 1, so every query gets
+    that token's value. The usual attention where the context has more tokens."""
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *rest: Any, **named: Any
+    ) -> Tensor:
+        context = encoder_hidden_states
+        if context.shape[1] != 1:
+            return AttnProcessor2_0()(attn, hidden_states, context, *rest, **named)
+        if context.stride(0) == 0:
+            # The temporal blocks' expanded view: as it is, a linear layer copies its weight for every row on the CPU.
+            context = context[:1]
+        value = attn.to_out[1](attn.to_out[0](attn.to_v(context)))
+        return value.expand(*hidden_states.shape[:2], -1)
+
+
 @dataclass
 class SVD:
     """A loaded model. `active` is the run and call that the attention layers serve; None outside `serving`.
@@ -96,6 +114,9 @@ class SVD:
         for name, module in spatial_self_attention(self.unet):
             if name in layers:
                 cast(Any, module).set_processor(PatchedAttention(self, layers[name]))
+        for name, module in cast("Iterable[tuple[str, nn.Module]]", self.unet.named_modules()):
+            if name.endswith(".attn2"):
+                cast(Any, module).set_processor(OneTokenAttention())
 
     @property
     def scaling_factor(self) -> float:
