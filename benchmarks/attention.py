@@ -22,7 +22,8 @@ from benchmarks.common import MIB, Options, heading, interleaved, parser, peak_b
 from training.svd import UNET_LITE
 from vsr_ops.attention import SelfAttention, Tempered, plain
 from vsr_ops.guidance import Branch
-from vsr_ops.propagation import Call, Layer, Propagation, Step, TileRun
+from vsr_ops.layers import Layer
+from vsr_ops.propagation import Call, Propagation, Step, TileRun
 from vsr_ops.svd import SVD, PatchedAttention
 from vsr_ops.tiling import plan_tiles
 
@@ -43,7 +44,7 @@ def layer_work(options: Options, hidden: Tensor) -> dict[str, Callable[[], objec
     randomize(attention)
     attention = attention.to(options.device, options.dtype).eval().requires_grad_(False)
     model = SimpleNamespace(active=None)  # all that the processor asks of a model
-    attention.set_processor(cast(Any, PatchedAttention(cast(SVD, model), Layer("first", "ends"))))
+    attention.set_processor(cast(Any, PatchedAttention(cast(SVD, model), Layer("first", frozenset({"ends"})))))
     tile = options.tile
     plan = plan_tiles(tile.frames, tile.height, tile.width, tile, factor=1)
     run = TileRun(plan, Propagation(kinds=()))

@@ -20,7 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from training.svd import FRAMES, UNET_LITE
 from training.vae import temporal_vae
-from vsr_ops.svd import LITE, SVD, load_svd, pick_device, pick_dtype
+from vsr_ops.checkpoint import LITE
+from vsr_ops.svd import SVD, load_svd, pick_device, pick_dtype
 from vsr_ops.tiling import TileSize
 
 #: Tiles as the checkpoints of each size were trained; the lite VAE has 24 latents a side in its training clips.

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import MIB, Options, build, heading, parser, peak_bytes, read, table
-from vsr_ops import pipeline
-from vsr_ops.pipeline import CELL, Settings, decode_frames, encode_frames, sample
+from vsr_ops import latents
+from vsr_ops.latents import CELL, decode_frames, encode_frames
+from vsr_ops.pipeline import Settings, sample
 from vsr_ops.propagation import Propagation
 from vsr_ops.svd import SVD
 from vsr_ops.tiling import plan_tiles
@@ -129,10 +130,10 @@ def row(options: Options, frames: int, times: int, lagged: bool) -> list[str]:
     if options.device.type == "cuda":
         return [*cells, "", "", f"{device['banks'] / MIB:.1f}", ""]
     host = measured(frames, times, lagged, False)
-    latents = frames * 4 * height * width * 4
+    video = frames * 4 * height * width * 4
     chunk = min(options.tile.frames, frames) * 3 * height * width * CELL**2 * 4
-    own = max(SAMPLE_COPIES * latents, latents + CHUNK_COPIES * chunk)
-    rest = host["host"] - max(own, SAMPLE_COPIES * latents + host["banks"])
+    own = max(SAMPLE_COPIES * video, video + CHUNK_COPIES * chunk)
+    rest = host["host"] - max(own, SAMPLE_COPIES * video + host["banks"])
     return [*cells, *(f"{n / MIB:.1f}" for n in (host["host"], own, host["banks"], rest))]
 
 
@@ -146,7 +147,7 @@ def main() -> None:
     options = read(arguments)
     if arguments.vae_tile or arguments.size == "lite":
         # smaller tiles than the pipeline's, so that small videos have several
-        setattr(pipeline, "VAE_TILE", arguments.vae_tile or options.tile.height)  # noqa: B010
+        setattr(latents, "VAE_TILE", arguments.vae_tile or options.tile.height)  # noqa: B010
     if arguments.child:
         frames, times, lagged, profiled = (int(part) for part in arguments.child.split(","))
         print(json.dumps(child(options, frames, times, bool(lagged), bool(profiled))))

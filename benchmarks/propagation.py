@@ -19,8 +19,10 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.common import MIB, Options, interleaved, ratio, table
+from vsr_ops.attention import Fused, fused_attention
 from vsr_ops.guidance import COND
-from vsr_ops.propagation import Call, Kind, Layer, Propagation, Step, TileRun, gather_tiles, sap_rate, token_grid
+from vsr_ops.layers import Layer
+from vsr_ops.propagation import Call, Kind, Propagation, Step, TileRun, gather_tiles, sap_rate, token_grid
 from vsr_ops.svd import SVD
 from vsr_ops.tiling import Merger, TileSize, plan_tiles
 
@@ -37,10 +39,12 @@ class Recorder(TileRun):
 
     seen: dict[str, tuple[Layer, Tensor, Tensor]] = field(default_factory=dict)
 
-    def attend(self, call: Call, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if layer.place == "ends":
+    def attend(
+        self, call: Call, layer: Layer, q: Tensor, k: Tensor, v: Tensor, fused: Fused = fused_attention
+    ) -> Tensor:
+        if "ends" in layer.places:
             self.seen[layer.name] = (layer, k, v)
-        return super().attend(call, layer, q, k, v)
+        return super().attend(call, layer, q, k, v, fused)
 
 
 @dataclass

@@ -170,3 +170,82 @@ def test_other_settings_out_of_range() -> None:
     for width in (-1.0, float("inf"), float("nan")):
         with pytest.raises(SettingError, match="smooth"):
             adain(clip(0), clip(1), smooth=width)
+
+
+SMOOTHED = ["adain", "wavelet", "detail"]
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_smooth_zero_changes_no_bit_whatever_the_cuts(name: str) -> None:
+    x, reference = clip(0, 6), clip(1, 6)
+    plain = COLOR[name](x, reference, 0.7)
+    assert torch.equal(correct(name, x, reference, 0.7, smooth=0.0), plain)
+    assert torch.equal(correct(name, x, reference, 0.7, smooth=0.0, cuts=(2, 3)), plain)
+    assert not torch.equal(correct(name, x, reference, 0.7, smooth=1.0), plain)
+
+
+@pytest.mark.parametrize("name", ["wavelet", "detail"])
+def test_a_smoothed_wavelet_is_the_gaussian_of_the_corrections(name: str) -> None:
+    x, reference = clip(0, 9), clip(1, 9)
+    correction = (correct(name, x, reference) - x).double()
+    smooth = 0.8
+    result = correct(name, x, reference, smooth=smooth) - x
+    for i in range(9):
+        # Three deviations, rounded up: three frames either side.
+        near = range(max(0, i - 3), min(9, i + 4))
+        weights = [2.718281828459045 ** (-((i - j) ** 2) / (2 * smooth**2)) for j in near]
+        expected = sum(w * correction[j] for j, w in zip(near, weights, strict=True)) / sum(weights)
+        assert (result[i] - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+@pytest.mark.parametrize("smooth", [1e-300, 0.3, 2.0, 50.0, 1e300])
+def test_smoothing_still_removes_a_static_colour_error(name: str, smooth: float) -> None:
+    truth = clip(3, frames=9)
+    cast = truth + torch.tensor([0.1, -0.05, 0.02]).view(3, 1, 1)
+    assert (correct(name, cast, truth, smooth=smooth) - truth).abs().max() < 1e-5
+
+
+def test_smoothing_a_wavelet_removes_a_static_uneven_error_too() -> None:
+    truth = clip(3, 7)
+    error = wavelet_split(clip(5, 1))[1]
+    unsmoothed = wavelet(truth + error, truth)
+    assert (wavelet(truth + error, truth, smooth=2.0) - unsmoothed).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_smoothing_lessens_flicker_by_every_method(name: str) -> None:
+    x = clip(0, frames=1).repeat(15, 1, 1, 1)
+    noise = 0.05 * torch.randn(15, 3, 1, 1, generator=torch.Generator().manual_seed(5))
+    reference = clip(1, frames=1) + noise
+
+    def flicker(result: torch.Tensor) -> float:
+        return float(result.mean((-2, -1)).diff(dim=0).abs().mean())
+
+    assert flicker(correct(name, x, reference, smooth=3.0)) < 0.3 * flicker(correct(name, x, reference))
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_smoothing_never_crosses_a_cut(name: str) -> None:
+    x, reference = clip(0, 10), clip(1, 10)
+    result = correct(name, x, reference, 0.9, smooth=2.0, cuts=(3, 4))
+    alone = [correct(name, x[a:b], reference[a:b], 0.9, smooth=2.0) for a, b in ((0, 3), (3, 4), (4, 10))]
+    assert torch.equal(result, torch.cat(alone))
+    assert not torch.equal(result, correct(name, x, reference, 0.9, smooth=2.0))
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_smoothing_runs_the_same_backward(name: str) -> None:
+    x, reference = clip(0, 7), clip(1, 7)
+    backward = correct(name, x.flip(0), reference.flip(0), smooth=1.5, cuts=(5,)).flip(0)
+    assert (correct(name, x, reference, smooth=1.5, cuts=(2,)) - backward).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_smooth_and_cuts_that_cannot_work_are_named(name: str) -> None:
+    for width in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(SettingError, match="smooth"):
+            correct(name, clip(0), clip(1), smooth=width)
+    for cuts in ((0,), (3,), (2, 1), (1, 1), (-1,)):
+        with pytest.raises(SettingError, match="scene cuts"):
+            correct(name, clip(0), clip(1), cuts=cuts)

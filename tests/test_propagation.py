@@ -15,10 +15,11 @@ from torch import Tensor
 from vsr_ops.attention import Tempered, identity
 from vsr_ops.errors import SamplingError, SettingError
 from vsr_ops.guidance import COND, Branch
+from vsr_ops.layers import LAYERS, Layer, place_layers
 from vsr_ops.propagation import (
     PROPAGATION,
     Call,
-    Layer,
+    Kind,
     Propagation,
     Step,
     TileRun,
@@ -37,7 +38,7 @@ from vsr_ops.tiling import TilePlan, TileSize, plan_tiles
 if TYPE_CHECKING:
     from vsr_ops.svd import SVD
 
-ENDS, MIDDLE = Layer("one", "ends"), Layer("one", "middle")
+ENDS, MIDDLE = Layer("one", frozenset({"ends"})), Layer("one", frozenset({"middle"}))
 TILE = TileSize(8, 8, 4)
 #: Two tiles side by side without overlap, so that nothing but propagation carries from one to the other.
 PAIR = plan_tiles(4, 8, 16, TILE, 0.0)
@@ -407,7 +408,7 @@ def test_a_variant_acts_in_its_own_layers_only() -> None:
     for layer, place in product((ENDS, MIDDLE), ("ends", "middle")):
         branch = Branch("perturbed", attention=identity, layers=place)
         out = run_pass(run, Step(0), branch, one_layer(run, video, layer))
-        assert torch.equal(out, values) == (layer.place == place)
+        assert torch.equal(out, values) == (place in layer.places)
 
 
 def test_the_middle_block_is_never_extended() -> None:
@@ -524,3 +525,74 @@ def test_through_the_unet_the_order_in_a_batch_changes_little(tiny: SVD) -> None
             return tiny.denoise(tiles, 1.0, tiles, tiny.context(None), 4)
 
     assert relative(batch((1, 0)).roll(4, 0), batch((0, 1))) < 1e-5
+
+
+def test_every_choice_of_layers_in_a_unet_of_svds_shape() -> None:
+    outer, middle = [f"down{i}" for i in range(6)] + [f"up{i}" for i in range(9)], ["middle"]
+    found = place_layers([*outer[:6], *middle, *outer[6:]], middle)
+    members = {choice: [name for name, layer in found.items() if choice in layer.places] for choice in LAYERS}
+    assert members["ends"] == ["down0", "down1", "up7", "up8"]
+    assert members["first two"] + members["last two"] == members["ends"]
+    assert members["middle"] == middle
+    assert members["all"] == [*outer[:6], *middle, *outer[6:]]
+
+
+def test_layers_elsewhere_are_not_extended() -> None:
+    """Propagation in the middle leaves the layers at the ends alone, and acts in the middle."""
+    video, run = noise(PAIR), TileRun(PAIR, Propagation(("sap",), sap_rate=1, layers="middle"))
+    alone = run_pass(TileRun(PAIR, Propagation(())), Step(0), COND, one_layer(run, video, ENDS), 2)
+    assert torch.equal(run_pass(run, Step(0, "sap"), COND, one_layer(run, video, ENDS), 2), alone)
+    assert not torch.equal(run_pass(run, Step(0, "sap"), COND, one_layer(run, video, MIDDLE), 2), alone)
+
+
+@pytest.mark.parametrize("kind", ["plain", "sap", "tap"])
+def test_running_out_of_memory_halves_the_batch_and_changes_nothing(kind: Kind) -> None:
+    """Fails in the middle of a call, after a layer has stored and read banks, for more than two tiles at once."""
+    plan = plan_tiles(10, 8, 40, TILE)
+    settings = Propagation((kind,), True, sap_rate=1) if kind != "plain" else Propagation(())
+    sizes: list[int] = []
+
+    def two_steps(batch: int, most: int) -> Tensor:
+        run, out = TileRun(plan, settings), torch.empty(0)
+        for index in (0, 1):
+            inner = one_layer(run, 3 * noise(plan, index))
+
+            def evaluate(call: Call, inner: Callable[[Call], Tensor] = inner) -> Tensor:
+                value = inner(call)
+                sizes.append(len(call.tiles))
+                if len(call.tiles) > most:
+                    raise torch.cuda.OutOfMemoryError(f"no room for {len(call.tiles)} tiles")
+                return value
+
+            out = run_pass(run, step_at(index, settings.kinds), COND, evaluate, batch)
+        assert run.limit == (None if most >= batch else 2)
+        return out
+
+    whole = two_steps(8, 8)
+    sizes.clear()
+    assert relative(two_steps(8, 2), whole) < 1e-6
+    assert sizes[:3] == [8, 4, 2] and set(sizes[3:]) == {2, 1}
+
+
+def test_synchronous_sap_that_does_not_fit_goes_on_lagged(caplog: pytest.LogCaptureFixture) -> None:
+    video, run = noise(PAIR), TileRun(PAIR, SAP)
+    inner = one_layer(run, video)
+
+    def evaluate(call: Call) -> Tensor:
+        if len(call.tiles) > 1:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return inner(call)
+
+    for index in (0, 1, 2):
+        out = run_pass(run, Step(index, "sap"), COND, evaluate)
+    assert run.settings.sap_lagged and "lagged" in caplog.text
+    # The same video at every step: what lagged behind is what the others hold now.
+    assert relative(out, passed(PAIR, SAP, Step(0, "sap"), video)) < 1e-6
+
+
+def test_one_tile_that_does_not_fit_is_an_error() -> None:
+    def evaluate(call: Call) -> Tensor:
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        run_pass(TileRun(PAIR, TAP), Step(0, "tap"), COND, evaluate, 2)

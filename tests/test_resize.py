@@ -1,8 +1,9 @@
-"""Bicubic resizing against a loop-by-loop reading of MATLAB's imresize, Pillow, and laws."""
+"""Resizing against a loop-by-loop reading of MATLAB's imresize, Pillow, exact fractions, and laws."""
 
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from vsr_ops.errors import SettingError
-from vsr_ops.resize import quantize8, resize_bicubic
+from vsr_ops.resize import RESIZE, quantize8, resize, resize_bicubic, resize_lanczos
 
 
 def cubic(x: float) -> float:
@@ -163,3 +164,78 @@ def test_impossible_size_is_named(size: tuple[int, int]) -> None:
 def test_unfit_tensor_is_named(x: torch.Tensor) -> None:
     with pytest.raises(SettingError, match="cannot resize a torch"):
         resize_bicubic(x, (4, 4))
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), [(12, 48), (13, 26), (48, 12), (26, 13)])
+def test_bicubic_is_exact_to_the_last_bit_where_float32_can_be(n_in: int, n_out: int) -> None:
+    # At these ratios weights are fractions of 1024 and these pixels of 8: no sum is rounded, in whatever order.
+    pixels = [Fraction((37 * i * i + 5 * i) % 9, 8) for i in range(n_in)]
+    mirror = [*pixels, *reversed(pixels)]
+    ratio = Fraction(n_in, n_out)
+    widen = max(ratio, Fraction(1))
+    expected: list[float] = []
+    for i in range(n_out):
+        centre = (i + Fraction(1, 2)) * ratio - Fraction(1, 2)
+        reach = range(math.floor(centre - 2 * widen), math.ceil(centre + 2 * widen) + 1)
+        weights = [Fraction(cubic(float((centre - j) / widen))) for j in reach]
+        value = sum(w * mirror[j % (2 * n_in)] for j, w in zip(reach, weights, strict=True)) / sum(weights)
+        expected.append(float(value))
+    row = torch.tensor([float(pixel) for pixel in pixels]).expand(1, 1, 2, n_in)
+    assert resize_bicubic(row, (2, n_out))[0, 0, 1].tolist() == expected
+    column = row.transpose(-1, -2).contiguous()
+    assert resize_bicubic(column, (n_out, 2))[0, 0, :, 1].tolist() == expected
+
+
+@pytest.mark.parametrize("size", [(30, 23), (200, 180), (77, 190), (120, 300)])
+def test_lanczos_equals_pillow_inside(size: tuple[int, int]) -> None:
+    image = step_image(120, 92).astype(np.float32)
+    ours = resize_lanczos(torch.tensor(image)[None, None], size)[0, 0].numpy()
+    theirs = np.asarray(Image.fromarray(image, mode="F").resize(size[::-1], Image.Resampling.LANCZOS))
+    rows, columns = (2 + math.ceil(3 * max(1.0, n / m)) for n, m in zip(size, image.shape, strict=True))
+    inside = (slice(rows, -rows), slice(columns, -columns))
+    assert ours[inside].size > 100 and np.abs(ours[inside] - theirs[inside]).max() < 1e-4
+    assert np.abs(ours - theirs).max() > 1e-3
+    bicubic = resize_bicubic(torch.tensor(image)[None, None], size)[0, 0].numpy()
+    assert np.abs(ours - bicubic).max() > 1e-2
+
+
+@pytest.mark.parametrize("size", [(8, 9), (37, 80), (148, 164), (1, 1)])
+def test_lanczos_keeps_constants_dtype_and_the_same_size(size: tuple[int, int]) -> None:
+    x = torch.full((2, 3, 37, 41), 0.37)
+    assert (resize_lanczos(x, size) - 0.37).abs().max() < 1e-6
+    assert resize_lanczos(x.half(), size).dtype == torch.float16
+    assert resize_lanczos(x, (37, 41)) is x
+
+
+@pytest.mark.parametrize("name", list(RESIZE))
+@pytest.mark.parametrize("times", [2, 3, 4])
+def test_a_shift_of_the_input_is_a_shift_of_the_output(name: str, times: int) -> None:
+    x = torch.rand(1, 3, 40, 50)
+    result = resize(name, x, (40 * times, 50 * times))
+    shifted = resize(name, x.roll((2, 3), (-2, -1)), (40 * times, 50 * times))
+    edge = 5 * times + 3 * times
+    back = shifted.roll((-2 * times, -3 * times), (-2, -1))
+    assert (result - back)[..., edge:-edge, edge:-edge].abs().max() < 1e-6
+    smaller = resize(name, result, (40, 50))
+    again = resize(name, shifted, (40, 50)).roll((-2, -3), (-2, -1))
+    assert (smaller - again)[..., 9:-9, 9:-9].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", list(RESIZE))
+def test_borders_are_mirrored(name: str) -> None:
+    # The picture and its mirror image side by side, cut in half again, give what the picture alone gives.
+    x = torch.rand(1, 1, 20, 24)
+    double = torch.cat([x, x.flip(-1)], -1)
+    for width in (6, 10, 60):
+        alone = resize(name, x, (20, width))
+        assert (resize(name, double, (20, 2 * width))[..., :width] - alone).abs().max() < 1e-6
+
+
+def test_resize_looks_names_up() -> None:
+    x = torch.rand(1, 3, 8, 8)
+    assert torch.equal(resize("bicubic", x, (16, 12)), resize_bicubic(x, (16, 12)))
+    assert torch.equal(resize("lanczos", x, (16, 12)), resize_lanczos(x, (16, 12)))
+    with pytest.raises(SettingError, match=r"'nearest'.*bicubic, lanczos"):
+        resize("nearest", x, (16, 12))
+    with pytest.raises(SettingError, match="0x4"):
+        resize("lanczos", x, (0, 4))

@@ -67,7 +67,12 @@ def test_the_layers_of_full_size_svd() -> None:
     # 2 in each of three down blocks, 1 in the middle, 3 in each of three up blocks.
     assert len(names) == 6 + 1 + 9
     found = find_layers(unet).items()
-    places = {name.removesuffix(".transformer_blocks.0.attn1"): layer.place for name, layer in found}
+    assert len(found) == 16
+    places = {
+        name.removesuffix(".transformer_blocks.0.attn1"): place
+        for name, layer in found
+        for place in layer.places & {"ends", "middle"}
+    }
     assert places == {
         "down_blocks.0.attentions.0": "ends",
         "down_blocks.0.attentions.1": "ends",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.data import HELD_OUT, PICTURES, halve, read_picture
 from training.degradation import h264
-from vsr_ops.demo import camera_path, load_frames, write_video
+from vsr_ops.clip import camera_path, load_frames, write_video
 from vsr_ops.metrics import measure, table
 from vsr_ops.pipeline import Job, Settings, upscale
 from vsr_ops.resize import quantize8, resize_bicubic

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vsr_ops import cost
-from vsr_ops.color import COLOR
-from vsr_ops.demo import run_demo
-from vsr_ops.errors import SettingError, VSRError
-from vsr_ops.guidance import GUIDANCE
-from vsr_ops.pipeline import Job, Settings, make_plan, scene_cuts, upscale
-from vsr_ops.propagation import PROPAGATION, SAP_MODES, Propagation
-from vsr_ops.svd import DTYPES, SVD, load_svd, pick_device, pick_dtype
-from vsr_ops.tiling import TilePlan, TileSize
-from vsr_ops.video import CODECS, check_output, probe
+from . import cost
+from .color import COLOR
+from .demo import run_demo
+from .errors import SettingError, VSRError
+from .guidance import GUIDANCE
+from .pipeline import Job, Settings, make_plan, scene_cuts, upscale
+from .propagation import PROPAGATION, SAP_MODES, Propagation
+from .svd import DTYPES, SVD, load_svd, pick_device, pick_dtype
+from .tiling import TilePlan, TileSize
+from .video import CODECS, check_output, probe
 
 
 class Bars:

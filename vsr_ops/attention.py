@@ -1,10 +1,11 @@
 """One self-attention with extended keys and values and a temperature, and the perturbed forms guidance swaps in.
 
-Tensors are `(videos*frames, heads, tokens, dim)`. Everything goes through torch's fused attention.
+Tensors are `(videos*frames, heads, tokens, dim)`. Everything goes through one fused attention: torch's, or a host's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -21,18 +22,32 @@ class KeyValue(NamedTuple):
     values: Tensor
 
 
+#: softmax(Q K^T / sqrt(d)) V, by torch or by a host.
+Fused = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's own."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class SelfAttention(Protocol):
-    """`extra` holds keys and values appended to the layer's own; `frames` how many frames one video has."""
+    """`extra` holds keys and values appended to the layer's own; `frames` how many frames one video has; `fused` does
+    the attention itself."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra: KeyValue | None, frames: int) -> Tensor: ...
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, extra: KeyValue | None, frames: int, fused: Fused = ...
+    ) -> Tensor: ...
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, extra: KeyValue | None, frames: int) -> Tensor:
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, extra: KeyValue | None, frames: int, fused: Fused = fused_attention
+) -> Tensor:
     """softmax(Q [K; K']^T / sqrt(d)) [V; V'], DC-VSR equations 1 and 2."""
     if extra is not None:
         k = torch.cat([k, extra.keys.to(k)], dim=2)
         v = torch.cat([v, extra.values.to(v)], dim=2)
-    return F.scaled_dot_product_attention(q, k, v)
+    return fused(q, k, v)
 
 
 def temperature(q: Tensor, k: Tensor, gamma: float, frames: int) -> Tensor:
@@ -56,16 +71,20 @@ class Tempered:
 
     gamma: float
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra: KeyValue | None, frames: int) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, extra: KeyValue | None, frames: int, fused: Fused = fused_attention
+    ) -> Tensor:
         if self.gamma > 0:
             # By its root twice: the temperature may be above float16's largest number, and for a float32 divisor the
             # CPU would make two float32 copies of a half precision Q.
             root = temperature(q, k, self.gamma, frames).sqrt().to(q.dtype)
             q = q.div_(root).div_(root)
-        return plain(q, k, v, extra, frames)
+        return plain(q, k, v, extra, frames, fused)
 
 
-def identity(q: Tensor, k: Tensor, v: Tensor, extra: KeyValue | None, frames: int) -> Tensor:
+def identity(
+    q: Tensor, k: Tensor, v: Tensor, extra: KeyValue | None, frames: int, fused: Fused = fused_attention
+) -> Tensor:
     """PAG's perturbation: every token attends to itself alone, so the values pass through (DC-VSR, section 3.3)."""
     return v
 

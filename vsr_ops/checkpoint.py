@@ -19,10 +19,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vsr_ops import keymap
-from vsr_ops.errors import CheckpointError
-from vsr_ops.keymap import CLIP, QUANT, UNET, VAE, Names
-from vsr_ops.safefile import (
+from . import keymap
+from .errors import CheckpointError
+from .keymap import CLIP, QUANT, UNET, VAE, Names
+from .safefile import (
     PICKLE,
     PICKLE_SUFFIXES,
     Shapes,
@@ -33,7 +33,10 @@ from vsr_ops.safefile import (
     refuse_not_finite,
     write_whole,
 )
-from vsr_ops.svd_parts import IMAGE_ENCODER_PART, PARTS, UNET_PART, VAE_PART, Part, in_transformers_names
+from .svd_parts import IMAGE_ENCODER_PART, PARTS, UNET_PART, VAE_PART, Part, in_transformers_names
+
+#: The weights that come with the pack.
+LITE = Path(__file__).parent / "weights" / "svd_lite.safetensors"
 
 KIND = "svd"
 VERSION = "1"

@@ -19,7 +19,7 @@ from av.stream import Disposition, Stream
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from vsr_ops.errors import VideoError
+from .errors import VideoError
 
 _REPAIR = "copy or download it again, or keep what is there with ffmpeg -i IN -c copy OUT"
 _ONE_TO_ONE = ("h264", "hevc")

@@ -5,33 +5,23 @@ Counts are exact; bytes of banks are exact for the plan; activation memory and t
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vsr_ops.guidance import COND, guide
-from vsr_ops.pipeline import Job, Settings, strengths, unet_calls
-from vsr_ops.propagation import calls, sap_rate, step_at
-from vsr_ops.svd import SVD, find_layers, spatial_self_attention
-from vsr_ops.tiling import TilePlan, TileSize
+from .guidance import COND, guide
+from .pipeline import Job, Settings, strengths, unet_calls
+from .plan_cost import EFFICIENCY, Bank, lagged_bytes, matmul_speed, readable, tap_bytes
+from .propagation import calls, step_at
+from .svd import SVD, find_layers, spatial_self_attention
+from .tiling import TilePlan, TileSize
 
-#: Live copies of the widest activation at the peak of a UNet call, and the share of a matrix product's speed that a
-#: UNet reaches: rough, good to a factor of about 2.
-ACTIVATION_COPIES, EFFICIENCY = 24, 0.45
-
-
-@dataclass(frozen=True)
-class Bank:
-    """A layer that propagation acts in: its tokens in a tile, and the width of keys and values together."""
-
-    rows: int
-    cols: int
-    width: int
+#: Live copies of the widest activation at the peak of a UNet call: rough, good to a factor of about 2.
+ACTIVATION_COPIES = 24
 
 
 @dataclass(frozen=True)
@@ -48,9 +38,9 @@ class Estimate:
     seconds: float
 
 
-def banks(model: SVD, tile: TileSize) -> list[Bank]:
-    """The layers at the ends of the UNet, for tiles of one size."""
-    chosen = {name for name, layer in find_layers(model.unet).items() if layer.place == "ends"}
+def banks(model: SVD, tile: TileSize, layers: str = "ends") -> list[Bank]:
+    """The layers of a choice of LAYERS, for tiles of one size."""
+    chosen = {name for name, layer in find_layers(model.unet).items() if layers in layer.places}
     found: list[Bank] = []
     for name, module in spatial_self_attention(model.unet):
         attention = cast(Any, module)
@@ -65,29 +55,6 @@ def _depth(name: str, levels: int) -> int:
     """How often the latent has been halved where a layer stands, from its name."""
     stage, number = name.split(".")[:2]
     return int(number) if stage == "down_blocks" else levels - 1 - int(number)
-
-
-def lagged_bytes(plan: TilePlan, settings: Settings, layers: list[Bank], itemsize: int) -> int:
-    """Host memory of SAP's lagged banks: every window's, for each branch that runs; 0 where SAP does not lag."""
-    wanted = settings.propagation.sap_lagged and "sap" in settings.propagation.kinds
-    if not wanted or len(plan.spatial) == 1:
-        return 0
-    tokens = 0
-    for layer in layers:
-        rate = sap_rate(settings.propagation, len(plan.spatial), (layer.rows, layer.cols))
-        tokens += -(-layer.rows // rate) * -(-layer.cols // rate) * layer.width
-    frames = sum(window.span.length for window in plan.windows)
-    branches = guide(settings.guidance).passes(strengths(settings)[0])
-    return frames * len(plan.spatial) * tokens * branches * itemsize
-
-
-def tap_bytes(plan: TilePlan, settings: Settings, layers: list[Bank], itemsize: int) -> int:
-    """Device memory of TAP's banks: those of one batch of tiles, from one window to the next."""
-    if "tap" not in settings.propagation.kinds or len(plan.windows) == 1:
-        return 0
-    rate, frames = settings.propagation.tap_rate, settings.propagation.tap_frames
-    tokens = sum(-(-layer.rows // rate) * -(-layer.cols // rate) * layer.width for layer in layers)
-    return 2 * settings.batch * frames * tokens * itemsize
 
 
 def activation_bytes(model: SVD, tile: TileSize, tiles: int) -> int:
@@ -123,25 +90,10 @@ def tile_flops(model: SVD, tile: TileSize) -> float:
     return float(counter.get_total_flops())
 
 
-def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a matrix product here, in about a tenth of a second."""
-    size = 1024 if device.type == "cpu" else 4096
-    a = torch.randn(size, size, device=device).to(dtype)
-
-    def run() -> float:
-        start = time.perf_counter()
-        out: Tensor = a @ a
-        out[0, 0].item()  # waits for the device
-        return time.perf_counter() - start
-
-    run()
-    return 2 * size**3 / min(run() for _ in range(3))
-
-
 def estimate(model: SVD, plan: TilePlan, settings: Settings) -> Estimate:
     """Numbers for a plan whose SAP mode is decided (`resolve_sap`). Measures the device for a tenth of a second."""
     tile = max((plan.tile_size(n) for n in range(len(plan.windows))), key=lambda t: t.frames)
-    layers, kinds = banks(model, tile), settings.propagation.kinds
+    layers, kinds = banks(model, tile, settings.propagation.layers), settings.propagation.kinds
     guidance, powers = guide(settings.guidance), strengths(settings)
     tile_passes = sum(guidance.passes(power) for power in powers) * plan.tiles
     together = max(
@@ -155,12 +107,13 @@ def estimate(model: SVD, plan: TilePlan, settings: Settings) -> Estimate:
     seconds = tile_passes * flops / (EFFICIENCY * matmul_speed(model.device, model.dtype))
     weights = sum(p.nbytes for module in (model.unet, model.vae) for p in module.parameters())
     size = model.dtype.itemsize
+    branches = guidance.passes(powers[0])
     return Estimate(
         unet_calls=unet_calls(plan, settings),
         tile_passes=tile_passes,
         weights_bytes=weights,
-        lagged_bytes=lagged_bytes(plan, settings, layers, size),
-        tap_bytes=tap_bytes(plan, settings, layers, size),
+        lagged_bytes=lagged_bytes(plan, settings.propagation, branches, layers, size),
+        tap_bytes=tap_bytes(plan, settings.propagation, settings.batch, layers, size),
         activation_bytes=activation_bytes(model, tile, together),
         flops=flops,
         seconds=seconds,
@@ -182,13 +135,11 @@ def describe(job: Job, plan: TilePlan, settings: Settings, numbers: Estimate) ->
         f"propagation  {kinds}" + (f" (SAP {mode})" if "sap" in settings.propagation.kinds else ""),
         f"UNet         {numbers.unet_calls} calls, {numbers.tile_passes} tile passes of {numbers.flops / 1e9:.1f} GFLOP"
         f" ({settings.guidance}, {settings.steps} steps)",
-        f"memory       weights {_size(numbers.weights_bytes)}, activations about {_size(numbers.activation_bytes)},"
-        f" TAP banks {_size(numbers.tap_bytes)}; in host memory: SAP's lagged banks {_size(numbers.lagged_bytes)},"
-        f" latents {_size(5 * 4 * 4 * plan.frames * plan.height * plan.width)}",
+        f"memory       weights {readable(numbers.weights_bytes)}, activations about"
+        f" {readable(numbers.activation_bytes)},"
+        f" TAP banks {readable(numbers.tap_bytes)}; in host memory: SAP's lagged banks"
+        f" {readable(numbers.lagged_bytes)},"
+        f" latents {readable(5 * 4 * 4 * plan.frames * plan.height * plan.width)}",
         f"time         about {numbers.seconds / 60:.1f} minutes of sampling (good to a factor of 2)",
     ]
     return "\n".join(lines)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -7,7 +7,7 @@ wherever both branches see the same x.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -15,8 +15,8 @@ import torch
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
-from vsr_ops.attention import SelfAttention, Tempered, identity
-from vsr_ops.errors import SettingError
+from .attention import SelfAttention, Tempered, identity
+from .errors import SettingError
 
 #: Receives the attention each token of the middle block got; see `attention.received`.
 Observer = Callable[[Tensor], None]
@@ -82,6 +82,35 @@ def extrapolate(weak: Tensor, strong: Tensor, weight: float) -> Tensor:
     return torch.lerp(weak.float(), strong.float(), weight).to(strong.dtype)
 
 
+def push(guided: Tensor, strong: Tensor, weak: Tensor, scale: float) -> Tensor:
+    """guided + scale * (strong - weak): a perturbed branch's share on top of whatever guided before. Scale 0 is
+    `guided` itself."""
+    if scale == 0:
+        return guided
+    return (guided.float() + scale * (strong.float() - weak.float())).to(guided.dtype)
+
+
+def sag_degrade(estimate: Tensor, saliency: Tensor) -> Tensor:
+    """The estimate, blurred where `saliency` `(frames, 1, h, w)` says that the model attends (SAG, section 4)."""
+    base = estimate.float()
+    blurred = gaussian_blur2d(base, (SAG_BLUR_SIZE, SAG_BLUR_SIZE), (SAG_BLUR_SIGMA, SAG_BLUR_SIGMA))
+    return (base + saliency.to(base) * (blurred - base)).to(estimate.dtype)
+
+
+def sag_renoise(x: Tensor, estimate: Tensor, degraded: Tensor) -> Tensor:
+    """The degraded estimate with the noise of `x` on it."""
+    return (degraded.float() + x.float() - estimate.float()).to(x.dtype)
+
+
+def schedule_ends(sigmas: Sequence[float], model_max: float, model_min: float) -> tuple[float, float]:
+    """The sigmas between which gamma falls: the run's own above zero, or the model's when the run starts below them.
+
+    A run whose first sigma is under 0.9 of the model's counts as partial denoise.
+    """
+    above = [sigma for sigma in sigmas if sigma > 0]
+    return (above[0], above[-1]) if above[0] >= 0.9 * model_max else (model_max, model_min)
+
+
 def no_guidance(denoise: Denoise, x: Tensor, strength: Strength) -> Tensor:
     """The conditional branch alone."""
     return denoise(x, COND)[0]
@@ -114,7 +143,7 @@ def pag(denoise: Denoise, x: Tensor, strength: Strength) -> Tensor:
     if strength.scale == 0:
         return guided
     perturbed = denoise(x, Branch("perturbed", attention=identity, layers="middle"))[0]
-    return (guided.float() + strength.scale * (cond.float() - perturbed.float())).to(guided.dtype)
+    return push(guided, cond, perturbed, strength.scale)
 
 
 def sag(denoise: Denoise, x: Tensor, strength: Strength) -> Tensor:
@@ -129,11 +158,9 @@ def sag(denoise: Denoise, x: Tensor, strength: Strength) -> Tensor:
     estimate, saliency = denoise(x, replace(weak, observe=True))
     assert saliency is not None
     guided = estimate if weak is COND else extrapolate(estimate, denoise(x, COND)[0], strength.cfg)
-    base = estimate.float()
-    blurred = gaussian_blur2d(base, (SAG_BLUR_SIZE, SAG_BLUR_SIZE), (SAG_BLUR_SIGMA, SAG_BLUR_SIGMA))
-    degraded = base + saliency * (blurred - base)
-    answer = denoise((degraded + x.float() - base).to(x.dtype), replace(weak, name="perturbed"))[0]
-    return (guided.float() + strength.scale * (degraded - answer.float())).to(guided.dtype)
+    degraded = sag_degrade(estimate, saliency)
+    answer = denoise(sag_renoise(x, estimate, degraded), replace(weak, name="perturbed"))[0]
+    return push(guided, degraded, answer, strength.scale)
 
 
 @dataclass(frozen=True)

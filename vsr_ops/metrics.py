@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from vsr_ops.errors import SettingError
+from .errors import SettingError
 
 MetricFunction = Callable[[Tensor, Tensor], Tensor]
 """(result, truth), both (frames, 3, h, w) RGB in [0, 1] -> (frames,), float64 where the device has it."""

@@ -23,8 +23,8 @@ from einops import rearrange
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from vsr_ops import yuv
-from vsr_ops.errors import VideoError
+from . import yuv
+from .errors import VideoError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 """What counts as a picture, in lower case."""

@@ -5,7 +5,7 @@ The input is read twice (to encode it, and as the colour reference), so that onl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -13,20 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vsr_ops.color import COLOR, correct
-from vsr_ops.errors import SettingError
-from vsr_ops.guidance import COND, Branch, Strength, gamma_at, guide, strength
-from vsr_ops.propagation import Call, Propagation, Step, TileRun, calls, gather_tiles, run_pass, step_at
-from vsr_ops.resize import resize_bicubic
-from vsr_ops.scenes import find_cuts
-from vsr_ops.svd import SIGMA_MAX, SIGMA_MIN, SVD, sigmas
-from vsr_ops.tiling import Merger, TilePlan, TileSize, cut_tile, plan_tiles, spans
-from vsr_ops.video import Frame, VideoInfo, check_output, open_writer, read_frames
-
-#: Picture pixels of one latent pixel along each side.
-CELL = 8
-#: The VAE works on spatial tiles of this many latents, so that memory is flat in area.
-VAE_TILE, VAE_OVERLAP = 64, 0.25
+from .color import COLOR, correct
+from .errors import SettingError
+from .guidance import COND, Branch, Strength, gamma_at, guide, strength
+from .latents import CELL, decode_frames, encode_frames
+from .propagation import Call, Propagation, Step, TileRun, calls, gather_tiles, run_pass, step_at
+from .resize import resize_bicubic
+from .scenes import find_cuts
+from .svd import SIGMA_MAX, SIGMA_MIN, SVD, sigmas
+from .tiling import TilePlan, TileSize, plan_tiles
+from .video import Frame, VideoInfo, check_output, open_writer, read_frames
 
 #: (stage, done, total): called after every unit of work; raising stops the run.
 Progress = Callable[[str, int, int], None]
@@ -122,60 +118,6 @@ def make_plan(job: Job, settings: Settings, tile: TileSize, factor: int, cuts: S
 def scene_cuts(job: Job) -> tuple[int, ...]:
     """First frames of new scenes, counted from the job's first frame."""
     return find_cuts(frame.image for frame in read_frames(job.info, job.start, job.stop))
-
-
-def pad_to(frame: Tensor, height: int, width: int) -> Tensor:
-    """`(c, h, w)` grown at the bottom and right by repeating its edge."""
-    rows = torch.arange(height).clamp(max=frame.shape[-2] - 1)
-    cols = torch.arange(width).clamp(max=frame.shape[-1] - 1)
-    return frame[:, rows][:, :, cols]
-
-
-def _vae_plan(frames: int, height: int, width: int) -> TilePlan:
-    return plan_tiles(frames, height, width, TileSize(VAE_TILE, VAE_TILE, frames), VAE_OVERLAP, factor=1)
-
-
-@torch.no_grad()
-def encode_frames(model: SVD, frames: Iterable[Tensor], height: int, width: int) -> Iterator[Tensor]:
-    """Unscaled latents `(4, height, width)` of frames `(3, h, w)`, padded to fit, one by one, in spatial tiles."""
-    plan = _vae_plan(1, height, width)
-    for frame in frames:
-        padded = pad_to(frame, height * CELL, width * CELL)[None]
-        merger = Merger(plan)
-        for m in range(len(plan.spatial)):
-            merger.add(0, m, model.encode(cut_tile(plan.magnified(CELL), 0, m, padded)))
-        yield merger.result()[0]
-
-
-@torch.no_grad()
-def decode_frames(model: SVD, latents: Tensor, chunk: int, cuts: Sequence[int] = ()) -> Iterator[Tensor]:
-    """Frames `(3, 8h, 8w)` of unscaled latents `(n, 4, h, w)`, not clamped, one by one.
-
-    Fixed chunks of `chunk` frames overlap by a quarter and are blended; none crosses a cut. Only frames that a later
-    chunk still adds to are held.
-    """
-    for start, stop in pairwise([0, *cuts, latents.shape[0]]):
-        windows = spans(stop - start, chunk, VAE_OVERLAP)
-        held: Tensor | None = None
-        for n, window in enumerate(windows):
-            out = _decode_chunk(model, latents[start + window.start : start + window.stop])
-            if held is not None:
-                # Linear cross-fade over the frames both chunks hold.
-                shared = held.shape[0]
-                weight = torch.linspace(0, 1, shared + 2)[1:-1].view(-1, 1, 1, 1)
-                out[:shared] = torch.lerp(held, out[:shared], weight)
-            following = windows[n + 1].start if n + 1 < len(windows) else window.stop
-            ready = following - window.start
-            held = out[ready:].clone()
-            yield from out[:ready]
-
-
-def _decode_chunk(model: SVD, latents: Tensor) -> Tensor:
-    plan = _vae_plan(latents.shape[0], *latents.shape[-2:])
-    merger = Merger(plan.magnified(CELL))
-    for m in range(len(plan.spatial)):
-        merger.add(0, m, model.decode(cut_tile(plan, 0, m, latents)))
-    return merger.result()
 
 
 def noise_schedule(settings: Settings) -> list[float]:

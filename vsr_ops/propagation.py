@@ -5,20 +5,24 @@ Settings and the kind of a step are plain values. `TileRun` holds one run's bank
 
 from __future__ import annotations
 
+import logging
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from vsr_ops.attention import KeyValue, plain, received
-from vsr_ops.errors import SamplingError, SettingError
-from vsr_ops.guidance import Branch
-from vsr_ops.tiling import Merger, TilePlan, cut_tile
+from .attention import Fused, KeyValue, fused_attention, plain, received
+from .errors import SamplingError, SettingError
+from .guidance import Branch
+from .layers import Layer, check_layers
+from .tiling import Merger, TilePlan, cut_tile
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["plain", "sap", "tap"]
 
@@ -32,7 +36,8 @@ class Propagation:
     """What is propagated. `kinds` alternate from step to step; one alone acts at every step; empty is off.
 
     `sap_rate` takes every s-th token in y and x (None: the smallest s from 4 up whose bank is at most half of a tile's
-    own tokens). `tap_frames` is the paper's L; `tap_rate` 1 takes all their tokens (the paper's setting).
+    own tokens). `tap_frames` is the paper's L; `tap_rate` 1 takes all their tokens (the paper's setting). `layers` is a
+    name in LAYERS.
     """
 
     kinds: tuple[Kind, ...] = ("sap", "tap")
@@ -40,8 +45,10 @@ class Propagation:
     sap_rate: int | None = None
     tap_frames: int = 4
     tap_rate: int = 1
+    layers: str = "ends"
 
     def __post_init__(self) -> None:
+        check_layers(self.layers)
         if unknown := set(self.kinds) - {"sap", "tap"}:
             raise SettingError(f"propagation of {', '.join(sorted(unknown))}: expected sap, tap, or none of them")
         for label, value in {
@@ -53,7 +60,7 @@ class Propagation:
                 raise SettingError(f"{label} is {value}: expected a whole number from 1")
 
     @staticmethod
-    def named(name: str, **settings: int | bool | None) -> Propagation:
+    def named(name: str, **settings: int | bool | str | None) -> Propagation:
         """From a name in PROPAGATION; raises SettingError with the known names for another."""
         if name not in PROPAGATION:
             raise SettingError(f"propagation is {name!r}: expected one of {', '.join(PROPAGATION)}")
@@ -151,22 +158,19 @@ def sharpest_frames(keys: Tensor, count: int) -> list[int]:
     return sorted(int(frame) for frame in order[:count])
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A spatial self-attention layer: its name in the UNet, and whether it is at the ends or in the middle."""
-
-    name: str
-    place: Literal["ends", "middle"]
-
-
 @dataclass
 class TileRun:
     """The banks of one run. SAP's lagged banks stand in host memory until the next step has used them; TAP's live
-    from a window to its neighbour. Both belong to a branch, a window and a layer."""
+    from a window to its neighbour. Both belong to a branch, a window and a layer.
+
+    A call may be evaluated again, whole or in parts, until `finish` has been told of it. `limit` is how many tiles fit
+    in memory together, once that is known.
+    """
 
     plan: TilePlan
     settings: Propagation
     saliency: Saliency | None = None
+    limit: int | None = None
     _step: int = -1
     _lagged: dict[tuple[str, int, str], dict[int, KeyValue]] = field(
         default_factory=dict[tuple[str, int, str], dict[int, KeyValue]]
@@ -197,17 +201,43 @@ class TileRun:
         self._tap, self._joined, self._joined_at = {}, {}, None
         self.saliency = Saliency(self.plan) if branch.observe else None
 
-    def attend(self, call: Call, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def finish(self, call: Call) -> None:
+        """Announces that a call is done with: what only it needed is dropped."""
+        left = self._neighbours(call)[0]
+        for key in [key for key in self._tap if key[:2] == (call.branch.name, left)]:
+            for m in call.tiles:
+                self._tap[key].pop(m, None)
+            if not self._tap[key]:
+                del self._tap[key]
+        if self.saliency is not None:
+            self.saliency.commit()
+
+    def shrink(self, call: Call) -> None:
+        """Makes do with half of the call's tiles at once from now on. Synchronous SAP, which cannot, becomes lagged."""
+        self.limit = len(call.tiles) // 2
+        if call.step.kind == "sap" and not self.settings.sap_lagged:
+            self.settings = replace(self.settings, sap_lagged=True)
+            log.warning("Out of memory with a window's %d tiles at once: SAP is lagged from here on", len(call.tiles))
+        log.warning("Out of memory with %d tiles at once: going on with %d", len(call.tiles), self.limit)
+
+    def acts(self, call: Call, layer: Layer) -> bool:
+        """Whether `attend` would do anything but plain attention here."""
+        varied = call.branch.attention is not None and call.branch.layers in layer.places
+        observed = self.saliency is not None and "middle" in layer.places
+        return varied or observed or (bool(self.settings.kinds) and self.settings.layers in layer.places)
+
+    def attend(
+        self, call: Call, layer: Layer, q: Tensor, k: Tensor, v: Tensor, fused: Fused = fused_attention
+    ) -> Tensor:
         """Self-attention of a layer, with what SAP or TAP appends and the branch's variant, where they act.
 
-        All `(tiles*frames, heads, tokens, dim)`; `q` may be scaled in place.
+        All `(tiles*frames, heads, tokens, dim)`; `q` may be scaled in place. `fused` is the attention to use.
         """
-        variant = call.branch.attention if call.branch.layers == layer.place else None
-        if layer.place == "middle":
-            if self.saliency is not None:
-                self.saliency.observe(call, q, k)
-            return (variant or plain)(q, k, v, None, call.frames)
-        return (variant or plain)(q, k, v, self._extend(call, layer.name, k, v), call.frames)
+        if self.saliency is not None and "middle" in layer.places:
+            self.saliency.observe(call, q, k)
+        variant = call.branch.attention if call.branch.layers in layer.places else None
+        extra = self._extend(call, layer.name, k, v) if self.settings.layers in layer.places else None
+        return (variant or plain)(q, k, v, extra, call.frames, fused)
 
     def _extend(self, call: Call, layer: str, k: Tensor, v: Tensor) -> KeyValue | None:
         grid = token_grid(k.shape[2], call.height, call.width)
@@ -254,16 +284,9 @@ class TileRun:
 
     def _hand_over(self, call: Call, layer: str, grid: tuple[int, int], k: Tensor, v: Tensor) -> KeyValue | None:
         """Stores this window's sharpest frames for the next window, and returns what the last one left."""
-        windows = self.plan.windows
-        before, after = (-1, 1) if call.step.forward else (1, -1)
-
-        def neighbour(offset: int) -> int | None:
-            n = call.window + offset
-            return n if 0 <= n < len(windows) and windows[n].scene == windows[call.window].scene else None
-
-        left = neighbour(before)
-        found = self._tap.pop((call.branch.name, left, layer), None) if left is not None else None
-        if neighbour(after) is not None:
+        left, right = self._neighbours(call)
+        found = self._tap.get((call.branch.name, left, layer)) if left is not None else None
+        if right is not None:
             bank = self._tap.setdefault((call.branch.name, call.window, layer), {})
             for i, m in enumerate(call.tiles):
                 own = slice(i * call.frames, (i + 1) * call.frames)
@@ -274,6 +297,16 @@ class TileRun:
         # for one tile a view: every frame sees the same tokens
         joined = [torch.cat(parts) for parts in zip(*tiles, strict=True)]
         return KeyValue(*(repeat(x, "m h n d -> (m t) h n d", t=call.frames) for x in joined))
+
+    def _neighbours(self, call: Call) -> tuple[int | None, int | None]:
+        """The windows of the same scene that run before and after the call's at a TAP step."""
+        windows = self.plan.windows
+
+        def neighbour(offset: int) -> int | None:
+            n = call.window + offset
+            return n if 0 <= n < len(windows) and windows[n].scene == windows[call.window].scene else None
+
+        return (neighbour(-1), neighbour(1)) if call.step.forward else (neighbour(1), neighbour(-1))
 
     def _sharpest(self, k: Tensor, v: Tensor, grid: tuple[int, int]) -> KeyValue:
         frames = sharpest_frames(k, self.settings.tap_frames)
@@ -291,18 +324,46 @@ class Saliency:
 
     def __init__(self, plan: TilePlan) -> None:
         self._merger = Merger(plan)
+        self._pending: dict[tuple[int, int], Tensor] = {}
 
     def observe(self, call: Call, q: Tensor, k: Tensor) -> None:
-        """Takes the queries and keys of a middle self-attention layer."""
+        """Takes the queries and keys of a middle self-attention layer; the last layer's count."""
         rows, cols = token_grid(k.shape[2], call.height, call.width)
         mask = rearrange((received(q, k) > 1).float(), "b (y x) -> b 1 y x", y=rows, x=cols)
         full = torch.nn.functional.interpolate(mask, size=(call.height, call.width), mode="nearest").cpu()
         for i, m in enumerate(call.tiles):
-            self._merger.add(call.window, m, full[i * call.frames : (i + 1) * call.frames])
+            self._pending[call.window, m] = full[i * call.frames : (i + 1) * call.frames]
+
+    def commit(self) -> None:
+        """Blends in what was observed since the last time."""
+        for (window, m), mask in self._pending.items():
+            self._merger.add(window, m, mask)
+        self._pending = {}
 
     def result(self) -> Tensor:
         """The mask `(frames, 1, h, w)` in [0, 1], tiles blended."""
         return self._merger.result()
+
+
+def evaluate_within(run: TileRun, call: Call, evaluate: Callable[[Call], Tensor]) -> Tensor:
+    """`evaluate(call)`, in as many parts as memory asks for; `(tiles*frames, c, h, w)` all the same.
+
+    Raises torch.cuda.OutOfMemoryError when a single tile does not fit.
+    """
+    if run.limit is not None and len(call.tiles) > run.limit:
+        sizes = range(0, len(call.tiles), run.limit)
+        parts = [replace(call, tiles=call.tiles[first : first + run.limit]) for first in sizes]
+        return torch.cat([evaluate_within(run, part, evaluate) for part in parts])
+    try:
+        return evaluate(call)
+    except torch.cuda.OutOfMemoryError:
+        if len(call.tiles) == 1:
+            raise
+    # Outside the handler: only now is what the exception held free.
+    run.shrink(call)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return evaluate_within(run, call, evaluate)
 
 
 def run_pass(run: TileRun, step: Step, branch: Branch, evaluate: Callable[[Call], Tensor], batch: int = 1) -> Tensor:
@@ -314,13 +375,14 @@ def run_pass(run: TileRun, step: Step, branch: Branch, evaluate: Callable[[Call]
     run.begin(step, branch)
     merger = Merger(run.plan)
     for call in calls(run.plan, step, branch, batch, synchronous=not run.settings.sap_lagged):
-        value = evaluate(call)
+        value = evaluate_within(run, call, evaluate)
         if not bool(torch.isfinite(value).all()):
             raise SamplingError(
                 f"step {step.index + 1}, window {call.window + 1} of {len(run.plan.windows)}, tile"
                 f" {', '.join(str(m + 1) for m in call.tiles)} of {len(run.plan.spatial)}, branch {branch.name}: the"
-                " model gave NaN or infinity; try --dtype float32, or check the weights"
+                " model gave NaN or infinity; try float32, or check the weights"
             )
+        run.finish(call)
         for i, m in enumerate(call.tiles):
             merger.add(call.window, m, value[i * call.frames : (i + 1) * call.frames])
     return merger.result()

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from vsr_ops.errors import CheckpointError
+from .errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
 

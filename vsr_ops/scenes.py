@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vsr_ops.errors import SettingError
+from .errors import SettingError
 
 DEFAULT_THRESHOLD = 27.0
 """PySceneDetect's own default: mean change of hue, saturation and value between two frames, out of 255."""

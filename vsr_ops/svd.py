@@ -20,13 +20,12 @@ from einops import rearrange, repeat
 from kornia.geometry.transform import resize
 from torch import Tensor, nn
 
-from vsr_ops.attention import plain
-from vsr_ops.checkpoint import SVDWeights, match_host_epsilon, read_svd
-from vsr_ops.errors import DeviceError
-from vsr_ops.propagation import Call, Layer, TileRun
-from vsr_ops.tiling import TileSize
-
-LITE = Path(__file__).parent / "weights" / "svd_lite.safetensors"
+from .attention import plain
+from .checkpoint import LITE, SVDWeights, match_host_epsilon, read_svd
+from .errors import DeviceError
+from .layers import Layer, place_layers
+from .propagation import Call, TileRun
+from .tiling import TileSize
 
 #: What the UNet is told beside the picture: frame rate (the paper's 8, as the UNet sees it), motion bucket, noise.
 MICRO_CONDITIONS = (8.0, 127.0, 0.0)
@@ -49,11 +48,9 @@ def spatial_self_attention(unet: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def find_layers(unet: nn.Module) -> dict[str, Layer]:
-    """The layers the pack acts in: the first and last two spatial self-attentions, and those of the middle block."""
+    """Every spatial self-attention layer by name, with the choices it belongs to."""
     names = [name for name, _ in spatial_self_attention(unet)]
-    middle = {name: Layer(name, "middle") for name in names if name.startswith("mid_block.")}
-    outer = [name for name in names if name not in middle]
-    return middle | {name: Layer(name, "ends") for name in (*outer[:2], *outer[-2:])}
+    return place_layers(names, [name for name in names if name.startswith("mid_block.")])
 
 
 class PatchedAttention:
@@ -112,8 +109,7 @@ class SVD:
     def __post_init__(self) -> None:
         layers = find_layers(self.unet)
         for name, module in spatial_self_attention(self.unet):
-            if name in layers:
-                cast(Any, module).set_processor(PatchedAttention(self, layers[name]))
+            cast(Any, module).set_processor(PatchedAttention(self, layers[name]))
         for name, module in cast("Iterable[tuple[str, nn.Module]]", self.unet.named_modules()):
             if name.endswith(".attn2"):
                 cast(Any, module).set_processor(OneTokenAttention())

@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vsr_ops import keymap
-from vsr_ops.errors import CheckpointError
-from vsr_ops.keymap import CLIP, UNET, VAE, Names
-from vsr_ops.safefile import Shapes, first_line
+from . import keymap
+from .errors import CheckpointError
+from .keymap import CLIP, UNET, VAE, Names
+from .safefile import Shapes, first_line
 
 HEAD_WIDTH = 64
 CLIP_HEADS = 16

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vsr_ops.errors import SettingError
+from .errors import SettingError
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from vsr_ops.video_in import Frame, VideoInfo, made_info, probe, read_frames
-from vsr_ops.video_out import Writer, check_output, open_writer
-from vsr_ops.video_sink import CODECS, Codec
+from .video_in import Frame, VideoInfo, made_info, probe, read_frames
+from .video_out import Writer, check_output, open_writer
+from .video_sink import CODECS, Codec
 
 __all__ = [
     "CODECS",

@@ -20,8 +20,8 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from torch import Tensor
 
-from vsr_ops import container, pictures, yuv
-from vsr_ops.errors import VideoError
+from . import container, pictures, yuv
+from .errors import VideoError
 
 FULL_RANGE = 2
 """H.273 codes as FFmpeg numbers them: 1 is limited (16..235), 2 is full (0..255)."""

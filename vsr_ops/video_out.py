@@ -19,10 +19,10 @@ from av.codec.codec import UnknownCodecError
 from av.error import FFmpegError
 from torch import Tensor
 
-from vsr_ops import container, pictures
-from vsr_ops.errors import VideoError
-from vsr_ops.video_in import Frame, VideoInfo
-from vsr_ops.video_sink import CODECS, FORMATS, Codec, PictureSink, VideoSink
+from . import container, pictures
+from .errors import VideoError
+from .video_in import Frame, VideoInfo
+from .video_sink import CODECS, FORMATS, Codec, PictureSink, VideoSink
 
 _FOREIGN_SUFFIXES = (".webm", ".avi", ".gif", ".ts", ".mpg", ".wmv", ".flv")
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -16,9 +16,9 @@ from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from vsr_ops import container, pictures, yuv
-from vsr_ops.errors import VideoError
-from vsr_ops.video_in import FULL_RANGE, Frame, VideoInfo
+from . import container, pictures, yuv
+from .errors import VideoError
+from .video_in import FULL_RANGE, Frame, VideoInfo
 
 FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 """FFmpeg's name of the container by the path's ending."""

@@ -1,0 +1,42 @@
+"""The pack's nodes. Ids are permanent; widgets are only ever appended, since saved graphs hold them by place."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .guiders import DSSAGGuider, PAGGuider, SAGGuider
+from .latent import Decode, SVDConditioning
+from .load import DemoClip, LoadLite
+from .patches import DSSAG, TiledDiffusion
+from .picture import ColorMatch, Compare, UpscaleLR
+from .preview import TilePreview
+from .sampler import TiledSVDSampler
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadLite,
+    DemoClip,
+    UpscaleLR,
+    SVDConditioning,
+    TiledDiffusion,
+    DSSAGGuider,
+    DSSAG,
+    PAGGuider,
+    SAGGuider,
+    TiledSVDSampler,
+    Decode,
+    ColorMatch,
+    TilePreview,
+    Compare,
+]
+
+
+class CoherentVSR(ComfyExtension):
+    """The pack, as the host asks for it."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> CoherentVSR:
+    """The host's entry point."""
+    return CoherentVSR()

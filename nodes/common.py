@@ -1,0 +1,68 @@
+"""What nodes share: pictures in and out of the pack's layout, choices that are checked, inputs used by several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from comfy_api.latest import io
+from einops import rearrange
+from torch import Tensor
+
+from ..vsr_ops.errors import SettingError
+from ..vsr_ops.layers import LAYERS
+
+CATEGORY = "VSR"
+
+
+def to_frames(image: Tensor, name: str = "image") -> Tensor:
+    """`(frames, 3, height, width)` of an IMAGE, a view. Raises SettingError for an empty or not RGB one."""
+    if image.ndim != 4 or image.numel() == 0:
+        raise SettingError(
+            f"{name} is empty (shape {tuple(image.shape)}): expected at least one frame; check its source"
+        )
+    if image.shape[-1] != 3:
+        raise SettingError(
+            f"{name} has {image.shape[-1]} channels: expected 3 (RGB); take its alpha off with Split Image with Alpha"
+        )
+    return rearrange(image, "t h w c -> t c h w")
+
+
+def to_image(frames: Tensor) -> Tensor:
+    """The IMAGE of `(frames, 3, height, width)`."""
+    return rearrange(frames, "t c h w -> t h w c").contiguous()
+
+
+def check_choice(name: str, value: str, options: Iterable[str]) -> str:
+    """`value` itself; raises SettingError for one that is not among the options: the host does not check combos."""
+    known = list(options)
+    if value not in known:
+        raise SettingError(f"{name} is {value!r}: expected one of {', '.join(known)}; choose one from the list")
+    return value
+
+
+def choice(id: str, options: Iterable[str], default: str, tooltip: str, **rest: Any) -> Any:
+    """A dropdown."""
+    return io.Combo.Input(id, options=list(options), default=default, tooltip=tooltip, **rest)
+
+
+def number(id: str, default: float, low: float, high: float, tooltip: str, step: float = 0.01, **rest: Any) -> Any:
+    """A decimal widget."""
+    return io.Float.Input(id, default=default, min=low, max=high, step=step, tooltip=tooltip, **rest)
+
+
+def count(id: str, default: int, low: int, high: int, tooltip: str, step: int = 1, **rest: Any) -> Any:
+    """A whole-number widget."""
+    return io.Int.Input(id, default=default, min=low, max=high, step=step, tooltip=tooltip, **rest)
+
+
+def layers_input(default: str, **rest: Any) -> Any:
+    """Which layers a method acts in."""
+    return choice(
+        "layers",
+        LAYERS,
+        default,
+        "Spatial self-attention layers it acts in: the first two and last two (ends, the DC-VSR paper's), the middle"
+        " block (PAG's and SAG's), or others to experiment with.",
+        **rest,
+    )

@@ -1,0 +1,121 @@
+"""Guiders to swap for each other in SamplerCustomAdvanced: DSSAG, PAG and SAG, right for video."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from . import host
+from .common import CATEGORY, layers_input, number
+from .patches import RHO_TIP, SCALE_TIP
+
+
+def sockets() -> list[Any]:
+    """The inputs that every guider has."""
+    return [
+        io.Model.Input("model", tooltip="Stable Video Diffusion, tiled or not."),
+        io.Conditioning.Input("positive", tooltip="Conditioned on the video, from SVD Video Conditioning."),
+    ]
+
+
+def negative() -> Any:
+    """The input for CFG's other branch."""
+    return io.Conditioning.Input("negative", optional=True, tooltip="Without the video: turns CFG on.")
+
+
+def guider_output() -> Any:
+    """The output of every guider."""
+    return io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced.")
+
+
+CFG_TIP = "Classifier-free guidance beside it; 1 is off, more needs a negative and one more UNet pass."
+
+
+class DSSAGGuider(io.ComfyNode):
+    """DSSAG as a guider."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRDSSAGGuider",
+            display_name="DSSAG Guider (VSR)",
+            category=f"{CATEGORY}/guiders",
+            description=(
+                "Detail-suppression self-attention guidance (DC-VSR): away from what the model draws with blurred"
+                " attention. Without a negative equation 8, with one equation 9; two UNet passes a step either way."
+            ),
+            inputs=[
+                *sockets(),
+                number("scale", 1.0, 0.0, 100.0, SCALE_TIP),
+                number("rho", 0.5, 0.01, 100.0, RHO_TIP),
+                layers_input("ends"),
+                negative(),
+            ],
+            outputs=[guider_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, positive: Any, scale: float, rho: float, layers: str, negative: Any = None
+    ) -> io.NodeOutput:
+        return io.NodeOutput(host.dssag_guider(model, positive, negative, scale, rho, layers))
+
+
+class PAGGuider(io.ComfyNode):
+    """PAG as a guider."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRPAGGuider",
+            display_name="PAG Guider (VSR)",
+            category=f"{CATEGORY}/guiders",
+            description=(
+                "Perturbed-attention guidance in the spatial layers alone, so that motion is not perturbed. Two UNet"
+                " passes a step, three with CFG."
+            ),
+            inputs=[
+                *sockets(),
+                number("cfg", 1.0, 0.0, 100.0, CFG_TIP),
+                number("scale", 1.0, 0.0, 100.0, SCALE_TIP),
+                layers_input("middle"),
+                negative(),
+            ],
+            outputs=[guider_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, positive: Any, cfg: float, scale: float, layers: str, negative: Any = None
+    ) -> io.NodeOutput:
+        patched = host.patch_perturbed(model, "pag", scale, layers)
+        return io.NodeOutput(host.guider(patched, positive, negative, cfg))
+
+
+class SAGGuider(io.ComfyNode):
+    """SAG as a guider."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRSAGGuider",
+            display_name="SAG Guider (VSR)",
+            category=f"{CATEGORY}/guiders",
+            description=(
+                "Self-attention guidance for video: away from the estimate blurred where the middle block attends most."
+                " Two UNet passes a step, three with CFG."
+            ),
+            inputs=[
+                *sockets(),
+                number("cfg", 1.0, 0.0, 100.0, CFG_TIP),
+                number("scale", 0.5, 0.0, 100.0, SCALE_TIP),
+                negative(),
+            ],
+            outputs=[guider_output()],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, positive: Any, cfg: float, scale: float, negative: Any = None) -> io.NodeOutput:
+        patched = host.patch_perturbed(model, "sag", scale, "middle")
+        return io.NodeOutput(host.guider(patched, positive, negative, cfg))

@@ -1,0 +1,130 @@
+"""Nodes between pictures and latents: SVD's conditioning from a video, and the way back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..vsr_ops.latents import decode_video, encode_video, with_augmentation
+from ..vsr_ops.scenes import find_cuts
+from . import host
+from .common import CATEGORY, check_choice, choice, count, number, to_frames, to_image
+
+STARTS = {"noise": False, "LR latent": True}
+CUTS = {"detect": True, "one scene": False}
+
+
+class SVDConditioning(io.ComfyNode):
+    """SVD's conditioning on every frame of a video, and the latent to start from."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRSVDConditioning",
+            display_name="SVD Video Conditioning (VSR)",
+            category=f"{CATEGORY}/conditioning",
+            description=(
+                "Conditions SVD on every frame of the upscaled video (DC-VSR), where the host's own node repeats one"
+                " picture. Frames of any size work: they are padded to 8 pixels, and VSR Decode crops again."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The SVD that will sample: the conditioning must fit its width."),
+                io.Vae.Input("vae", tooltip="SVD's VAE."),
+                io.Image.Input("image", tooltip="The video at the size of the result, from VSR Upscale LR Video."),
+                count("motion_bucket_id", 127, 1, 1023, "How much motion SVD expects; 127 is the paper's."),
+                count("fps", 8, 1, 1024, "Frame rate that the UNet is told; 8 is the paper's."),
+                number("augmentation", 0.0, 0.0, 10.0, "Noise on the conditioning pictures: hides their artefacts."),
+                choice(
+                    "start",
+                    STARTS,
+                    "noise",
+                    "noise: an empty LATENT, for denoise 1. LR latent: the video itself, for a denoise below 1.",
+                ),
+                choice("scene_cuts", CUTS, "detect", "Find scene cuts, which nothing may cross, or take one scene."),
+                io.ClipVisionOutput.Input(
+                    "clip_vision_output",
+                    optional=True,
+                    tooltip="CLIP's view of a frame, for stock SVD; lite needs none.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="Conditioned on the video."),
+                io.Conditioning.Output(display_name="negative", tooltip="The same without the video, for CFG."),
+                io.Latent.Output(display_name="latent", tooltip="What the sampler starts from."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        vae: Any,
+        image: Tensor,
+        motion_bucket_id: int,
+        fps: int,
+        augmentation: float,
+        start: str,
+        scene_cuts: str,
+        clip_vision_output: Any = None,
+    ) -> io.NodeOutput:
+        host.require_svd(model, "SVD Video Conditioning")
+        frames = to_frames(image)
+        from_lr = STARTS[check_choice("start", start, STARTS)]
+        cuts = find_cuts(iter(frames)) if CUTS[check_choice("scene_cuts", scene_cuts, CUTS)] else ()
+        context = host.context_tokens(model, clip_vision_output)
+        lr = encode_video(host.HostVAE(vae), with_augmentation(frames, augmentation), host.progress(len(frames)))
+        micro = {"motion_bucket_id": motion_bucket_id, "fps": host.fps_key(fps), "augmentation_level": augmentation}
+        positive = [[context, {**micro, "concat_latent_image": lr, "vsr_cuts": cuts}]]
+        negative = [[torch.zeros_like(context), {**micro, "concat_latent_image": torch.zeros_like(lr)}]]
+        latent = {
+            "samples": lr if from_lr else torch.zeros_like(lr),
+            "vsr_size": tuple(frames.shape[-2:]),
+            "vsr_cuts": cuts,
+        }
+        return io.NodeOutput(positive, negative, latent)
+
+
+class Decode(io.ComfyNode):
+    """Latents to a video, in chunks and tiles."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRDecode",
+            display_name="Decode Video (VSR)",
+            category=f"{CATEGORY}/latent",
+            description=(
+                "Decodes a video of any length and size in flat memory: fixed chunks of frames, overlapped, and spatial"
+                " tiles. The host's VAE Decode chooses chunks by the memory that is free, which changes the picture."
+            ),
+            inputs=[
+                io.Vae.Input("vae", tooltip="SVD's VAE."),
+                io.Latent.Input("latent", tooltip="The sampled video."),
+                count("chunk_frames", 0, 0, 512, "Frames decoded together; 0: as many as the VAE was trained on."),
+                io.Image.Input(
+                    "reference",
+                    optional=True,
+                    tooltip="A video of the size to crop to, if the latent has lost its own.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The decoded video.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, vae: Any, latent: dict[str, Any], chunk_frames: int, reference: Tensor | None = None
+    ) -> io.NodeOutput:
+        size = latent.get("vsr_size") if reference is None else tuple(to_frames(reference, "reference").shape[-2:])
+        adapter, samples = host.HostVAE(vae), latent["samples"]
+        frames = decode_video(
+            adapter,
+            samples,
+            chunk_frames or adapter.chunk,
+            latent.get("vsr_cuts", ()),
+            size,
+            host.progress(len(samples)),
+        )
+        return io.NodeOutput(to_image(frames))

@@ -1,0 +1,62 @@
+"""Where a graph begins: the bundled weights and a clip to try them on."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..vsr_ops import clip
+from ..vsr_ops.checkpoint import LITE
+from . import host
+from .common import CATEGORY, check_choice, choice, count, to_image
+
+WHICH = {"svd_lite": LITE}
+
+
+class LoadLite(io.ComfyNode):
+    """The bundled weights as MODEL and VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRLoadLite",
+            display_name="Load Lite SVD (VSR)",
+            category=f"{CATEGORY}/loaders",
+            description="The small Stable Video Diffusion that comes with the pack: no download, runs on a CPU.",
+            inputs=[choice("which", WHICH, "svd_lite", "Which of the bundled weights to load.")],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The UNet, as any other MODEL: LoRA and patches apply."),
+                io.Vae.Output(display_name="vae", tooltip="Its video VAE; decode with VSR Decode."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, which: str) -> io.NodeOutput:
+        return io.NodeOutput(*host.load_lite(WHICH[check_choice("which", which, WHICH)]))
+
+
+class DemoClip(io.ComfyNode):
+    """A compressed clip and the truth it came from."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRDemoClip",
+            display_name="Demo Clip (VSR)",
+            category=f"{CATEGORY}/loaders",
+            description=(
+                "Two photographs moved by a camera, made four times smaller and really H.264-compressed: something to"
+                " upscale on a fresh installation, with the truth to compare with."
+            ),
+            inputs=[
+                count("frames", 8, 1, clip.FRAMES, "Frames to take from the start; a new scene begins at the 13th.")
+            ],
+            outputs=[
+                io.Image.Output(display_name="clip", tooltip="The small compressed clip, 96 x 64."),
+                io.Image.Output(display_name="truth", tooltip="What it was before, 384 x 256."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, frames: int) -> io.NodeOutput:
+        small, truth = clip.degraded(), clip.ground_truth()[0]
+        return io.NodeOutput(to_image(small[:frames]), to_image(truth[:frames]))

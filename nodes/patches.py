@@ -1,0 +1,117 @@
+"""Nodes from MODEL to MODEL: tiles with propagation, and DSSAG for samplers without a guider."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..vsr_ops.propagation import PROPAGATION, SAP_MODES, Propagation
+from ..vsr_ops.tiling import TileSize
+from . import host
+from .common import CATEGORY, check_choice, choice, count, layers_input, number
+
+
+class TiledDiffusion(io.ComfyNode):
+    """DC-VSR's tiles, SAP and TAP under any sampler."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRTiledDiffusion",
+            display_name="Tiled Diffusion (VSR)",
+            category=f"{CATEGORY}/model",
+            description=(
+                "Samples a video of any size and length in overlapping tiles that stay coherent: SAP carries detail"
+                " between tiles in space, TAP between windows in time (DC-VSR). Works under every sampler and guider."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="Stable Video Diffusion."),
+                count("tile_height", 0, 0, 512, "Tile height in latents of 8 pixels; 0: the checkpoint's own.", step=8),
+                count("tile_width", 0, 0, 512, "Tile width in latents of 8 pixels; 0: the checkpoint's own.", step=8),
+                count("tile_frames", 0, 0, 512, "Frames in a window; 0: the checkpoint's own (SVD 14)."),
+                number("overlap", 0.5, 0.0, 0.75, "Share of a tile that its neighbour covers too; 0.5 is the paper's."),
+                choice("propagation", PROPAGATION, "sap+tap", "What is carried between tiles; the two take turns."),
+                choice(
+                    "sap_mode",
+                    SAP_MODES,
+                    "auto",
+                    "synchronous: all tiles of a window at once (the paper's, needs memory); lagged: one by one, with"
+                    " what the last step left; auto: synchronous where it fits.",
+                ),
+                count(
+                    "sap_rate", 0, 0, 64, "SAP takes every n-th token in x and y; 0: at most half a tile's, 4 or up."
+                ),
+                count("tap_frames", 4, 1, 64, "Frames that TAP hands from window to window; 4 is the paper's."),
+                count("tap_rate", 1, 1, 64, "TAP takes every n-th token of them; 1 is the paper's, 2 to 4 is cheaper."),
+                layers_input("ends"),
+                number("start_percent", 0.0, 0.0, 1.0, "Where in sampling propagation begins."),
+                number("end_percent", 1.0, 0.0, 1.0, "Where in sampling propagation ends."),
+                count("tile_batch", 1, 1, 256, "Tiles that go through the UNet together; halved when memory runs out."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model, sampling in tiles.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        tile_height: int,
+        tile_width: int,
+        tile_frames: int,
+        overlap: float,
+        propagation: str,
+        sap_mode: str,
+        sap_rate: int,
+        tap_frames: int,
+        tap_rate: int,
+        layers: str,
+        start_percent: float,
+        end_percent: float,
+        tile_batch: int,
+    ) -> io.NodeOutput:
+        carried = Propagation.named(
+            propagation, sap_rate=sap_rate or None, tap_frames=tap_frames, tap_rate=tap_rate, layers=layers
+        )
+        tiles = host.Tiles(
+            TileSize(tile_height, tile_width, tile_frames),
+            overlap,
+            carried,
+            check_choice("sap_mode", sap_mode, SAP_MODES),
+            start_percent,
+            end_percent,
+            tile_batch,
+        )
+        return io.NodeOutput(host.patch_tiles(model, tiles))
+
+
+SCALE_TIP = "Strength s of the guidance; 0 is off, exactly."
+RHO_TIP = "How fast the blur fades over the steps (equation 10); 0.5 is the paper's, larger fades sooner."
+
+
+class DSSAG(io.ComfyNode):
+    """DSSAG for KSampler."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRDSSAG",
+            display_name="DSSAG for KSampler (VSR)",
+            category=f"{CATEGORY}/model",
+            description=(
+                "Detail-suppression self-attention guidance for samplers without a guider socket. At the sampler's cfg"
+                " 1 it guides by its scale (equation 8); at another cfg that is 1 + s (equation 9), and scale only"
+                " switches it on. Two UNet passes a step either way."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="A model with spatial self-attention, such as SVD."),
+                number("scale", 1.0, 0.0, 100.0, SCALE_TIP),
+                number("rho", 0.5, 0.01, 100.0, RHO_TIP),
+                layers_input("ends"),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model, guided.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, scale: float, rho: float, layers: str) -> io.NodeOutput:
+        return io.NodeOutput(host.patch_perturbed(model, "dssag", scale, layers, rho))

@@ -1,0 +1,149 @@
+"""Nodes from pictures to pictures: upscaling, colour, comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..vsr_ops.color import COLOR, correct
+from ..vsr_ops.compare import COMPARE, compare
+from ..vsr_ops.resize import RESIZE
+from ..vsr_ops.scenes import find_cuts
+from ..vsr_ops.upscale import target_size, upscale_frames
+from . import host
+from .common import CATEGORY, check_choice, choice, count, number, to_frames, to_image
+
+
+class UpscaleLR(io.ComfyNode):
+    """The low-resolution video at the result's size."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRUpscaleLR",
+            display_name="Upscale LR Video (VSR)",
+            category=f"{CATEGORY}/picture",
+            description=(
+                "Brings the low-resolution video to the size of the result, exactly: what the diffusion is conditioned"
+                " on, and what colours are matched to. With an upscale model (SwinIR and its kin) this is SDATC's DCM."
+            ),
+            inputs=[
+                io.Image.Input("image", tooltip="The low-resolution video, as a batch of frames."),
+                number("scale", 4.0, 0.01, 16.0, "How many times larger; not used where a width or height is given."),
+                count("width", 0, 0, 16384, "Width of the result in pixels; 0: by scale, or by height in proportion."),
+                count("height", 0, 0, 16384, "Height of the result in pixels; 0: by scale, or by width in proportion."),
+                choice(
+                    "method", RESIZE, "bicubic", "How pictures are resized, after the upscale model if there is one."
+                ),
+                io.UpscaleModel.Input(
+                    "upscale_model", optional=True, tooltip="Any upscale model of the host, from Load Upscale Model."
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="upscaled", tooltip="The video at the size of the result.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, image: Tensor, scale: float, width: int, height: int, method: str, upscale_model: Any = None
+    ) -> io.NodeOutput:
+        frames = to_frames(image)
+        size = target_size(frames.shape[-2:], scale, width, height)
+        enlarge = None if upscale_model is None else host.upscaler(upscale_model)
+        check_choice("method", method, RESIZE)
+        return io.NodeOutput(to_image(upscale_frames(frames, size, method, enlarge, host.progress(len(frames)))))
+
+
+class ColorMatch(io.ComfyNode):
+    """Colours of a reference on a result."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRColorMatch",
+            display_name="Match Colour (VSR)",
+            category=f"{CATEGORY}/picture",
+            description="Gives a result the colours of the video it came from: diffusion drifts, this brings it back.",
+            inputs=[
+                io.Image.Input("image", tooltip="The result whose colours drifted."),
+                io.Image.Input(
+                    "reference", tooltip="The upscaled input: as many frames, and for wavelet the same size."
+                ),
+                choice(
+                    "method",
+                    COLOR,
+                    "detail",
+                    "detail: only what is finer than about 8 pixels is the result's. wavelet: finer than about 32"
+                    " pixels. adain: mean and contrast of each channel (SDATC's). none: nothing.",
+                ),
+                number("strength", 1.0, 0.0, 1.0, "0 leaves the image exactly as it is, 1 corrects fully."),
+                number(
+                    "smoothing",
+                    0.0,
+                    0.0,
+                    30.0,
+                    "Smooths the correction over time, in frames, never across a cut; 0 is off.",
+                    step=0.1,
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The image with the reference's colours.")],
+        )
+
+    @classmethod
+    def execute(cls, image: Tensor, reference: Tensor, method: str, strength: float, smoothing: float) -> io.NodeOutput:
+        x, target = to_frames(image), to_frames(reference, "reference")
+        check_choice("method", method, COLOR)
+        cuts = find_cuts(iter(target)) if smoothing else ()
+        return io.NodeOutput(to_image(correct(method, x, target, strength, smoothing, cuts).clamp(0, 1)))
+
+
+class Compare(io.ComfyNode):
+    """Two or three videos in one picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRCompare",
+            display_name="Compare Videos (VSR)",
+            category=f"{CATEGORY}/picture",
+            description="Two or three videos of one size in one labelled picture, to see what a setting does.",
+            inputs=[
+                io.Image.Input("a", tooltip="The first video; differences are measured against it."),
+                io.Image.Input("b", tooltip="The second video."),
+                choice(
+                    "mode",
+                    COMPARE,
+                    "side by side",
+                    "side by side; wipe: one picture, split; difference: heat map against a; temporal profile: one row"
+                    " of every frame, stacked over time: straight columns are calm, frayed ones flicker.",
+                ),
+                io.String.Input("label_a", default="a", tooltip="Name shown on the first video."),
+                io.String.Input("label_b", default="b", tooltip="Name shown on the second video."),
+                io.String.Input("label_c", default="c", tooltip="Name shown on the third video."),
+                number("position", 0.5, 0.0, 1.0, "Where the wipe splits, or which row the temporal profile takes."),
+                number("gain", 8.0, 0.1, 100.0, "How much the difference map is amplified.", step=0.1),
+                io.Image.Input("c", optional=True, tooltip="A third video, if there is one."),
+            ],
+            outputs=[io.Image.Output(display_name="comparison", tooltip="The labelled picture or video.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        a: Tensor,
+        b: Tensor,
+        mode: str,
+        label_a: str,
+        label_b: str,
+        label_c: str,
+        position: float,
+        gain: float,
+        c: Tensor | None = None,
+    ) -> io.NodeOutput:
+        named = {"a": (a, label_a), "b": (b, label_b), "c": (c, label_c)}
+        there = {name: (image, label) for name, (image, label) in named.items() if image is not None}
+        videos = [to_frames(image, name) for name, (image, _) in there.items()]
+        labels = [label for _, label in there.values()]
+        check_choice("mode", mode, COMPARE)
+        return io.NodeOutput(to_image(compare(mode, videos, labels, position=position, gain=gain, row=position)))
