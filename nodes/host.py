@@ -1,15 +1,14 @@
 """Everything of the pack that touches ComfyUI's internals (seen in 0.3.64 where nothing else is said).
 
 A MODEL patch is one settings object under `KEY` in the model's transformer options, and one set of hooks, the same for
-every patch and installed once: wiring order cannot matter. What a run remembers lives in a `Run`, made when sampling
-starts and referred to by that run's own copy of the options alone.
+every patch and installed once: wiring order cannot matter. What a run remembers is in `run.py`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,41 +32,32 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..vsr_ops.attention import Tempered, identity
 from ..vsr_ops.errors import SettingError
-from ..vsr_ops.guidance import COND, UNCOND, Branch, gamma_at, push, sag_degrade, sag_renoise, schedule_ends
+from ..vsr_ops.guidance import Branch, push, sag_degrade, sag_renoise
 from ..vsr_ops.latents import CELL
 from ..vsr_ops.layers import Layer, check_layers, place_layers
 from ..vsr_ops.plan_cost import Bank, describe_plan, lagged_bytes, matmul_speed, tap_bytes
-from ..vsr_ops.propagation import Call, Propagation, Step, TileRun, gather_tiles, run_pass, step_at, step_index
+from ..vsr_ops.propagation import Call, Propagation, TileRun, run_pass
 from ..vsr_ops.tiling import TilePlan, TileSize, plan_tiles
+from .run import (
+    KEY,
+    Inputs,
+    Perturbed,
+    Run,
+    Tiles,
+    attention_override,
+    changed,
+    check_run,
+    main_branches,
+    pack_settings,
+    resolve_tile,
+    sap_lagged,
+)
 
-KEY = "coherent_vsr"
 SAMPLERS, SCHEDULERS = list(comfy.samplers.SAMPLER_NAMES), list(comfy.samplers.SCHEDULER_NAMES)
 #: What SVD was published with.
 STOCK_TILE = TileSize(64, 64, 14)
 #: Share of the device's memory beside the weights that a window's tiles may take together.
 SYNCHRONOUS_SHARE = 0.7
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """What `VSRTiledDiffusion` asks for; `tile` axes of 0 take the checkpoint's own."""
-
-    tile: TileSize
-    overlap: float
-    propagation: Propagation
-    sap_mode: str
-    start: float = 0.0
-    end: float = 1.0
-    batch: int = 1
-
-
-@dataclass(frozen=True)
-class Perturbed:
-    """A perturbed-attention guidance: its strength, its layers, and rho where it has a gamma."""
-
-    scale: float
-    layers: str
-    rho: float = 0.5
 
 
 # --- What is known of a MODEL ---------------------------------------------------------------------------------------
@@ -126,11 +116,6 @@ def tiles_of(model: Any) -> Tiles | None:
     return model.model_options["transformer_options"].get(KEY, {}).get("tiles")
 
 
-def resolve_tile(tile: TileSize, own: TileSize) -> TileSize:
-    """`tile` with the zeros filled from the checkpoint's own."""
-    return TileSize(tile.height or own.height, tile.width or own.width, tile.frames or own.frames)
-
-
 def plan_for(model: Any, tiles: Tiles, frames: int, height: int, width: int, cuts: Sequence[int] = ()) -> TilePlan:
     """The plan that a run on a latent video of this size follows. Raises SettingError."""
     tile = resolve_tile(tiles.tile, own_tile(model))
@@ -150,42 +135,7 @@ def together(model: Any, tiles: Tiles, plan: TilePlan) -> int:
     return count if needed < SYNCHRONOUS_SHARE * memory else min(tiles.batch, count)
 
 
-def sap_lagged(tiles: Tiles, plan: TilePlan, at_once: int) -> bool:
-    """Whether SAP reads the last step's bank."""
-    return at_once < len(plan.spatial) or tiles.sap_mode == "lagged"
-
-
 # --- One run --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    """What one sampling run remembers. `order` counts the evaluations of one step, to keep nested ones apart."""
-
-    model: Any
-    sigmas: list[float]
-    layers: dict[str, Layer]
-    plan: TilePlan
-    tiles: Tiles | None
-    propagation: Propagation
-    batch: int = 1
-    at_once: int = 1
-    order: int = 0
-    passes: dict[tuple[object, ...], TileRun] = field(default_factory=dict)
-
-    def gamma(self, sigma: float, rho: float) -> float:
-        sampling = self.model.get_model_object("model_sampling")
-        ends = schedule_ends(self.sigmas, float(sampling.sigma_max), float(sampling.sigma_min))
-        return gamma_at(sigma, *ends, rho)
-
-    def step(self, sigma: float) -> Step:
-        index = step_index(self.sigmas, sigma)
-        if self.tiles is None:
-            return Step(index)
-        sampling = self.model.get_model_object("model_sampling")
-        first, last = (sampling.percent_to_sigma(share) for share in (self.tiles.start, self.tiles.end))
-        acts = last <= sigma <= first
-        return step_at(index, self.propagation.kinds) if acts else Step(index)
 
 
 def make_run(model: Any, settings: Mapping[str, Any], shape: Sequence[int], sigmas: Tensor, cuts: Sequence[int]) -> Run:
@@ -199,36 +149,6 @@ def make_run(model: Any, settings: Mapping[str, Any], shape: Sequence[int], sigm
     at_once = together(model, tiles, plan)
     propagation = replace(tiles.propagation, sap_lagged=sap_lagged(tiles, plan, at_once))
     return Run(model, sigmas.tolist(), spatial_layers(model), plan, tiles, propagation, tiles.batch, at_once)
-
-
-def check_run(guider: Any, shape: Sequence[int], latent: Tensor) -> None:
-    """Raises SettingError for what cannot be sampled in tiles: the host would resize, repeat or crop it silently."""
-    if guider.model_options.get("context_handler") is not None:
-        raise SettingError(
-            "this MODEL has context windows (Context Windows nodes): they do not work with SVD, and the tiles of VSR"
-            " Tiled Diffusion already cover long videos; remove the context windows"
-        )
-    if bool(torch.isnan(latent).any()):
-        raise SettingError("the LATENT holds NaN: expected finite numbers; check the node that made it")
-    frames, _, height, width = shape
-    for name, conds in guider.conds.items():
-        for cond in conds:
-            concat = cond.get("concat_latent_image")
-            if concat is None and name == "positive":
-                raise SettingError(
-                    "the positive conditioning has no concat latents: expected the LR video's; wire VSR SVD"
-                    " Conditioning (or SVD_img2vid_Conditioning) into it"
-                )
-            if concat is not None and concat.shape[0] not in (1, frames):
-                raise SettingError(
-                    f"the {name} conditioning has {concat.shape[0]} frames, the LATENT {frames}: expected equal counts;"
-                    " take both from one VSR SVD Conditioning node"
-                )
-            if concat is not None and tuple(concat.shape[-2:]) != (height, width):
-                raise SettingError(
-                    f"the {name} conditioning is {concat.shape[-2]}x{concat.shape[-1]} latents, the LATENT"
-                    f" {height}x{width}: expected equal sizes; take both from one VSR SVD Conditioning node"
-                )
 
 
 # --- The hooks ------------------------------------------------------------------------------------------------------
@@ -273,31 +193,23 @@ def patch_tiles(model: Any, tiles: Tiles) -> Any:
     return patch(model, "tiles", tiles)
 
 
-def _settings(model_options: Mapping[str, Any]) -> dict[str, Any]:
-    return model_options["transformer_options"][KEY]
-
-
-def _with(model_options: dict[str, Any], **values: object) -> dict[str, Any]:
-    """Model options with some of the pack's settings changed; the given ones stay as they are."""
-    options = model_options["transformer_options"]
-    return {**model_options, "transformer_options": {**options, KEY: {**options[KEY], **values}}}
-
-
-def outer_sample(executor: Any, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, *rest: Any) -> Any:
+def outer_sample(
+    executor: Any, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, *rest: Any, **more: Any
+) -> Any:
     """Makes the run's memory; it goes when the run's options go."""
     guider = executor.class_obj
-    settings = _settings(guider.model_options)
+    settings = pack_settings(guider.model_options)
     if "tiles" in settings:
         check_run(guider, noise.shape, latent)
     cuts = next((cond["vsr_cuts"] for conds in guider.conds.values() for cond in conds if "vsr_cuts" in cond), ())
     run = make_run(guider.model_patcher, settings, noise.shape, sigmas, cuts)
-    guider.model_options = _with(guider.model_options, run=run)
-    return executor(noise, latent, sampler, sigmas, *rest)
+    guider.model_options = changed(guider.model_options, run=run)
+    return executor(noise, latent, sampler, sigmas, *rest, **more)
 
 
 def prepare_sampling(executor: Any, model: Any, noise_shape: Sequence[int], conds: Any, **rest: Any) -> Any:
     """Tells the host how large the tiles are that go through the UNet, so that it does not offload for whole frames."""
-    run: Run | None = _settings(rest["model_options"]).get("run") if rest.get("model_options") else None
+    run: Run | None = pack_settings(rest["model_options"]).get("run") if rest.get("model_options") else None
     if run is not None and run.tiles is not None:
         size = max((run.plan.tile_size(n) for n in range(len(run.plan.windows))), key=lambda tile: tile.frames)
         noise_shape = [run.at_once * size.frames, noise_shape[1], size.height, size.width]
@@ -306,7 +218,7 @@ def prepare_sampling(executor: Any, model: Any, noise_shape: Sequence[int], cond
 
 def predict_noise(executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: Any = None) -> Any:
     """A new evaluation of the whole guidance: what is counted in it starts again."""
-    _settings(model_options)["run"].order = 0
+    pack_settings(model_options)["run"].order = 0
     return executor(x, timestep, model_options, seed)
 
 
@@ -314,38 +226,26 @@ def calc_cond_batch(
     executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
 ) -> Any:
     """Names the branches of this evaluation, so that none shares a bank; perturbs and observes where guidance asks."""
-    settings = _settings(model_options)
+    settings = pack_settings(model_options)
     run: Run = settings["run"]
     if "branches" not in settings:
         first, run.order = run.order == 0, run.order + 1
         branches = [Branch(f"{run.order}.{i}") for i, _ in enumerate(conds)]
         if first and len(conds) == 2:
             branches = main_branches(settings, run.gamma, float(timestep.max()), conds[1] is not None)
-        model_options = _with(model_options, branches=tuple(branches))
+        model_options = changed(model_options, branches=tuple(branches))
     return executor(model, conds, x, timestep, model_options)
-
-
-def main_branches(
-    settings: Mapping[str, Any], gamma: Callable[[float, float], float], sigma: float, cfg: bool
-) -> list[Branch]:
-    """Conditional and unconditional branch as CFG evaluates them; with CFG, DSSAG blurs the second (equation 9)."""
-    branches = [COND, UNCOND]
-    if cfg and (dssag := settings.get("dssag")) is not None:
-        branches[1] = replace(UNCOND, attention=Tempered(gamma(sigma, dssag.rho)), layers=dssag.layers)
-    if "sag" in settings:
-        branches[cfg] = replace(branches[cfg], observe=True)
-    return branches
 
 
 def post_cfg(args: dict[str, Any]) -> Tensor:
     """DSSAG without CFG (equation 8), PAG and SAG: what each adds to the guided estimate."""
-    settings = _settings(args["model_options"])
+    settings = pack_settings(args["model_options"])
     run: Run = settings["run"]
     x, sigma, denoised = args["input"], float(args["sigma"].max()), args["denoised"]
     cfg = args["uncond"] is not None and args["cond_scale"] != 1
 
     def evaluate(cond: Any, x: Tensor, branch: Branch) -> Tensor:
-        options = _with(args["model_options"], branches=(branch,))
+        options = changed(args["model_options"], branches=(branch,))
         return comfy.samplers.calc_cond_batch(args["model"], [cond], x, args["sigma"], options)[0]
 
     if (dssag := settings.get("dssag")) is not None and not cfg and (gamma := run.gamma(sigma, dssag.rho)) > 0:
@@ -361,41 +261,6 @@ def post_cfg(args: dict[str, Any]) -> Tensor:
         answer = evaluate(cond, sag_renoise(x, estimate, degraded), Branch("sag"))
         denoised = push(denoised, degraded, answer, sag.scale)
     return denoised
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the host's `BaseModel.apply_model` takes beside its options: of a batch of branches, a branch, or a call."""
-
-    x: Tensor
-    t: Tensor
-    concat: Tensor | None
-    context: Tensor | None
-    rest: dict[str, Any]
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
-        """Everything that is per frame changed alike."""
-
-        def each(value: Any) -> Any:
-            per_frame = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == self.x.shape[0]
-            return change(value) if per_frame else value
-
-        rest = {name: each(value) for name, value in self.rest.items()}
-        return Inputs(each(self.x), each(self.t), each(self.concat), each(self.context), rest)
-
-    def tiles(self, plan: TilePlan, call: Call) -> Inputs:
-        """The share of one call: its window's frames, and of a picture its tiles."""
-
-        def cut(value: Tensor) -> Tensor:
-            if value.ndim == 4 and value.shape[-2:] == self.x.shape[-2:]:
-                return gather_tiles(plan, call, value)
-            window = value[plan.windows[call.window].span.slice]
-            return window.repeat(len(call.tiles), *(1,) * (value.ndim - 1))
-
-        inputs = self.map(cut)
-        if "num_video_frames" not in inputs.rest:
-            return inputs
-        return replace(inputs, rest={**inputs.rest, "num_video_frames": call.frames})
 
 
 def apply_model(
@@ -443,51 +308,6 @@ def _branch(executor: Any, run: Run, branch: Branch, inputs: Inputs, options: di
         return executor(part.x, part.t, part.concat, part.context, None, own, **part.rest)
 
     return run_pass(tile_run, run.step(float(inputs.t.max())), branch, evaluate, run.batch)
-
-
-def attention_override(
-    run: TileRun, call: Call, layers: Mapping[str, Layer], inner: Callable[..., Tensor] | None
-) -> Callable[..., Tensor]:
-    """The host's attention with ours in the layers where it acts, around the override that was there before."""
-    seen: set[str] = set()
-
-    def override(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        def proceed(*args: Any) -> Tensor:
-            return func(*args, **kwargs) if inner is None else inner(func, *args, **kwargs)
-
-        layer = _layer(layers, seen, kwargs.get("transformer_options") or {}, args)
-        if layer is None or not run.acts(call, layer):
-            return proceed(*args)
-        q, k, v, heads, *rest = args
-        split = "b n (h d) -> b h n d"
-
-        def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (rearrange(z, "b h n d -> b n (h d)") for z in (q, k, v))
-            return rearrange(proceed(q, k, v, heads, *rest), split, h=heads)
-
-        out = run.attend(call, layer, *(rearrange(z, split, h=heads) for z in (q, k, v)), fused)
-        return rearrange(out, "b h n d -> b n (h d)")
-
-    return override
-
-
-def _layer(
-    layers: Mapping[str, Layer], seen: set[str], options: Mapping[str, Any], args: Sequence[Any]
-) -> Layer | None:
-    """The spatial self-attention layer that is asked for attention now, if it is one.
-
-    A block's spatial layer and its temporal one go by one name and can have one shape; the spatial one comes first.
-    """
-    block, shape = options.get("block"), options.get("activations_shape")
-    if block is None or shape is None or len(args) < 4:
-        return None
-    name = f"{block[0]}.{block[1]}.{options.get('block_index', 0)}"
-    q, k = args[0], args[1]
-    spatial = q.ndim == 3 and q.shape[0] == shape[0] and q.shape[1] == shape[2] * shape[3] == k.shape[1]
-    if name in seen or not spatial:
-        return None
-    seen.add(name)
-    return layers.get(name)
 
 
 # --- Models and pictures --------------------------------------------------------------------------------------------

@@ -1,0 +1,219 @@
+"""What one sampling run remembers, and the attention it puts into the host's: ComfyUI's data, none of its modules.
+
+A run's state lives in a `Run` that this run's own copy of the model options refers to, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..vsr_ops.attention import Tempered
+from ..vsr_ops.errors import SettingError
+from ..vsr_ops.guidance import COND, UNCOND, Branch, gamma_at, schedule_ends
+from ..vsr_ops.layers import Layer
+from ..vsr_ops.propagation import Call, Propagation, Step, TileRun, gather_tiles, step_at, step_index
+from ..vsr_ops.tiling import TilePlan, TileSize
+
+#: Where the pack keeps its settings in a MODEL's transformer options, and the name of its hooks.
+KEY = "coherent_vsr"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What `VSRTiledDiffusion` asks for; `tile` axes of 0 take the checkpoint's own."""
+
+    tile: TileSize
+    overlap: float
+    propagation: Propagation
+    sap_mode: str
+    start: float = 0.0
+    end: float = 1.0
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class Perturbed:
+    """A perturbed-attention guidance: its strength, its layers, and rho where it has a gamma."""
+
+    scale: float
+    layers: str
+    rho: float = 0.5
+
+
+def pack_settings(model_options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the pack's nodes and hooks have put into model options."""
+    return model_options["transformer_options"][KEY]
+
+
+def changed(model_options: dict[str, Any], **values: object) -> dict[str, Any]:
+    """Model options with some of the pack's settings changed; the given ones stay as they are."""
+    options = model_options["transformer_options"]
+    return {**model_options, "transformer_options": {**options, KEY: {**options[KEY], **values}}}
+
+
+def resolve_tile(tile: TileSize, own: TileSize) -> TileSize:
+    """`tile` with the zeros filled from the checkpoint's own."""
+    return TileSize(tile.height or own.height, tile.width or own.width, tile.frames or own.frames)
+
+
+def sap_lagged(tiles: Tiles, plan: TilePlan, at_once: int) -> bool:
+    """Whether SAP reads the last step's bank."""
+    return at_once < len(plan.spatial) or tiles.sap_mode == "lagged"
+
+
+@dataclass
+class Run:
+    """What one sampling run remembers. `order` counts the evaluations of one step, to keep nested ones apart."""
+
+    model: Any
+    sigmas: list[float]
+    layers: dict[str, Layer]
+    plan: TilePlan
+    tiles: Tiles | None
+    propagation: Propagation
+    batch: int = 1
+    at_once: int = 1
+    order: int = 0
+    passes: dict[tuple[object, ...], TileRun] = field(default_factory=dict)
+
+    def gamma(self, sigma: float, rho: float) -> float:
+        sampling = self.model.get_model_object("model_sampling")
+        ends = schedule_ends(self.sigmas, float(sampling.sigma_max), float(sampling.sigma_min))
+        return gamma_at(sigma, *ends, rho)
+
+    def step(self, sigma: float) -> Step:
+        index = step_index(self.sigmas, sigma)
+        if self.tiles is None:
+            return Step(index)
+        sampling = self.model.get_model_object("model_sampling")
+        first, last = (sampling.percent_to_sigma(share) for share in (self.tiles.start, self.tiles.end))
+        acts = last <= sigma <= first
+        return step_at(index, self.propagation.kinds) if acts else Step(index)
+
+
+def check_run(guider: Any, shape: Sequence[int], latent: Tensor) -> None:
+    """Raises SettingError for what cannot be sampled in tiles: the host would resize, repeat or crop it silently."""
+    if guider.model_options.get("context_handler") is not None:
+        raise SettingError(
+            "this MODEL has context windows (Context Windows nodes): they do not work with SVD, and the tiles of VSR"
+            " Tiled Diffusion already cover long videos; remove the context windows"
+        )
+    if bool(torch.isnan(latent).any()):
+        raise SettingError("the LATENT holds NaN: expected finite numbers; check the node that made it")
+    frames, _, height, width = shape
+    for name, conds in guider.conds.items():
+        for cond in conds:
+            concat = cond.get("concat_latent_image")
+            if concat is None and name == "positive":
+                raise SettingError(
+                    "the positive conditioning has no concat latents: expected the LR video's; wire VSR SVD"
+                    " Conditioning (or SVD_img2vid_Conditioning) into it"
+                )
+            if concat is not None and concat.shape[0] not in (1, frames):
+                raise SettingError(
+                    f"the {name} conditioning has {concat.shape[0]} frames, the LATENT {frames}: expected equal counts;"
+                    " take both from one VSR SVD Conditioning node"
+                )
+            if concat is not None and tuple(concat.shape[-2:]) != (height, width):
+                raise SettingError(
+                    f"the {name} conditioning is {concat.shape[-2]}x{concat.shape[-1]} latents, the LATENT"
+                    f" {height}x{width}: expected equal sizes; take both from one VSR SVD Conditioning node"
+                )
+
+
+def main_branches(
+    settings: Mapping[str, Any], gamma: Callable[[float, float], float], sigma: float, cfg: bool
+) -> list[Branch]:
+    """Conditional and unconditional branch as CFG evaluates them; with CFG, DSSAG blurs the second (equation 9)."""
+    branches = [COND, UNCOND]
+    if cfg and (dssag := settings.get("dssag")) is not None:
+        branches[1] = replace(UNCOND, attention=Tempered(gamma(sigma, dssag.rho)), layers=dssag.layers)
+    if "sag" in settings:
+        branches[cfg] = replace(branches[cfg], observe=True)
+    return branches
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the host's `BaseModel.apply_model` takes beside its options: of a batch of branches, a branch, or a call."""
+
+    x: Tensor
+    t: Tensor
+    concat: Tensor | None
+    context: Tensor | None
+    rest: dict[str, Any]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """Everything that is per frame changed alike."""
+
+        def each(value: Any) -> Any:
+            per_frame = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == self.x.shape[0]
+            return change(value) if per_frame else value
+
+        rest = {name: each(value) for name, value in self.rest.items()}
+        return Inputs(each(self.x), each(self.t), each(self.concat), each(self.context), rest)
+
+    def tiles(self, plan: TilePlan, call: Call) -> Inputs:
+        """The share of one call: its window's frames, and of a picture its tiles."""
+
+        def cut(value: Tensor) -> Tensor:
+            if value.ndim == 4 and value.shape[-2:] == self.x.shape[-2:]:
+                return gather_tiles(plan, call, value)
+            window = value[plan.windows[call.window].span.slice]
+            return window.repeat(len(call.tiles), *(1,) * (value.ndim - 1))
+
+        inputs = self.map(cut)
+        if "num_video_frames" not in inputs.rest:
+            return inputs
+        return replace(inputs, rest={**inputs.rest, "num_video_frames": call.frames})
+
+
+def attention_override(
+    run: TileRun, call: Call, layers: Mapping[str, Layer], inner: Callable[..., Tensor] | None
+) -> Callable[..., Tensor]:
+    """The host's attention with ours in the layers where it acts, around the override that was there before."""
+    seen: set[str] = set()
+
+    def override(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        def proceed(*args: Any) -> Tensor:
+            return func(*args, **kwargs) if inner is None else inner(func, *args, **kwargs)
+
+        layer = _layer(layers, seen, kwargs.get("transformer_options") or {}, args)
+        if layer is None or not run.acts(call, layer):
+            return proceed(*args)
+        q, k, v, heads, *rest = args
+        split = "b n (h d) -> b h n d"
+
+        def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (rearrange(z, "b h n d -> b n (h d)") for z in (q, k, v))
+            return rearrange(proceed(q, k, v, heads, *rest), split, h=heads)
+
+        out = run.attend(call, layer, *(rearrange(z, split, h=heads) for z in (q, k, v)), fused)
+        return rearrange(out, "b h n d -> b n (h d)")
+
+    return override
+
+
+def _layer(
+    layers: Mapping[str, Layer], seen: set[str], options: Mapping[str, Any], args: Sequence[Any]
+) -> Layer | None:
+    """The spatial self-attention layer that is asked for attention now, if it is one.
+
+    A block's spatial layer and its temporal one go by one name and can have one shape; the spatial one comes first.
+    """
+    block, shape = options.get("block"), options.get("activations_shape")
+    if block is None or shape is None or len(args) < 4:
+        return None
+    name = f"{block[0]}.{block[1]}.{options.get('block_index', 0)}"
+    q, k = args[0], args[1]
+    spatial = q.ndim == 3 and q.shape[0] == shape[0] and q.shape[1] == shape[2] * shape[3] == k.shape[1]
+    if name in seen or not spatial:
+        return None
+    seen.add(name)
+    return layers.get(name)
