@@ -20,6 +20,10 @@ from vsr_ops.guidance import (
     extrapolate,
     gamma_at,
     guide,
+    push,
+    sag_degrade,
+    sag_renoise,
+    schedule_ends,
     strength,
 )
 
@@ -256,3 +260,26 @@ def test_strengths_are_filled_in_and_refused() -> None:
 def test_a_strength_without_effect_is_refused(name: str, cfg: float | None, scale: float | None) -> None:
     with pytest.raises(SettingError, match=name):
         strength(name, cfg, scale)
+
+
+def test_push_adds_the_perturbed_share_and_nothing_at_zero() -> None:
+    guided, strong, weak = (torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    assert push(guided, strong, weak, 0) is guided
+    assert torch.allclose(push(strong, strong, weak, 1.5), extrapolate(weak, strong, 2.5), atol=1e-5)
+    assert push(guided.half(), strong, weak, 1.0).dtype == torch.float16
+
+
+def test_nothing_salient_degrades_nothing_and_renoising_is_then_the_input() -> None:
+    x, estimate = (torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    degraded = sag_degrade(estimate, torch.zeros(2, 1, 16, 16))
+    assert torch.equal(degraded, estimate)
+    assert torch.allclose(sag_renoise(x, estimate, degraded), x, atol=1e-6)
+    everywhere = sag_degrade(estimate, torch.ones(2, 1, 16, 16))
+    assert float(everywhere.std()) < 0.5 * float(estimate.std())
+
+
+def test_gamma_falls_over_the_runs_own_sigmas_or_over_the_models_at_partial_denoise() -> None:
+    assert schedule_ends([700.0, 10.0, 0.002, 0.0], 700.0, 0.002) == (700.0, 0.002)
+    assert schedule_ends([650.0, 3.0, 0.0], 700.0, 0.002) == (650.0, 3.0)
+    assert schedule_ends([20.0, 3.0, 0.0], 700.0, 0.002) == (700.0, 0.002)
+    assert gamma_at(700.0, *schedule_ends([700.0, 0.0], 700.0, 0.002)) == 1.0

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vsr_ops import latents as module
-from vsr_ops.latents import decode_frames, encode_frames, pad_to
+from vsr_ops.errors import SettingError
+from vsr_ops.latents import decode_frames, decode_video, encode_frames, encode_video, pad_to, with_augmentation
 from vsr_ops.tiling import spans
 
 if TYPE_CHECKING:
@@ -135,3 +136,41 @@ def test_a_frame_of_one_vae_tile_is_encoded_as_it_is(tiny: SVD) -> None:
     with torch.no_grad():
         expected = tiny.encode(pad_to(frame, 40, 24)[None])[0]
     assert torch.equal(next(encode_frames(tiny, [frame], 5, 3)), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 40), (33, 47), (5, 3)])
+def test_a_video_of_any_size_comes_back_at_its_size(tiny: SVD, height: int, width: int) -> None:
+    frames = torch.rand(3, 3, height, width, generator=torch.Generator().manual_seed(0))
+    done: list[int] = []
+    z = encode_video(tiny, frames, done.append, factor=tiny.factor)
+    cell = 8 * tiny.factor
+    assert z.shape == (3, 4, -(-height // cell) * tiny.factor, -(-width // cell) * tiny.factor)
+    assert torch.equal(z[1], next(encode_frames(tiny, frames[1:2], *z.shape[-2:])))
+    out = decode_video(tiny, z, 2, size=(height, width), tick=done.append)
+    assert out.shape == frames.shape and sum(done) == 6
+    whole = torch.stack(list(decode_frames(tiny, z, 2)))
+    assert torch.equal(out, whole[:, :, :height, :width].clamp(0, 1))
+
+
+@pytest.mark.parametrize("size", [(170, 32), (160, 1000), (1, 32)])
+def test_a_crop_that_the_latent_does_not_cover_is_refused(tiny: SVD, size: tuple[int, int]) -> None:
+    with pytest.raises(SettingError, match="expected the size that was encoded"):
+        decode_video(tiny, draw(2, 4, 20, 4), 2, size=size)
+
+
+def test_what_is_no_latent_video_is_refused(tiny: SVD) -> None:
+    for shape in [(4, 8, 8), (0, 4, 8, 8)]:
+        with pytest.raises(SettingError, match="expected \\(frames"):
+            decode_video(tiny, torch.zeros(shape), 2)
+    with pytest.raises(SettingError, match="frame 1 decoded to NaN"):
+        decode_video(tiny, torch.full((1, 4, 4, 4), torch.nan), 2)
+    with pytest.raises(SettingError, match="no frames"):
+        encode_video(tiny, [])
+
+
+def test_augmentation_is_the_same_noise_every_time_and_none_at_zero() -> None:
+    frames = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert all(a is not b and torch.equal(a, b) for a, b in zip(with_augmentation(frames, 0), frames, strict=True))
+    once, again = (torch.stack(list(with_augmentation(frames, 0.3))) for _ in range(2))
+    assert torch.equal(once, again)
+    assert abs(float((once - frames).std()) - 0.3) < 0.01
