@@ -182,7 +182,11 @@ def patch_perturbed(model: Any, name: str, scale: float, layers: str, rho: float
             f"{name.upper()} needs spatial self-attention in {layers!r} layers, and {type(model.model).__name__} has"
             " none there: expected a UNet model such as SVD or SD; choose other layers or another guidance"
         )
-    return patch(model, name, Perturbed(scale, layers, rho)) if scale else model
+    if scale == 0:
+        # Off is off even where an earlier node has turned it on.
+        known = model.model_options["transformer_options"].get(KEY, {})
+        return patch(model, name, None) if known.get(name) is not None else model
+    return patch(model, name, Perturbed(scale, layers, rho))
 
 
 def patch_tiles(model: Any, tiles: Tiles) -> Any:

@@ -134,7 +134,7 @@ def main_branches(
     branches = [COND, UNCOND]
     if cfg and (dssag := settings.get("dssag")) is not None:
         branches[1] = replace(UNCOND, attention=Tempered(gamma(sigma, dssag.rho)), layers=dssag.layers)
-    if "sag" in settings:
+    if settings.get("sag") is not None:
         branches[cfg] = replace(branches[cfg], observe=True)
     return branches
 
