@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..vsr_ops.attention import Tempered, identity
 from ..vsr_ops.errors import SettingError
-from ..vsr_ops.guidance import Branch, push, sag_degrade, sag_renoise
+from ..vsr_ops.guidance import COND, UNCOND, Branch, push, sag_degrade, sag_renoise
 from ..vsr_ops.latents import CELL
 from ..vsr_ops.layers import Layer, check_layers, place_layers
 from ..vsr_ops.plan_cost import Bank, describe_plan, lagged_bytes, matmul_speed, tap_bytes
@@ -203,8 +203,7 @@ def outer_sample(
     """Makes the run's memory; it goes when the run's options go."""
     guider = executor.class_obj
     settings = pack_settings(guider.model_options)
-    if "tiles" in settings:
-        check_run(guider, noise.shape, latent)
+    check_run(guider, noise.shape, latent, is_svd(guider.model_patcher))
     cuts = next((cond["vsr_cuts"] for conds in guider.conds.values() for cond in conds if "vsr_cuts" in cond), ())
     run = make_run(guider.model_patcher, settings, noise.shape, sigmas, cuts)
     guider.model_options = changed(guider.model_options, run=run)
@@ -235,6 +234,11 @@ def calc_cond_batch(
     if "branches" not in settings:
         first, run.order = run.order == 0, run.order + 1
         branches = [Branch(f"{run.order}.{i}") for i, _ in enumerate(conds)]
+        if first and len(conds) > 2 and (unable := [name for name in ("dssag", "sag") if settings.get(name)]):
+            raise SettingError(
+                f"{unable[0].upper()} met a guider with {len(conds)} conditionings: expected a positive and at most one"
+                " negative; use the pack's guiders, CFGGuider or KSampler"
+            )
         if first and len(conds) == 2:
             branches = main_branches(settings, run.gamma, float(timestep.max()), conds[1] is not None)
         model_options = changed(model_options, branches=tuple(branches))
@@ -260,7 +264,13 @@ def post_cfg(args: dict[str, Any]) -> Tensor:
         denoised = push(denoised, args["cond_denoised"], weak, pag.scale)
     if (sag := settings.get("sag")) is not None:
         cond, estimate = (args["uncond"], args["uncond_denoised"]) if cfg else (args["cond"], args["cond_denoised"])
-        saliency = next(p.saliency for p in run.passes.values() if p.saliency is not None)
+        name = (UNCOND if cfg else COND).name
+        saliency = next((p.saliency for (seen, _), p in run.passes.items() if seen == name and p.saliency), None)
+        if saliency is None:
+            raise SettingError(
+                "SAG saw no attention at this step: expected conditioning that acts over the whole run; take its"
+                " timestep range off"
+            )
         degraded = sag_degrade(estimate, saliency.result())
         answer = evaluate(cond, sag_renoise(x, estimate, degraded), Branch("sag"))
         denoised = push(denoised, degraded, answer, sag.scale)
@@ -291,6 +301,11 @@ def apply_model(
     numbers, uuids = options["cond_or_uncond"], options["uuids"]
     everything = Inputs(x, t, c_concat, c_crossattn, rest)
     size = x.shape[0] // len(numbers)
+    if (size, *x.shape[-2:]) != (run.plan.frames, run.plan.height, run.plan.width):
+        raise SettingError(
+            f"a conditioning covers {x.shape[-2]}x{x.shape[-1]} latents of {run.plan.height}x{run.plan.width}: expected"
+            " whole frames; remove its area"
+        )
     outputs: list[Tensor] = []
     for i, (number, uuid) in enumerate(zip(numbers, uuids, strict=True)):
         inputs = everything.map(lambda value, i=i: value[i * size : (i + 1) * size])

@@ -97,15 +97,17 @@ class Run:
         return step_at(index, self.propagation.kinds) if acts else Step(index)
 
 
-def check_run(guider: Any, shape: Sequence[int], latent: Tensor) -> None:
-    """Raises SettingError for what cannot be sampled in tiles: the host would resize, repeat or crop it silently."""
+def check_run(guider: Any, shape: Sequence[int], latent: Tensor, svd: bool) -> None:
+    """Raises SettingError for what cannot be sampled: for SVD the host would resize, repeat or crop it silently."""
     if guider.model_options.get("context_handler") is not None:
         raise SettingError(
-            "this MODEL has context windows (Context Windows nodes): they do not work with SVD, and the tiles of VSR"
-            " Tiled Diffusion already cover long videos; remove the context windows"
+            "this MODEL has context windows (Context Windows nodes): expected none, for VSR's patches need whole"
+            " videos, and Tiled Diffusion (VSR) covers long ones; remove the context windows"
         )
     if bool(torch.isnan(latent).any()):
         raise SettingError("the LATENT holds NaN: expected finite numbers; check the node that made it")
+    if not svd:
+        return
     frames, _, height, width = shape
     for name, conds in guider.conds.items():
         for cond in conds:
@@ -135,7 +137,7 @@ def main_branches(
     if cfg and (dssag := settings.get("dssag")) is not None:
         branches[1] = replace(UNCOND, attention=Tempered(gamma(sigma, dssag.rho)), layers=dssag.layers)
     if settings.get("sag") is not None:
-        branches[cfg] = replace(branches[cfg], observe=True)
+        branches = [replace(branch, observe=True) for branch in branches]
     return branches
 
 

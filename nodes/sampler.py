@@ -113,6 +113,8 @@ class TiledSVDSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         guide = GUIDERS[check_choice("guidance", guidance, GUIDERS)]
         check_choice("color", color, COLOR)
+        check_choice("sampler_name", sampler_name, host.SAMPLERS)
+        check_choice("scheduler", scheduler, host.SCHEDULERS)
         upscaled = UpscaleLR.execute(image, scale, 0, 0, "bicubic", upscale_model).args[0]
         tiled = TiledDiffusion.execute(
             *(model, tile_height, tile_width, tile_frames, overlap, propagation, sap_mode),
