@@ -55,7 +55,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line, for all that was skipped, on how to run it."""
     if not INSIDE and comfyui_path() is None:
         terminalreporter.write_line(
-            "tests/host skipped, no ComfyUI: run COMFYUI_PATH=<its folder> COMFYUI_PYTHON=<its Python> pytest tests/host"
+            "tests/host skipped, no ComfyUI: COMFYUI_PATH=<its folder> COMFYUI_PYTHON=<its Python> pytest tests/host"
         )
 
 
