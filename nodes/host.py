@@ -191,7 +191,7 @@ def patch_perturbed(model: Any, name: str, scale: float, layers: str, rho: float
 
 def patch_tiles(model: Any, tiles: Tiles) -> Any:
     """A MODEL that samples in tiles. Raises SettingError for a MODEL or tiles that cannot."""
-    require_svd(model, "VSR Tiled Diffusion")
+    require_svd(model, "Tiled Diffusion (VSR)")
     check_layers(tiles.propagation.layers)
     plan_for(model, tiles, 1, 8, 8)
     return patch(model, "tiles", tiles)
@@ -507,8 +507,6 @@ def sample(
     made: Any, latent: dict[str, Any], seed: int, steps: int, sampler: str, scheduler: str, denoise: float
 ) -> dict[str, Any]:
     """What KSampler does, with a guider: LATENT in, LATENT out."""
-    if sampler not in SAMPLERS or scheduler not in SCHEDULERS:
-        raise SettingError(f"sampler {sampler!r} with scheduler {scheduler!r}: expected two that this host has")
     model, samples = made.model_patcher, latent["samples"]
     total = steps if denoise >= 1 else int(steps / denoise)
     sampling = model.get_model_object("model_sampling")

@@ -28,12 +28,12 @@ class SVDConditioning(io.ComfyNode):
             category=f"{CATEGORY}/conditioning",
             description=(
                 "Conditions SVD on every frame of the upscaled video (DC-VSR), where the host's own node repeats one"
-                " picture. Frames of any size work: they are padded to 8 pixels, and VSR Decode crops again."
+                " picture. Frames of any size work: they are padded to 8 pixels, and Decode Video (VSR) crops again."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The SVD that will sample: the conditioning must fit its width."),
                 io.Vae.Input("vae", tooltip="SVD's VAE."),
-                io.Image.Input("image", tooltip="The video at the size of the result, from VSR Upscale LR Video."),
+                io.Image.Input("image", tooltip="The video at the size of the result, from Upscale LR Video (VSR)."),
                 count("motion_bucket_id", 127, 1, 1023, "How much motion SVD expects; 127 is the paper's."),
                 count("fps", 8, 1, 1024, "Frame rate that the UNet is told; 8 is the paper's."),
                 number("augmentation", 0.0, 0.0, 10.0, "Noise on the conditioning pictures: hides their artefacts."),

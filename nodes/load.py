@@ -25,7 +25,7 @@ class LoadLite(io.ComfyNode):
             inputs=[choice("which", WHICH, "svd_lite", "Which of the bundled weights to load.")],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The UNet, as any other MODEL: LoRA and patches apply."),
-                io.Vae.Output(display_name="vae", tooltip="Its video VAE; decode with VSR Decode."),
+                io.Vae.Output(display_name="vae", tooltip="Its video VAE; decode with Decode Video (VSR)."),
             ],
         )
 

@@ -114,18 +114,18 @@ def check_run(guider: Any, shape: Sequence[int], latent: Tensor, svd: bool) -> N
             concat = cond.get("concat_latent_image")
             if concat is None and name == "positive":
                 raise SettingError(
-                    "the positive conditioning has no concat latents: expected the LR video's; wire VSR SVD"
-                    " Conditioning (or SVD_img2vid_Conditioning) into it"
+                    "the positive conditioning has no concat latents: expected the LR video's; wire SVD Video"
+                    " Conditioning (VSR) or SVD_img2vid_Conditioning into it"
                 )
             if concat is not None and concat.shape[0] not in (1, frames):
                 raise SettingError(
                     f"the {name} conditioning has {concat.shape[0]} frames, the LATENT {frames}: expected equal counts;"
-                    " take both from one VSR SVD Conditioning node"
+                    " take both from one SVD Video Conditioning (VSR)"
                 )
             if concat is not None and tuple(concat.shape[-2:]) != (height, width):
                 raise SettingError(
                     f"the {name} conditioning is {concat.shape[-2]}x{concat.shape[-1]} latents, the LATENT"
-                    f" {height}x{width}: expected equal sizes; take both from one VSR SVD Conditioning node"
+                    f" {height}x{width}: expected equal sizes; take both from one SVD Video Conditioning (VSR)"
                 )
 
 
