@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 #: Tools of development, beside what requirements.txt names.
-TOOLS = ["torch", "pytest", "ruff", "pyright[nodejs]"]
+TOOLS = ["torch", "torchvision", "accelerate", "pytest", "ruff", "pyright[nodejs]", "tomli; python_version < '3.11'"]
 
 
 def run(*command: str | Path) -> None:

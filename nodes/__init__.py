@@ -6,14 +6,17 @@ from comfy_api.latest import ComfyExtension, io
 
 from .guiders import DSSAGGuider, PAGGuider, SAGGuider
 from .latent import Decode, SVDConditioning
-from .load import DemoClip, LoadLite
+from .load import DemoClip, LoadDCM, LoadLite, LoadRefiner
+from .metrics import Metrics
 from .patches import DSSAG, TiledDiffusion
-from .picture import ColorMatch, Compare, UpscaleLR
+from .picture import ColorMatch, Compare, Refine, UpscaleLR
 from .preview import TilePreview
 from .sampler import TiledSVDSampler
 
 NODES: list[type[io.ComfyNode]] = [
     LoadLite,
+    LoadDCM,
+    LoadRefiner,
     DemoClip,
     UpscaleLR,
     SVDConditioning,
@@ -24,9 +27,11 @@ NODES: list[type[io.ComfyNode]] = [
     SAGGuider,
     TiledSVDSampler,
     Decode,
+    Refine,
     ColorMatch,
     TilePreview,
     Compare,
+    Metrics,
 ]
 
 

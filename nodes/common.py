@@ -13,6 +13,8 @@ from ..vsr_ops.errors import SettingError
 from ..vsr_ops.layers import LAYERS
 
 CATEGORY = "VSR"
+#: What goes from Load Refiner to Refine.
+REFINER = io.Custom("VSR_REFINER")
 
 
 def to_frames(image: Tensor, name: str = "image") -> Tensor:

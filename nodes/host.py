@@ -21,6 +21,7 @@ import comfy.samplers
 import comfy.sd
 import comfy.supported_models
 import comfy.utils
+import folder_paths
 import latent_preview
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL, AutoencodingEngine
@@ -37,6 +38,7 @@ from ..vsr_ops.latents import CELL
 from ..vsr_ops.layers import Layer, check_layers, place_layers
 from ..vsr_ops.plan_cost import Bank, describe_plan, lagged_bytes, matmul_speed, tap_bytes
 from ..vsr_ops.propagation import Call, Propagation, TileRun, run_pass
+from ..vsr_ops.refiner import Refiner, refine
 from ..vsr_ops.tiling import TilePlan, TileSize, plan_tiles
 from .run import (
     KEY,
@@ -465,6 +467,34 @@ def upscaler(upscale_model: Any) -> Callable[[Tensor], Tensor]:
         return rearrange(image, "t h w c -> t c h w")
 
     return enlarge
+
+
+def refined(refiner: Refiner, decoded: Tensor, upscaled: Tensor, w: float, cuts: Sequence[int] = ()) -> Tensor:
+    """`refine` on the host's device, with the node's progress bar; the refiner goes back afterwards."""
+    manage = comfy.model_management
+    try:
+        refiner.to(manage.get_torch_device())
+        return refine(refiner, decoded, upscaled, w, cuts, progress(len(decoded)))
+    finally:
+        refiner.to(manage.unet_offload_device())
+
+
+def weights_files(folder: str) -> list[str]:
+    """What a loader offers: "lite", and the .safetensors files in a folder of the host's models."""
+    # The pack's own folders are new to the host; saying it again changes nothing, and artists may have named others.
+    folder_paths.add_model_folder_path(folder, str(Path(folder_paths.models_dir) / folder))
+    return ["lite", *(name for name in folder_paths.get_filename_list(folder) if name.endswith(".safetensors"))]
+
+
+def weights_file(folder: str, which: str) -> str:
+    """The path of a file that `weights_files` offers; "lite" itself. Raises SettingError for any other."""
+    known = weights_files(folder)
+    if which not in known:
+        raise SettingError(
+            f"which is {which!r}: expected one of {', '.join(known)}; choose one from the list, or put the file into"
+            f" models/{folder} and refresh"
+        )
+    return which if which == "lite" else folder_paths.get_full_path_or_raise(folder, which)
 
 
 def context_tokens(model: Any, clip_vision_output: Any) -> Tensor:

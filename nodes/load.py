@@ -1,4 +1,4 @@
-"""Where a graph begins: the bundled weights and a clip to try them on."""
+"""Where a graph begins: weights, bundled or the artist's own, and a clip to try them on."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from comfy_api.latest import io
 
 from ..vsr_ops import clip
 from ..vsr_ops.checkpoint import LITE
+from ..vsr_ops.dcm import read_dcm
+from ..vsr_ops.refiner import load_refiner
 from . import host
-from .common import CATEGORY, check_choice, choice, count, to_image
+from .common import CATEGORY, REFINER, check_choice, choice, count, to_image
 
 WHICH = {"svd_lite": LITE}
+#: The host's folders, under its `models`, where files of these kinds are looked for.
+DCM_FOLDER, REFINER_FOLDER = "upscale_models", "vsr_refiners"
 
 
 class LoadLite(io.ComfyNode):
@@ -32,6 +36,66 @@ class LoadLite(io.ComfyNode):
     @classmethod
     def execute(cls, which: str) -> io.NodeOutput:
         return io.NodeOutput(*host.load_lite(WHICH[check_choice("which", which, WHICH)]))
+
+
+class LoadDCM(io.ComfyNode):
+    """An upscale model that cleans what it enlarges."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRLoadDCM",
+            display_name="Load DCM (VSR)",
+            category=f"{CATEGORY}/loaders",
+            description=(
+                "SDATC's distortion control module: a SwinIR that makes a compressed video clean and four times larger,"
+                " before the diffusion sees it. The pack's own small one, or any .safetensors upscale model."
+            ),
+            inputs=[
+                choice(
+                    "which",
+                    host.weights_files(DCM_FOLDER),
+                    "lite",
+                    "lite: the pack's own, x4; or a .safetensors file from the host's models/upscale_models.",
+                )
+            ],
+            outputs=[
+                io.UpscaleModel.Output(
+                    display_name="upscale_model",
+                    tooltip="For Upscale LR Video (VSR), or the host's Upscale Image (using Model).",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, which: str) -> io.NodeOutput:
+        return io.NodeOutput(read_dcm(host.weights_file(DCM_FOLDER, which)))
+
+
+class LoadRefiner(io.ComfyNode):
+    """The network of the Refine node."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRLoadRefiner",
+            display_name="Load Refiner (VSR)",
+            category=f"{CATEGORY}/loaders",
+            description="SATeCo's refiner: a small network that decides per pixel how far to trust the diffusion.",
+            inputs=[
+                choice(
+                    "which",
+                    host.weights_files(REFINER_FOLDER),
+                    "lite",
+                    "lite: the pack's own, made for its lite SVD; or a refiner's file from models/vsr_refiners.",
+                )
+            ],
+            outputs=[REFINER.Output(display_name="refiner", tooltip="For Refine (VSR).")],
+        )
+
+    @classmethod
+    def execute(cls, which: str) -> io.NodeOutput:
+        return io.NodeOutput(load_refiner(host.weights_file(REFINER_FOLDER, which)))
 
 
 class DemoClip(io.ComfyNode):

@@ -13,7 +13,7 @@ from ..vsr_ops.resize import RESIZE
 from ..vsr_ops.scenes import find_cuts
 from ..vsr_ops.upscale import target_size, upscale_frames
 from . import host
-from .common import CATEGORY, check_choice, choice, count, number, to_frames, to_image
+from .common import CATEGORY, REFINER, check_choice, choice, count, number, to_frames, to_image
 
 
 class UpscaleLR(io.ComfyNode):
@@ -38,7 +38,9 @@ class UpscaleLR(io.ComfyNode):
                     "method", RESIZE, "bicubic", "How pictures are resized, after the upscale model if there is one."
                 ),
                 io.UpscaleModel.Input(
-                    "upscale_model", optional=True, tooltip="Any upscale model of the host, from Load Upscale Model."
+                    "upscale_model",
+                    optional=True,
+                    tooltip="From Load DCM (VSR), or any of the host's Load Upscale Model.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="upscaled", tooltip="The video at the size of the result.")],
@@ -53,6 +55,37 @@ class UpscaleLR(io.ComfyNode):
         enlarge = None if upscale_model is None else host.upscaler(upscale_model)
         check_choice("method", method, RESIZE)
         return io.NodeOutput(to_image(upscale_frames(frames, size, method, enlarge, host.progress(len(frames)))))
+
+
+class Refine(io.ComfyNode):
+    """The diffusion's detail where it can be trusted, the upscaled picture elsewhere."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRRefine",
+            display_name="Refine (VSR)",
+            category=f"{CATEGORY}/picture",
+            description=(
+                "Puts the decoded video and the upscaled one together with a small trained network (SATeCo's video"
+                " refiner), which keeps the detail that fits and brings colours back."
+            ),
+            inputs=[
+                io.Image.Input("decoded", tooltip="The diffusion's video, from Decode Video (VSR)."),
+                io.Image.Input(
+                    "upscaled", tooltip="The video it was conditioned on, from Upscale LR Video (VSR): of one size."
+                ),
+                REFINER.Input("refiner", tooltip="From Load Refiner (VSR)."),
+                number("w", 0.0, 0.0, 1.0, "0: as the refiner has it; 1: the upscaled video exactly as it is."),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The refined video.")],
+        )
+
+    @classmethod
+    def execute(cls, decoded: Tensor, upscaled: Tensor, refiner: Any, w: float) -> io.NodeOutput:
+        frames, target = to_frames(decoded, "decoded"), to_frames(upscaled, "upscaled")
+        cuts = find_cuts(iter(target))
+        return io.NodeOutput(to_image(host.refined(refiner, frames, target, w, cuts)))
 
 
 class ColorMatch(io.ComfyNode):

@@ -11,11 +11,11 @@ from torch import Tensor
 from ..vsr_ops.color import COLOR
 from ..vsr_ops.propagation import PROPAGATION, SAP_MODES
 from . import host
-from .common import CATEGORY, check_choice, choice, count, number
+from .common import CATEGORY, REFINER, check_choice, choice, count, number
 from .guiders import DSSAGGuider, PAGGuider, SAGGuider
 from .latent import Decode, SVDConditioning
 from .patches import TiledDiffusion
-from .picture import ColorMatch, UpscaleLR
+from .picture import ColorMatch, Refine, UpscaleLR
 
 
 def _dssag(model: Any, positive: Any, negative: Any, cfg: float, scale: float) -> Any:
@@ -48,8 +48,8 @@ class TiledSVDSampler(io.ComfyNode):
             display_name="Upscale Video with SVD (VSR)",
             category=CATEGORY,
             description=(
-                "The whole of DC-VSR in one node: upscale, condition, sample in tiles, decode, match colours. The other"
-                " nodes of the pack are its parts, to be wired differently."
+                "The whole of DC-VSR in one node: upscale, condition, sample in tiles, decode, refine, match colours."
+                " The other nodes of the pack are its parts, to be wired differently."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="Stable Video Diffusion: Load Lite SVD to start with."),
@@ -77,7 +77,14 @@ class TiledSVDSampler(io.ComfyNode):
                     "clip_vision_output", optional=True, tooltip="CLIP's view of a frame, for stock SVD."
                 ),
                 io.UpscaleModel.Input(
-                    "upscale_model", optional=True, tooltip="Enlarges the input instead of bicubic resizing."
+                    "upscale_model",
+                    optional=True,
+                    tooltip="Enlarges the input instead of bicubic resizing: Load DCM with Load Lite SVD.",
+                ),
+                REFINER.Input(
+                    "refiner",
+                    optional=True,
+                    tooltip="From Load Refiner: puts the result and the upscaled input together; set color to none.",
                 ),
             ],
             outputs=[
@@ -110,6 +117,7 @@ class TiledSVDSampler(io.ComfyNode):
         color: str,
         clip_vision_output: Any = None,
         upscale_model: Any = None,
+        refiner: Any = None,
     ) -> io.NodeOutput:
         guide = GUIDERS[check_choice("guidance", guidance, GUIDERS)]
         check_choice("color", color, COLOR)
@@ -127,4 +135,6 @@ class TiledSVDSampler(io.ComfyNode):
         made = guide(tiled, positive, negative, cfg, guidance_scale)
         sampled = host.sample(made, latent, seed, steps, sampler_name, scheduler, denoise)
         decoded = Decode.execute(vae, sampled, 0).args[0]
+        if refiner is not None:
+            decoded = Refine.execute(decoded, upscaled, refiner, 0.0).args[0]
         return io.NodeOutput(sampled, ColorMatch.execute(decoded, upscaled, color, 1.0, 0.0).args[0])

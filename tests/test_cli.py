@@ -13,9 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.video_files import picture
-from vsr_ops.__main__ import main
-from vsr_ops.checkpoint import SVDWeights, write_svd
-from vsr_ops.svd import SVD
+from vsr_ops.__main__ import _parser, _parts, _settings, main
+from vsr_ops.checkpoint import LITE, SVDWeights, write_svd
+from vsr_ops.dcm import load_dcm
+from vsr_ops.pipeline import Job, Settings, upscale
+from vsr_ops.refiner import LITE_REFINER
+from vsr_ops.svd import SVD, load_svd
+from vsr_ops.upscale import upscale_frames
 from vsr_ops.video import Frame, Writer, made_info, open_writer, probe, read_frames
 
 
@@ -108,12 +112,66 @@ def test_plan_prints_the_numbers(weights: Path, clip: Path, capsys: pytest.Captu
     assert "lagged banks" in text and "GFLOP" in text
 
 
+def frames_of(path: Path) -> Tensor:
+    return torch.stack([frame.image for frame in read_frames(probe(path))])
+
+
+def test_bicubic_and_no_refiner_are_the_bare_job(tiny: SVD, weights: Path, clip: Path, tmp_path: Path) -> None:
+    bare = ("--upscaler", "bicubic", "--refiner", "none", "--codec", "ffv1")
+    assert run("upscale", clip, tmp_path / "a.mkv", "--model", weights, *bare, *QUICK) == 0
+    settings = Settings(scale=2, steps=1, guidance="none")
+    job = Job(probe(clip), 0, 3, 2)
+    # The file's weights, not the fixture's own: the file holds them in half precision.
+    model = load_svd(str(weights), torch.device("cpu"), torch.float32)
+    upscale(model, job, tmp_path / "b.mkv", settings, "ffv1", cuts=())
+    assert settings.color == "detail" and torch.equal(frames_of(tmp_path / "a.mkv"), frames_of(tmp_path / "b.mkv"))
+
+
+def test_the_upscaler_comes_before_and_the_refiner_after(weights: Path, clip: Path, tmp_path: Path) -> None:
+    """At w = 1 the result is the upscaled input, bit for bit what the upscaler alone gives."""
+    upscalers = {"dcm": load_dcm("lite", torch.device("cpu")), "bicubic": None}
+    results: dict[str, Tensor] = {}
+    for name, enlarge in upscalers.items():
+        out = tmp_path / f"{name}.mkv"
+        parts = ("--upscaler", name, "--refiner", "lite", "--refiner-w", 1, "--codec", "ffv1")
+        assert run("upscale", clip, out, "--model", weights, *parts, *QUICK) == 0
+        results[name] = frames_of(out)
+        assert (results[name] - upscale_frames(frames_of(clip), (28, 40), enlarge=enlarge)).abs().max() < 1 / 254
+    assert not torch.equal(results["dcm"], results["bicubic"])
+    assert run("upscale", clip, tmp_path / "w0.mkv", "--model", weights, "--refiner", "lite", *QUICK) == 0
+    assert not torch.equal(frames_of(tmp_path / "w0.mkv"), results["dcm"])
+
+
+def test_a_refiner_is_taken_with_the_bundled_weights_and_with_no_others(weights: Path) -> None:
+    """It was made for those; and after it colours are left alone, unless asked for."""
+
+    def chosen(*arguments: object) -> tuple[bool, str]:
+        args = _parser().parse_args([str(a) for a in ("upscale", "in.mp4", "out.mp4", *arguments)])
+        return _parts(args).refiner is not None, _settings(args, 4.0).color
+
+    assert chosen() == (True, "none")
+    assert chosen("--model", weights) == (False, "detail")
+    assert chosen("--model", weights, "--refiner", LITE_REFINER) == (True, "none")
+    assert chosen("--refiner", "none") == (False, "detail")
+    assert chosen("--color", "adain") == (True, "adain")
+
+
+def test_parts_of_another_kind_are_refused(weights: Path, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ("upscale", clip, clip.parent / "out.mp4", "--model", weights)
+    assert "not an upscale model" in refused(capsys, clip.parent, *base, "--upscaler", LITE_REFINER)
+    line = refused(capsys, clip.parent, *base, "--refiner", LITE)
+    assert "'svd'" in line and "'refiner'" in line
+    torch.save({"a": torch.zeros(1)}, clip.parent / "pickle.pth")
+    for option in ("--upscaler", "--refiner"):
+        assert "a pickle" in refused(capsys, clip.parent, *base, option, clip.parent / "pickle.pth")
+
+
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
         ("--scale", "0", "scale is 0"),
         ("--scale", "nan", "scale is nan"),
-        ("--steps", "0", "steps is 0"),
+        ("--steps", "-1", "steps is -1"),
         ("--tile", "0x8x4", "tile is 0x8x4"),
         ("--tile", "9x8x4", "multiples of 4"),
         ("--tile", "8x8", "HEIGHTxWIDTHxFRAMES"),
@@ -135,6 +193,11 @@ def test_plan_prints_the_numbers(weights: Path, clip: Path, capsys: pytest.Captu
         ("--dtype", "int3", "dtype is 'int3'"),
         ("--device", "toaster", "toaster"),
         ("--model", "nowhere.safetensors", "no such file"),
+        ("--upscaler", "nowhere.safetensors", "nowhere.safetensors: no such file"),
+        ("--refiner", "nowhere.safetensors", "nowhere.safetensors: no such file"),
+        ("--refiner-w", "1.5", "refiner w is 1.5"),
+        ("--refiner-w", "-0.1", "refiner w is -0.1"),
+        ("--refiner-w", "nan", "refiner w is nan"),
     ],
 )
 def test_settings_are_refused_by_name(

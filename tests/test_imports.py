@@ -122,6 +122,25 @@ def test_importing_writes_nothing_and_opens_no_socket(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+#: Libraries that are large or need what a host may lack: imported inside the functions that use them.
+LAZY = {"spandrel", "piq", "vmaf_torch"}
+
+
+def loaded(name: str) -> set[str]:
+    """The top-level modules that are there after an import in a new process."""
+    program = f"import sys, {name}; print(*sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT.parent)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    return {module.split(".")[0] for module in done.stdout.split()}
+
+
+def test_large_libraries_are_imported_where_they_are_needed() -> None:
+    assert loaded("vsr_ops.dcm").isdisjoint(LAZY | {"torchvision"})
+    everything = ", ".join(f"vsr_ops.{module.name}" for module in pkgutil.iter_modules([str(ROOT)]))
+    assert loaded(everything).isdisjoint(LAZY)
+    assert "torch" in loaded("vsr_ops.dcm")
+
+
 def test_the_watch_would_see_it(tmp_path: Path) -> None:
     after = "open('left', 'w').close(); import socket; socket.socket().close(); os.mkdir('folder')"
     seen = watch([], ["json"], after, tmp_path)

@@ -281,7 +281,7 @@ def test_a_stop_within_a_tick_comes_through_at_once(tiny: SVD) -> None:
         ({"scale": 0.0}, "0.0"),
         ({"scale": -4.0}, "-4.0"),
         ({"scale": math.nan}, "nan"),
-        ({"steps": 0}, "0"),
+        ({"steps": -1}, "-1"),
         ({"steps": 1001}, "1001"),
         ({"denoise": 0.0}, "0.0"),
         ({"denoise": 1e-9}, "1e-09"),

@@ -13,6 +13,7 @@ from vsr_ops.tiling import (
     TilePlan,
     TileSize,
     blend_weight,
+    cores,
     cut_tile,
     merge,
     plan_tiles,
@@ -179,6 +180,31 @@ def test_a_tile_counts_as_added_in_any_order() -> None:
             merger.add(n, m, cut_tile(plan, n, m, video))
         results.append(merger.result())
     assert relative(results[0], results[1]) < 2e-7
+
+
+@pytest.mark.parametrize("margin", [0, 1, 3, 50])
+def test_cores_cover_an_axis_once_and_see_their_margin(margin: int) -> None:
+    for extent, size in product(range(1, 30), range(1, 12)):
+        axis = list(range(extent))
+        parts = cores(extent, size, margin)
+        assert [place for part in parts for place in axis[part.core]] == axis
+        for part in parts:
+            seen = axis[part.outer]
+            assert seen[part.inner] == axis[part.core] and 1 <= len(axis[part.core]) <= size
+            # The margin, or to the border where that is nearer; slices that leave the axis would wrap.
+            assert seen[0] == max(part.core.start - margin, 0) and seen[-1] == min(part.core.stop + margin, extent) - 1
+            assert part.outer.start >= 0 and part.outer.stop <= extent
+
+
+def test_cores_make_a_filter_of_their_reach_exact() -> None:
+    line = noise(plan_tiles(1, 8, 8, TileSize(8, 8, 1)))[0, 0, 0].repeat(5)
+    whole = torch.nn.functional.avg_pool1d(line[None], 5, 1, 2)[0]
+
+    def by_parts(margin: int) -> torch.Tensor:
+        parts = cores(len(line), 7, margin)
+        return torch.cat([torch.nn.functional.avg_pool1d(line[None, p.outer], 5, 1, 2)[0, p.inner] for p in parts])
+
+    assert torch.allclose(by_parts(2), whole, atol=1e-6) and not torch.allclose(by_parts(1), whole, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,31 +1,31 @@
-"""Recipe: a small SVD whose concat latents are the upscaled LR video, frame by frame (DC-VSR, section 4.2).
+"""SVD whose concat latents are the upscaled LR video, frame by frame (DC-VSR, section 4.2), at lite and at full size.
 
-First `latents` renders and encodes training pairs into shards (it may run beside the training, which picks up new
-shards); then `train` fits the UNet to them with EDM's loss.
-
-    python -m training.svd latents --data ../shared/clips --vae runs/picture --out runs/latents --clips 1536
-    python -m training.svd train --latents runs/latents --out runs/unet --minutes 60
+Stage 1 trains all UNet weights, stage 2 all but the temporal attention and temporal residual layers (supplementary A).
+The VAE is frozen, so clips are encoded once, into shards beside the run, before the first step.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
-from einops import rearrange, reduce
-from torch import Tensor
+from torch import Tensor, nn
 
-from training.data import clips, load_sources, uniform
-from training.degradation import degrade
-from training.loop import Progress, Run, learning_rate
-from training.vae import SCALE, picture_vae
-from vsr_ops.checkpoint import match_host_epsilon
-from vsr_ops.resize import resize_bicubic
-from vsr_ops.svd import MICRO_CONDITIONS
+from training.curve import rows_of
+from training.draws import uniform
+from training.folder import Folder
+from training.latents import Latents, LatentSettings
+from training.recipe import Recipe, from_table
+from training.state import weights_of
+from training.task import Batch
+from training.vae import TEMPORAL, read_vae
+from vsr_ops.checkpoint import LITE, SVDWeights, match_host_epsilon, read_svd, write_svd
+from vsr_ops.errors import SettingError
+from vsr_ops.svd import MICRO_CONDITIONS, SVD, OneTokenAttention, build_svd, sigmas
 
 FRAMES = 8
 UNET_LITE: dict[str, Any] = {
@@ -42,144 +42,221 @@ UNET_LITE: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 96,
     "num_frames": FRAMES,
 }
-#: Share of samples without LR latents, so that guidance has an unconditional branch.
-DROP = 0.1
-#: Log-normal noise levels of the loss: wide, as a schedule of few steps visits all of 0.002 to 700.
-LOG_MEAN, LOG_DEVIATION = 0.0, 2.0
+#: Modules of the UNet that stage 2 freezes: temporal attention with its frame embedding, temporal residual blocks.
+TEMPORAL_LAYERS = ("temporal_transformer_blocks", "time_pos_embed", "temporal_res_block")
+#: Attention projections that LoRA adapts; stage 2 leaves the temporal ones out.
+LORA = r".*\battn[12]\.(to_q|to_k|to_v|to_out\.0)"
+LORA_SPATIAL = r"^(?!.*temporal_transformer_blocks).*\battn[12]\.(to_q|to_k|to_v|to_out\.0)"
+#: Steps of the sampler in a run's sample pictures.
+PICTURE_STEPS = 8
 
 
-def latent_spread(folder: Path) -> Tensor:
-    """Deviation of each latent channel over the first shard, `(4,)`: what the files' scaling is made from."""
-    shard = torch.load(folder / "shard_0000.pt", weights_only=True)
-    return reduce(shard["clean"].float().square(), "n t c h w -> c", "mean").sqrt()
+@dataclass(frozen=True)
+class Shape:
+    """Either `start`: an SVD file or folder, "lite", or the run of an earlier stage. Or `vae`, the run of a temporal
+    VAE (it may also replace the start's), and the shape of a new UNet.
 
-
-def render(options: argparse.Namespace) -> None:
-    """Encodes `options.clips` pairs, in shards of 32, as the VAE gives them (not yet scaled)."""
-    photos, videos = load_sources(options.data)
-    vae = picture_vae()
-    vae.load_state_dict(torch.load(options.vae / "checkpoint.pt", weights_only=True)["average"])
-    vae.eval()
-    options.out.mkdir(parents=True, exist_ok=True)
-    for number in range(options.clips // 32):
-        path = options.out / f"shard_{number:04d}.pt"
-        if path.exists():
-            continue
-        seed = options.seed + number
-        stream, rng = clips(photos, videos, FRAMES, options.size, seed, 0.5), torch.Generator().manual_seed(seed)
-        pairs: list[Tensor] = []
-        for _ in range(32):
-            clean = next(stream)
-            upscaled = resize_bicubic(degrade(clean, rng), (options.size, options.size)).clamp(0, 1)
-            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-                pairs.append(vae.encoder(torch.cat([clean, upscaled]) * 2 - 1)[:, :4].half())
-        stacked = rearrange(torch.stack(pairs), "n (two t) c h w -> two n t c h w", two=2)
-        torch.save({"clean": stacked[0].clone(), "lr": stacked[1].clone()}, path)
-        print(f"{path.name}  {len(pairs)} clips", flush=True)
-
-
-def edm_loss(unet: UNetSpatioTemporalConditionModel, clean: Tensor, lr: Tensor, rng: torch.Generator) -> Tensor:
-    """EDM's loss (DC-VSR equations 11 and 12) of a v-prediction network, weighted evenly over noise levels.
-
-    `clean` are scaled latents `(videos, frames, 4, h, w)` of deviation 1, `lr` the LR latents as the UNet takes them.
+    `stage` is 1 or 2; `lora_rank` above 0 trains that rank's adapters instead (needs peft); `checkpointing` computes
+    activations twice instead of keeping them.
     """
-    videos = clean.shape[0]
-    log_sigma = LOG_MEAN + LOG_DEVIATION * torch.randn(videos, generator=rng)
-    sigma = log_sigma.exp().clamp(0.002, 700).view(-1, 1, 1, 1, 1)
-    keep = (torch.rand(videos, generator=rng) >= DROP).float().view(-1, 1, 1, 1, 1)
-    noisy = clean + sigma * torch.randn(clean.shape, generator=rng)
-    scaled = torch.cat([noisy / (sigma**2 + 1).sqrt(), lr * keep], dim=2)
-    context = torch.zeros(videos, 1, UNET_LITE["cross_attention_dim"])
-    conditions = torch.tensor([MICRO_CONDITIONS]).expand(videos, -1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        v = unet(scaled, sigma.flatten().log() / 4, context, conditions).sample
-    target = (noisy / (sigma**2 + 1) - clean) * (sigma**2 + 1).sqrt() / sigma
-    return (v.float() - target).square().mean()
+
+    start: str = ""
+    vae: str = ""
+    stage: int = 1
+    lora_rank: int = 0
+    checkpointing: bool = False
+    block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    num_attention_heads: tuple[int, ...] = (2, 2, 2, 2)
+    layers_per_block: int = 1
+    cross_attention_dim: int = 32
 
 
-class Shards:
-    """Random batches from the shards in a folder, scaled; looks for new shards now and then."""
+@dataclass(frozen=True)
+class Loss:
+    """Log-normal noise levels (mean and deviation of ln sigma), and the share of samples without LR latents and image
+    embedding, so that guidance has an unconditional branch."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self._folder, self._rng = folder, torch.Generator().manual_seed(seed)
-        self._pairs: list[tuple[Tensor, Tensor]] = []
-        self._seen: set[Path] = set()
-        self.spread = latent_spread(folder)
-
-    def refresh(self) -> int:
-        for path in sorted(set(self._folder.glob("shard_*.pt")) - self._seen):
-            shard = torch.load(path, weights_only=True)
-            self._pairs += list(zip(shard["clean"], shard["lr"], strict=True))
-            self._seen.add(path)
-        return len(self._pairs)
-
-    def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """(clean, lr) of `size` clips; played backwards half of the time."""
-        chosen = torch.randint(len(self._pairs), (size,), generator=self._rng)
-        unit = 1 / self.spread.view(4, 1, 1)
-        pairs: list[tuple[Tensor, Tensor]] = []
-        for index in chosen.tolist():
-            clean, lr = (x.float() * unit for x in self._pairs[index])
-            back = uniform(self._rng, 0, 1) < 0.5
-            pairs.append((clean.flip(0), lr.flip(0)) if back else (clean, lr))
-        clean, lr = (torch.stack(list(x)) for x in zip(*pairs, strict=True))
-        return clean, lr / SCALE
+    log_mean: float = 0.0
+    log_deviation: float = 2.0
+    drop: float = 0.1
 
 
-def train(options: argparse.Namespace) -> None:
-    torch.manual_seed(options.seed)
-    unet = UNetSpatioTemporalConditionModel(**UNET_LITE)
-    match_host_epsilon(unet)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=1e-3)
-    run = Run(unet, optimizer, options.out, decay=0.998)
-    run.resume()
-    shards, progress = Shards(options.latents, options.seed + run.step), Progress(options.out)
-    rng = torch.Generator().manual_seed(options.seed + 7 + run.step)
-    total = 0.0
-    shards.refresh()
-    while run.seconds < 60 * options.minutes:
-        start = time.monotonic()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run.seconds / (60 * options.minutes), options.lr)
-        loss = edm_loss(unet, *shards.batch(options.batch), rng)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        run.step += 1
-        run.update_average()
-        run.seconds += time.monotonic() - start
-        total += loss.item() / 50
-        if run.step % 50 == 0:
-            progress.row(run.step, loss=total, clips=shards.refresh(), minutes=run.seconds / 60)
-            total = 0.0
-        if run.step % 100 == 0:
-            run.save()
-    run.save()
+class SVDTask:
+    """Task "svd". A sample is one clip's latents, its LR latents, context, noise level and noise."""
+
+    def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
+        self.shape = from_table(Shape, recipe.model, "model")
+        self.weights = from_table(Loss, recipe.loss, "loss")
+        self.data = from_table(LatentSettings, recipe.data, "data")
+        if self.shape.stage not in (1, 2):
+            raise SettingError(f"model.stage is {self.shape.stage}: expected 1 (all weights) or 2 (spatial ones)")
+        if not (self.shape.start or self.shape.vae):
+            raise SettingError(
+                "model.start and model.vae are empty: expected an SVD to start from (--set"
+                " model.start=svd_xt.safetensors), or the run of a temporal VAE (--set model.vae=runs/vae)"
+            )
+        self._folder = Folder(data)
+        self._latents = Latents(Path(self.data.latents) if self.data.latents else out / "latents", self.data)
+        self._coder: SVD | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the VAE: processes that draw samples need none."""
+        return {**self.__dict__, "_coder": None}
+
+    @property
+    def data_summary(self) -> str:
+        return self._latents.summary
+
+    def prepare(self, device: torch.device) -> None:
+        self._latents.render(self._folder, self.coder(device))
+        self.coder(torch.device("cpu"))  # the UNet needs the room
+
+    def coder(self, device: torch.device) -> SVD:
+        """The frozen VAE and image encoder on `device`; its UNet has no weights."""
+        if self._coder is None:
+            self._coder = build_svd(self.base(), torch.device("cpu"), torch.float32)
+            cast(nn.Module, self._coder.unet).to("meta")
+        for part in (self._coder.vae, self._coder.image_encoder):
+            if part is not None:
+                cast(nn.Module, part).to(device)
+        self._coder.device = device
+        return self._coder
+
+    def base(self) -> SVDWeights:
+        """The model before training, float32."""
+        shape = self.shape
+        if shape.start:
+            weights = read_start(shape.start)
+            if shape.vae:
+                config, state = read_vae(Path(shape.vae), TEMPORAL)
+                weights = replace(weights, vae_config=config, vae=state)
+            return weights
+        config, state = read_vae(Path(shape.vae), TEMPORAL)
+        unet_config = unet_shape(shape, self.data.frames)
+        unet = UNetSpatioTemporalConditionModel(**unet_config).state_dict()
+        return SVDWeights(unet_config, config, None, unet, state, None, self.tile, {})
+
+    @property
+    def tile(self) -> tuple[int, int, int]:
+        return self.data.size // 8, self.data.size // 8, self.data.frames
+
+    def build(self) -> nn.Module:
+        weights = self.base()
+        with torch.device("meta"):
+            unet = UNetSpatioTemporalConditionModel(**weights.unet_config)
+        unet.load_state_dict(weights.unet, assign=True)
+        match_host_epsilon(unet)
+        for name, module in unet.named_modules():
+            if name.endswith(".attn2"):
+                cast(Any, module).set_processor(OneTokenAttention())
+        if self.shape.checkpointing:
+            unet.enable_gradient_checkpointing()
+        return with_lora(unet, self.shape.lora_rank, self.shape.stage) if self.shape.lora_rank else unet
+
+    def trains(self, name: str) -> bool:
+        if self.shape.lora_rank:
+            return "lora_" in name
+        return self.shape.stage == 1 or not is_temporal(name)
+
+    def sample(self, rng: torch.Generator) -> Batch:
+        clip = self._latents.draw(rng)
+        sigma = (self.weights.log_mean + self.weights.log_deviation * torch.randn((), generator=rng)).exp()
+        kept = float(uniform(rng, 0, 1) >= self.weights.drop)
+        return {
+            "clean": clip["clean"],
+            "lr": clip["lr"] * kept,
+            "context": clip["context"] * kept,
+            "sigma": sigma.clamp(0.002, 700),
+            "noise": torch.randn(clip["clean"].shape, generator=rng),
+        }
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        return edm_loss(model, **batch), {}
+
+    def picture(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The middle frame of two clips, sampled in few steps from noise and decoded on the CPU."""
+        two = {key: value[:2] for key, value in batch.items()}
+        result = sampled(model, two["lr"], two["context"], two["noise"])
+        coder = self.coder(torch.device("cpu"))
+        factor, middle = coder.scaling_factor, two["lr"].shape[1] // 2
+        columns = {"LR": two["lr"], "sampled": result / factor, "truth": two["clean"] / factor}
+        pictures: list[tuple[str, Tensor]] = []
+        with torch.autocast("cpu", enabled=False):
+            for name, latents in columns.items():
+                frames = [coder.decode(clip[middle : middle + 1].float().cpu()) for clip in latents]
+                pictures.append((name, torch.cat(frames)))
+        return rows_of(pictures)
+
+    def export(self, model: nn.Module, path: Path, trained_on: str) -> None:
+        unet = cast(Any, model).merge_and_unload() if self.shape.lora_rank else model
+        write_svd(path, replace(self.base(), unet=unet.state_dict(), tile=self.tile, metadata={}), trained_on)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    latents = commands.add_parser("latents")
-    latents.set_defaults(run=render)
-    latents.add_argument("--data", type=Path, required=True)
-    latents.add_argument("--vae", type=Path, required=True, help="folder of the picture VAE's run")
-    latents.add_argument("--out", type=Path, required=True)
-    latents.add_argument("--clips", type=int, default=1536)
-    latents.add_argument("--size", type=int, default=192)
-    latents.add_argument("--seed", type=int, default=1000)
-    fit = commands.add_parser("train")
-    fit.set_defaults(run=train)
-    fit.add_argument("--latents", type=Path, required=True)
-    fit.add_argument("--out", type=Path, required=True)
-    fit.add_argument("--minutes", type=float, default=60)
-    fit.add_argument("--batch", type=int, default=2)
-    fit.add_argument("--lr", type=float, default=1e-3)
-    fit.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    options.run(options)
+def unet_shape(shape: Shape, frames: int) -> dict[str, Any]:
+    """diffusers' keyword arguments of a new UNet: attention on all levels but the lowest, as SVD has it."""
+    levels = len(shape.block_out_channels) - 1
+    return {
+        **UNET_LITE,
+        "down_block_types": ["CrossAttnDownBlockSpatioTemporal"] * levels + ["DownBlockSpatioTemporal"],
+        "up_block_types": ["UpBlockSpatioTemporal"] + ["CrossAttnUpBlockSpatioTemporal"] * levels,
+        "block_out_channels": list(shape.block_out_channels),
+        "num_attention_heads": list(shape.num_attention_heads),
+        "layers_per_block": shape.layers_per_block,
+        "cross_attention_dim": shape.cross_attention_dim,
+        "num_frames": frames,
+    }
 
 
-if __name__ == "__main__":
-    main()
+def is_temporal(name: str) -> bool:
+    """Whether a module or parameter belongs to a temporal attention or temporal residual layer."""
+    return any(part in TEMPORAL_LAYERS for part in name.split("."))
+
+
+def with_lora(unet: nn.Module, rank: int, stage: int) -> nn.Module:
+    """Low-rank adapters on the attention projections. Raises SettingError where peft is missing."""
+    try:
+        from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise SettingError(
+            f"model.lora_rank is {rank}, which needs peft: pip install peft, or set model.lora_rank to 0"
+        ) from error
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA if stage == 1 else LORA_SPATIAL)
+    return get_peft_model(cast(Any, unet), config)
+
+
+def edm_loss(unet: nn.Module, clean: Tensor, lr: Tensor, context: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """EDM's loss (DC-VSR equations 11 and 12) of a v-prediction network: lambda |D(y + n) - y|^2 with lambda =
+    (sigma^2 + 1) / sigma^2, which weighs the network's own error evenly over noise levels.
+
+    `clean` are scaled latents `(videos, frames, 4, h, w)` of deviation 1, `lr` the LR latents as the UNet takes them,
+    `context` `(videos, tokens, dim)`, `sigma` `(videos,)`, `noise` of deviation 1 like `clean`.
+    """
+    wide = sigma.view(-1, 1, 1, 1, 1)
+    noisy = clean + wide * noise
+    target = (noisy / (wide**2 + 1) - clean) * (wide**2 + 1).sqrt() / wide
+    return (velocity(unet, noisy, lr, context, sigma).float() - target).square().mean()
+
+
+def velocity(unet: nn.Module, noisy: Tensor, lr: Tensor, context: Tensor, sigma: Tensor) -> Tensor:
+    """The network's v for latents at noise level `sigma` `(videos,)`."""
+    wide = sigma.view(-1, 1, 1, 1, 1)
+    scaled = torch.cat([noisy / (wide**2 + 1).sqrt(), lr], dim=2)
+    conditions = torch.tensor([MICRO_CONDITIONS], device=noisy.device).expand(noisy.shape[0], -1)
+    return unet(scaled, sigma.log() / 4, context, conditions).sample
+
+
+def sampled(unet: nn.Module, lr: Tensor, context: Tensor, noise: Tensor, steps: int = PICTURE_STEPS) -> Tensor:
+    """Latents of deviation 1, by Euler's method from pure noise."""
+    levels = sigmas(steps)
+    x = noise * levels[0]
+    for sigma, following in pairwise(levels):
+        level = torch.full((x.shape[0],), sigma, device=x.device)
+        v = velocity(unet, x, lr, context, level).float()
+        denoised = x / (sigma**2 + 1) - v * (sigma / (sigma**2 + 1) ** 0.5)
+        x = x + (x - denoised) / sigma * (following - sigma)
+    return x
+
+
+def read_start(name: str) -> SVDWeights:
+    """The SVD that a recipe starts from: "lite", a file or folder, or an earlier run. Raises CheckpointError."""
+    return read_svd(LITE if name == "lite" else Path(weights_of(name)))

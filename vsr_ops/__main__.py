@@ -1,4 +1,7 @@
-"""Command line: `python -m vsr_ops upscale | plan | demo`. Errors a user can cause are one line and exit code 2."""
+"""Command line: `python -m vsr_ops upscale | plan | demo | evaluate`.
+
+Errors a user can cause are one line and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,19 @@ from tqdm import tqdm
 
 from . import cost
 from .color import COLOR
+from .dcm import load_dcm
 from .demo import run_demo
 from .errors import SettingError, VSRError
+from .evaluate import evaluate
 from .guidance import GUIDANCE
-from .pipeline import Job, Settings, make_plan, scene_cuts, upscale
+from .metrics import METRICS
+from .pipeline import Job, Parts, Settings, make_plan, scene_cuts, upscale
 from .propagation import PROPAGATION, SAP_MODES, Propagation
+from .published import PUBLISHED
+from .refiner import load_refiner
 from .svd import DTYPES, SVD, load_svd, pick_device, pick_dtype
-from .tiling import TilePlan, TileSize
-from .video import CODECS, check_output, probe
+from .tiling import TilePlan, TileSize, plan_tiles
+from .video import CODECS, VideoInfo, check_output, probe
 
 
 class Bars:
@@ -49,7 +57,11 @@ class Bars:
             self._bar = None
 
 
-def _add_sampling(parser: argparse.ArgumentParser, steps: int) -> None:
+#: What the bundled weights are sampled with: their refiner was trained on few steps.
+LITE_STEPS = 4
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--model",
@@ -57,7 +69,7 @@ def _add_sampling(parser: argparse.ArgumentParser, steps: int) -> None:
         metavar="lite|PATH",
         help="bundled weights, an SVD .safetensors or a diffusers folder",
     )
-    add("--steps", type=int, default=steps)
+    add("--steps", type=int, help=f"{LITE_STEPS} with the bundled weights, else {Settings.steps}; 0 is no diffusion")
     add("--guidance", default="dssag", help=", ".join(GUIDANCE))
     add("--cfg", type=float, help="classifier-free guidance; 1 is off. With dssag it is equation 9's 1 + s")
     add("--guidance-scale", type=float, help="the s of dssag, pag and sag; 0 is off")
@@ -68,7 +80,10 @@ def _add_sampling(parser: argparse.ArgumentParser, steps: int) -> None:
     add("--sap-rate", type=int, help="every s-th token in y and x; by default 4, more where tiles are many")
     add("--tap-frames", type=int, default=4)
     add("--tap-rate", type=int, default=1, help="1 is the paper's setting, 4 is cheaper")
-    add("--color", default=Settings.color, help=", ".join(COLOR))
+    add("--upscaler", default="dcm", metavar="dcm|bicubic|PATH", help="enlarges the input; PATH: a SwinIR, say")
+    add("--refiner", default="auto", metavar="auto|none|PATH", help="auto: the bundled one with the bundled weights")
+    add("--refiner-w", type=float, default=0.0, help="0: as refined, 1: the upscaled input as it is")
+    add("--color", default="auto", help=", ".join(["auto (none after a refiner, else detail)", *COLOR]))
     add("--seed", type=int, default=0)
     add("--denoise", type=float, default=1.0, help="below 1: start from the LR latent at partial noise")
     add("--batch", type=int, default=1, help="spatial tiles through the UNet together")
@@ -78,7 +93,7 @@ def _add_sampling(parser: argparse.ArgumentParser, steps: int) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m vsr_ops", description="Diffusion video super-resolution (DC-VSR).")
-    commands = parser.add_subparsers(required=True, metavar="upscale|plan|demo")
+    commands = parser.add_subparsers(required=True, metavar="upscale|plan|demo|evaluate")
     for name, run, text in (
         ("upscale", _upscale, "upscale a video, a folder of pictures or a picture"),
         ("plan", _plan, "show tiles, UNet passes, banks, memory and time before spending them"),
@@ -93,12 +108,34 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--scale", type=float, default=4.0)
         sub.add_argument("--frames", metavar="A:B", help="only these frames, counted from 0, B not included")
         sub.add_argument("--cuts", default="auto", help="auto, none, or first frames of new scenes such as 24,50")
-        _add_sampling(sub, steps=10)
+        _add_sampling(sub)
     demo = commands.add_parser("demo", help="upscale a bundled clip and compare it with the truth")
     demo.set_defaults(run=_demo)
     demo.add_argument("--out", type=Path, default=Path("demo_output"))
-    _add_sampling(demo, steps=10)
+    _add_sampling(demo)
+    _add_evaluate(commands.add_parser("evaluate", help="measure results against the truth: table, CSV and curves"))
     return parser
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_evaluate)
+    add = parser.add_argument
+    clips = "a folder of clips: videos, or folders of numbered pictures; or one of those"
+    add("--truth", type=Path, required=True, metavar="DIR", help=clips)
+    add(
+        "--method",
+        action="append",
+        required=True,
+        metavar="NAME=DIR",
+        help="results of a method, matched to the truth by their names; again for each method",
+    )
+    add("--metrics", metavar="A,B,C", help=f"all that can be measured by default: {', '.join(METRICS)}")
+    add("--out", type=Path, metavar="DIR", help="where table.txt, metrics.csv, frames.csv and metrics.png go")
+    add("--border", type=int, default=0, metavar="N", help="pixels left out on each side")
+    add("--tile", metavar="HxWxT", help="tiles of the results, in latents, for the metric seam")
+    add("--overlap", type=float, default=0.5, help="share of a tile, with --tile")
+    add("--published", default="dc-vsr", help=f"which papers' rows stand beside: {', '.join(PUBLISHED)}")
+    add("--device", default="cpu", help="auto, cpu, cuda, cuda:0 ..., mps")
 
 
 def _settings(args: argparse.Namespace, scale: float) -> Settings:
@@ -113,18 +150,49 @@ def _settings(args: argparse.Namespace, scale: float) -> Settings:
     )
     return Settings(
         scale=scale,
-        steps=args.steps,
+        steps=_steps(args),
         guidance=args.guidance,
         cfg=args.cfg,
         guidance_scale=args.guidance_scale,
         tile=None if args.tile is None else TileSize.parse(args.tile),
         overlap=args.overlap,
         propagation=propagation,
-        color=args.color,
+        color=_color(args),
         seed=args.seed,
         denoise=args.denoise,
         batch=args.batch,
     )
+
+
+def _steps(args: argparse.Namespace) -> int:
+    if args.steps is not None:
+        return int(args.steps)
+    return LITE_STEPS if args.model == "lite" else Settings.steps
+
+
+def _refiner_name(args: argparse.Namespace) -> str:
+    """The refiner asked for; auto is the bundled one with the bundled weights, which it was made for."""
+    if args.refiner == "auto":
+        return "lite" if args.model == "lite" else "none"
+    return str(args.refiner)
+
+
+def _color(args: argparse.Namespace) -> str:
+    """The colour correction asked for; a refiner has put the input's colours back already."""
+    if args.color != "auto":
+        return str(args.color)
+    return Settings.color if _refiner_name(args) == "none" else "none"
+
+
+def _parts(args: argparse.Namespace) -> Parts:
+    """The upscaler and the refiner, loaded."""
+    if not 0 <= args.refiner_w <= 1:
+        raise SettingError(f"refiner w is {args.refiner_w}: expected a share from 0 to 1")
+    device = pick_device(args.device)
+    upscaler = "lite" if args.upscaler == "dcm" else args.upscaler
+    enlarge = None if upscaler == "bicubic" else load_dcm(upscaler, device)
+    refiner = _refiner_name(args)
+    return Parts(enlarge, None if refiner == "none" else load_refiner(refiner, device), args.refiner_w)
 
 
 def _model(args: argparse.Namespace) -> SVD:
@@ -174,10 +242,11 @@ def _upscale(args: argparse.Namespace) -> None:
     job = _job(args)
     codec = _codec_for(args.output, args.codec)
     check_output(args.output, args.overwrite, codec, job.info, job.frames)
+    parts = _parts(args)
     model, settings, _, cuts = _prepared(args, job)
     bars = Bars(job.frames)
     try:
-        upscale(model, job, args.output, settings, codec, args.overwrite, cuts, bars)
+        upscale(model, job, args.output, settings, codec, args.overwrite, cuts, bars, parts)
     finally:
         bars.close()
     print(f"{args.output}: {job.frames} frames of {job.size[1]}x{job.size[0]}")
@@ -191,14 +260,67 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _demo(args: argparse.Namespace) -> None:
     settings = _settings(args, 4.0)
-    model = _model(args)
+    model, parts = _model(args), _parts(args)
     start = time.monotonic()
     bars = Bars(24)
     try:
-        text = run_demo(model, args.out, settings, bars)
+        text = run_demo(model, args.out, settings, bars, parts)
     finally:
         bars.close()
     print(f"\n{text}\n\n{time.monotonic() - start:.0f} s; pictures and videos are in {args.out}/, see side_by_side.png")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    methods: dict[str, Path] = {}
+    given: list[str] = args.method
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder) or name in methods:
+            raise SettingError(
+                f"method is {text!r}: expected NAME=DIR, each name once, such as bicubic=results/bicubic"
+            )
+        methods[name] = Path(folder)
+    if args.published not in PUBLISHED:
+        raise SettingError(f"published is {args.published!r}: expected one of {', '.join(PUBLISHED)}")
+    tile = None if args.tile is None else TileSize.parse(args.tile)
+    overlap: float = args.overlap
+
+    def tiles(info: VideoInfo) -> TilePlan:
+        assert tile is not None
+        return plan_tiles(info.frames, -(-info.height // 8), -(-info.width // 8), tile, overlap)
+
+    total = done = 0
+    bars: Bars | None = None
+
+    def start(frames: int) -> None:
+        nonlocal total, bars
+        total, bars = frames, Bars(frames)
+
+    def tick(frames: int) -> None:
+        nonlocal done
+        done += frames
+        if bars is not None:
+            bars("measure", done, total)
+
+    try:
+        found = evaluate(
+            args.truth,
+            methods,
+            args.metrics,
+            plan=None if tile is None else tiles,
+            border=args.border,
+            device=pick_device(args.device),
+            started=start,
+            tick=tick,
+        )
+    finally:
+        if bars is not None:
+            bars.close()
+    parts = (found.scores.table(by_clip=True, beside=args.published), found.notes())
+    print("\n\n".join(part for part in parts if part))
+    if args.out is not None:
+        written = found.scores.write(args.out, args.published)
+        print("\n" + "\n".join(str(path) for path in written))
 
 
 def _notes() -> Callable[..., None]:

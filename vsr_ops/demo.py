@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .clip import FRAMES_PER_SCENE, HEIGHT, RATE, SCALE, SCENES, WIDTH, ground_truth, load_frames, shrunk, write_video
 from .metrics import color_drift, measure, table
-from .pipeline import Job, Progress, Settings, silent, upscale
+from .pipeline import Job, Parts, Progress, Settings, silent, upscale
 from .resize import quantize8, resize_bicubic
 from .svd import SVD
 from .video import Frame, made_info, open_writer, probe
@@ -22,14 +22,17 @@ def side_by_side(frames: list[Tensor]) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def run_demo(model: SVD, folder: Path, settings: Settings, progress: Progress = silent) -> str:
+def run_demo(
+    model: SVD, folder: Path, settings: Settings, progress: Progress = silent, parts: Parts | None = None
+) -> str:
     """Writes input, result and comparisons into `folder`; returns the table of results against bicubic."""
     folder.mkdir(parents=True, exist_ok=True)
     truth, cuts = ground_truth()
     source, output = folder / "input.mp4", folder / "result.mp4"
     write_video(source, shrunk(truth))
     info = probe(source)
-    upscale(model, Job(info, 0, info.frames, SCALE), output, settings, overwrite=True, cuts=cuts, progress=progress)
+    job = Job(info, 0, info.frames, SCALE)
+    upscale(model, job, output, settings, overwrite=True, cuts=cuts, progress=progress, parts=parts)
     bicubic = quantize8(resize_bicubic(load_frames(source), (HEIGHT, WIDTH)))
     result = quantize8(load_frames(output))
     compared = side_by_side([bicubic, result, truth])

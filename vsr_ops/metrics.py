@@ -1,152 +1,234 @@
-"""How good a result is: functions of (result, truth) in a table, each giving one value per frame."""
+"""How good a result is: one table of metrics, each a function of (result, truth), and the plain table of their means.
+
+    METRICS["psnr_y"](result, truth)        # one value per frame
+    measure(result, truth, ["psnr_y"])      # their mean
+    missing("lpips")                        # "" or one line on what is not installed
+
+`vsr_ops.evaluate` measures folders of clips and long videos with the same table.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .errors import SettingError
+from .metrics_perceived import (
+    gmsd,
+    haarpsi,
+    missing_dover,
+    missing_package,
+    missing_pyiqa,
+    no_dover,
+    tlp,
+    vmaf,
+    vmaf_neg,
+    with_truth,
+    without_truth,
+)
+from .metrics_pixels import check_equal, color_drift, luma, psnr, psnr_y, ssim_y
+from .metrics_seams import Borders, seam_ratio
+from .metrics_time import flicker, tof, warp_error
+
+__all__ = [
+    "METRICS",
+    "QUICK",
+    "Metric",
+    "MetricFunction",
+    "chosen",
+    "color_drift",
+    "luma",
+    "measure",
+    "missing",
+    "psnr",
+    "psnr_y",
+    "seams",
+    "ssim_y",
+    "table",
+]
 
 MetricFunction = Callable[[Tensor, Tensor], Tensor]
-"""(result, truth), both (frames, 3, h, w) RGB in [0, 1] -> (frames,), float64 where the device has it."""
-
-_SSIM_TAPS = 11
-_SSIM_SIGMA = 1.5
+"""(result, truth), both (frames, 3, h, w) RGB in [0, 1] -> one value per frame, or per pair of neighbours."""
 
 
-def luma(x: Tensor) -> Tensor:
-    """BT.601 studio-swing Y, as MATLAB's `rgb2ycbcr` gives for doubles: not rounded.
+def _nothing() -> str:
+    return ""
 
-    (frames, 3, h, w) RGB in [0, 1] to (frames, 1, h, w) in [16/255, 235/255]. Raises SettingError for other
-    shapes.
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric and how to show it; call it as its function.
+
+    `higher`: larger is better; with a `target`, nearer to it is. `pairs`: its values are those of neighbouring frames,
+    one fewer than frames. `context`: frames on each side that a frame's value depends on. `truth`: it compares with
+    the truth. `cropped`: a border may be cut off first. `missing` gives one line on what is not installed, or nothing.
     """
-    if x.ndim != 4 or x.shape[1] != 3:
-        raise SettingError(f"luma got {_shape(x)}: expected RGB of (frames, 3, height, width); convert it first")
-    red, green, blue = x.unbind(1)
-    return ((65.481 * red + 128.553 * green + 24.966 * blue + 16.0) / 255.0).unsqueeze(1)
+
+    name: str
+    label: str
+    digits: int
+    higher: bool
+    function: MetricFunction
+    note: str
+    pairs: bool = False
+    context: int = 0
+    truth: bool = True
+    cropped: bool = True
+    target: float | None = None
+    missing: Callable[[], str] = _nothing
+
+    @property
+    def arrow(self) -> str:
+        """Which way is better, for tables."""
+        return f"→{self.target:g}" if self.target is not None else "↑" if self.higher else "↓"
+
+    @property
+    def aim(self) -> str:
+        """The same in words, for pictures: Pillow's font has no arrows."""
+        return (
+            f"{self.target:g} is best"
+            if self.target is not None
+            else f"{'higher' if self.higher else 'lower'} is better"
+        )
+
+    def best(self, values: Iterable[float]) -> float:
+        """The best of some values; NaN where there is none."""
+        numbers = [value for value in values if not math.isnan(value)]
+        target = self.target
+        if target is not None:
+            return min(numbers, key=lambda value: abs(value - target), default=math.nan)
+        return max(numbers, default=math.nan) if self.higher else min(numbers, default=math.nan)
+
+    def __call__(self, result: Tensor, truth: Tensor) -> Tensor:
+        """Values of (result, truth), both (frames, 3, h, w) RGB in [0, 1]; raises SettingError.
+
+        Without a truth, for a metric that needs none, give the result twice.
+        """
+        check_equal(result, truth)
+        return self.function(result, truth)
 
 
-def psnr(result: Tensor, truth: Tensor, border: int = 0) -> Tensor:
-    """Peak signal-to-noise ratio in dB over all channels, peak 1; `border` pixels are left out on each side.
+def seams(borders: Borders | None) -> Metric:
+    """The metric "seam" for tiles with these borders; None: it says that it needs them."""
 
-    (frames,), infinite where equal. Values are taken as they are: quantise first for that of an 8-bit
-    picture. Raises SettingError for sizes that differ or a border that leaves nothing.
-    """
-    return _per_frame(_psnr, result, truth, border)
+    def function(result: Tensor, truth: Tensor) -> Tensor:
+        if borders is None:
+            raise SettingError("seam: no tiles were given: expected the tiles of the result; name their size")
+        return seam_ratio(result, truth, borders)
 
-
-def psnr_y(result: Tensor, truth: Tensor, border: int = 0) -> Tensor:
-    """PSNR in dB of `luma`, peak 255 of 255, as super-resolution papers report it; otherwise as `psnr`."""
-    return _per_frame(lambda r, t: _psnr(luma(r), luma(t)), result, truth, border)
-
-
-def ssim_y(result: Tensor, truth: Tensor, border: int = 0) -> Tensor:
-    """SSIM of `luma` on the 8-bit range (Wang et al., IEEE TIP 13, 2004), mean over the valid region.
-
-    11x11 Gaussian, sigma 1.5; (frames,), 1 where equal. Raises SettingError as `psnr` does, and for frames
-    under 11 pixels a side.
-    """
-    return _per_frame(lambda r, t: _ssim(luma(r) * 255, luma(t) * 255), result, truth, border)
-
-
-def color_drift(result: Tensor, reference: Tensor) -> Tensor:
-    """Largest absolute difference of the channels' means, in units of 1/255, per frame; errors as `psnr`."""
-    return _per_frame(lambda r, t: (r - t).mean((-2, -1)).abs().max() * 255, result, reference, 0)
+    note = "gradients at tile borders over those beside them, over the truth's own"
+    lacking = "no tiles were given: name the tiles that the result was made with"
+    return Metric(
+        "seam",
+        "seams",
+        3,
+        False,
+        function,
+        note,
+        cropped=False,
+        target=1.0,
+        missing=_nothing if borders is not None else lambda: lacking,
+    )
 
 
-METRICS: dict[str, MetricFunction] = {
-    "psnr_y": psnr_y,
-    "ssim_y": ssim_y,
-    "psnr": psnr,
-    "color_drift": color_drift,
-}
+def _vmaf_torch() -> str:
+    return missing_package("vmaf_torch", "vmaf-torch")
+
+
+def _piq() -> str:
+    return missing_package("piq", "piq")
+
+
+def _learned(name: str, label: str, digits: int, higher: bool, note: str, truth: bool) -> Metric:
+    function = (with_truth if truth else without_truth)(name)
+    return Metric(
+        name, label, digits, higher, function, f"{note}, by pyiqa", truth=truth, missing=lambda: missing_pyiqa(name)
+    )
+
+
+_ALL = (
+    Metric("psnr_y", "PSNR-Y", 2, True, psnr_y, "dB, BT.601 luma, peak 255"),
+    Metric("ssim_y", "SSIM-Y", 4, True, ssim_y, "BT.601 luma, 11x11 Gaussian"),
+    Metric("psnr", "PSNR", 2, True, psnr, "dB, RGB"),
+    Metric("vmaf", "VMAF", 2, True, vmaf, "v0.6.1, 0 to 100", context=1, missing=_vmaf_torch),
+    Metric(
+        "vmaf_neg", "VMAF-NEG", 2, True, vmaf_neg, "VMAF without credit for sharpening", context=1, missing=_vmaf_torch
+    ),
+    Metric("gmsd", "GMSD", 4, False, gmsd, "luma gradients", missing=_piq),
+    Metric("haarpsi", "HaarPSI", 4, True, haarpsi, "RGB, 0 to 1", missing=_piq),
+    _learned("lpips", "LPIPS", 4, False, "AlexNet", True),
+    _learned("dists", "DISTS", 4, False, "VGG16", True),
+    Metric("tof", "tOF", 3, False, tof, "pixels, on DIS flow (the papers use RAFT), mean over pixels", pairs=True),
+    Metric("tlp", "tLP x100", 2, False, tlp, "on LPIPS, by pyiqa", pairs=True, missing=lambda: missing_pyiqa("lpips")),
+    Metric("warp_error", "warp error", 3, False, warp_error, "1/255, along the truth's DIS flow", pairs=True),
+    Metric("flicker", "flicker", 3, False, flicker, "1/255, where the truth stands still", pairs=True),
+    seams(None),
+    Metric("color_drift", "colour drift", 2, False, color_drift, "1/255, largest channel"),
+    _learned("niqe", "NIQE", 3, False, "no truth", False),
+    _learned("musiq", "MUSIQ", 2, True, "KonIQ-10k, no truth", False),
+    _learned("maniqa", "MANIQA", 4, True, "KonIQ-10k, no truth", False),
+    _learned("clipiqa", "CLIP-IQA", 4, True, "no truth", False),
+    Metric("dover", "DOVER x100", 2, True, no_dover, "no truth", truth=False, missing=missing_dover),
+)
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 """Metrics by name, in the order tables show them."""
 
-DIGITS: dict[str, int] = {"psnr_y": 2, "ssim_y": 4, "psnr": 2, "color_drift": 2}
-"""Decimals a table shows per metric; 3 for a column that is not here."""
+QUICK = ("psnr_y", "ssim_y", "psnr", "color_drift")
+"""What `measure` takes when it is not told: one value per frame, no other package."""
+
+
+def chosen(names: Iterable[str] | str) -> list[str]:
+    """The names, once each, of a list or of text with commas; raises SettingError for one that is not in METRICS."""
+    listed = names.split(",") if isinstance(names, str) else list(names)
+    found = list(dict.fromkeys(name.strip() for name in listed if name.strip()))
+    for name in found:
+        if name not in METRICS:
+            raise SettingError(f"unknown metric {name!r}: expected one of {', '.join(METRICS)}")
+    if not found:
+        raise SettingError(f"no metric was named: expected some of {', '.join(METRICS)}")
+    return found
+
+
+def missing(name: str) -> str:
+    """One line on what a metric lacks on this machine; empty where it can be measured."""
+    return METRICS[chosen([name])[0]].missing()
 
 
 def measure(result: Tensor, truth: Tensor, names: Iterable[str] | None = None) -> dict[str, float]:
-    """Mean over frames of the metrics in `names` (all of METRICS when None): one row of `table`.
+    """Mean over frames of the metrics in `names` (those of QUICK when None): one row of `table`.
 
-    Raises SettingError for a name that is not in METRICS, and for sizes that differ.
+    What a metric leaves out (flicker where nothing stands still) does not count. Raises SettingError for a name that
+    is not in METRICS, for sizes that differ, and for a metric whose package is missing.
     """
-    chosen = list(METRICS if names is None else names)
-    for name in chosen:
-        if name not in METRICS:
-            raise SettingError(f"unknown metric {name!r}: expected one of {', '.join(METRICS)}")
-    return {name: float(METRICS[name](result, truth).mean()) for name in chosen}
+    return {name: mean(METRICS[name](result, truth)) for name in chosen(QUICK if names is None else names)}
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
+def mean(values: Tensor) -> float:
+    """The mean of what is a number; NaN of nothing."""
+    return float(values.nanmean())
+
+
+def written(name: str, value: float) -> str:
+    """A value with its metric's decimals, 3 for another; "-" for NaN."""
+    digits = METRICS[name].digits if name in METRICS else 3
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Plain text, one line per method and one aligned column per metric; "-" where there is no value."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = [["method", *columns]]
-    lines += [[method, *(_cell(name, row) for name in columns)] for method, row in rows.items()]
+    lines += [[method, *(written(name, row.get(name, math.nan)) for name in columns)] for method, row in rows.items()]
+    return aligned(lines)
+
+
+def aligned(lines: list[list[str]], left: int = 1) -> str:
+    """Rows of cells as text: the first `left` columns to the left, the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
-
-
-def _cell(name: str, row: dict[str, float]) -> str:
-    return f"{row[name]:.{DIGITS.get(name, 3)}f}" if name in row else "-"
-
-
-def _per_frame(metric: Callable[[Tensor, Tensor], Tensor], result: Tensor, truth: Tensor, border: int) -> Tensor:
-    """Apply `metric` to each pair of (1, c, h, w) frames without their border, in float64."""
-    if result.shape != truth.shape:
-        raise SettingError(
-            f"cannot compare {_shape(result)} with {_shape(truth)}: expected equal frames, channels, height"
-            " and width; bring both to one size first, metrics resize nothing"
-        )
-    if result.ndim != 4 or result.shape[0] < 1 or border < 0 or min(result.shape[-2:]) <= 2 * border:
-        raise SettingError(
-            f"cannot measure {_shape(result)} with a border of {border}: expected (frames, channels, height,"
-            " width) with pixels left inside the border; use a smaller one"
-        )
-    # Apple's devices have no float64.
-    working = torch.float32 if result.device.type == "mps" else torch.float64
-    height, width = result.shape[-2] - 2 * border, result.shape[-1] - 2 * border
-
-    def inside(frame: Tensor) -> Tensor:
-        return frame[..., border : border + height, border : border + width].to(working)
-
-    frames = range(result.shape[0])
-    return torch.stack([metric(inside(result[i : i + 1]), inside(truth[i : i + 1])) for i in frames])
-
-
-def _shape(x: Tensor) -> str:
-    return "x".join(str(length) for length in x.shape)
-
-
-def _psnr(result: Tensor, truth: Tensor) -> Tensor:
-    return -10 * torch.log10((result - truth).square().mean())
-
-
-def _ssim(x: Tensor, y: Tensor) -> Tensor:
-    if min(x.shape[-2:]) < _SSIM_TAPS:
-        raise SettingError(
-            f"SSIM got frames of {x.shape[-2]}x{x.shape[-1]} inside the border: expected at least"
-            f" {_SSIM_TAPS}x{_SSIM_TAPS}; leave it out for frames this small"
-        )
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    mean_x, mean_y = _gaussian(x), _gaussian(y)
-    # Only the sum of the two variances is needed, so one filter does for both.
-    variances = _gaussian(x * x + y * y) - mean_x**2 - mean_y**2
-    covariance = _gaussian(x * y) - mean_x * mean_y
-    structure = (2 * covariance + c2) / (variances + c2)
-    return ((2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1) * structure).mean()
-
-
-def _gaussian(x: Tensor) -> Tensor:
-    """The 11-tap Gaussian on both axes, valid region only."""
-    taps = [math.exp(-0.5 * ((i - _SSIM_TAPS // 2) / _SSIM_SIGMA) ** 2) for i in range(_SSIM_TAPS)]
-    for axis in (-1, -2):
-        length = x.shape[axis] - _SSIM_TAPS + 1
-        total = x.narrow(axis, 0, length) * (taps[0] / sum(taps))
-        for i in range(1, _SSIM_TAPS):
-            total.add_(x.narrow(axis, i, length), alpha=taps[i] / sum(taps))
-        x = total
-    return x
+    places = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    texts = ["  ".join(put(cell, w) for put, cell, w in zip(places, line, widths, strict=True)) for line in lines]
+    return "\n".join(text.rstrip() for text in texts)

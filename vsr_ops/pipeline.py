@@ -5,6 +5,7 @@ The input is read twice (to encode it, and as the colour reference), so that onl
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
@@ -14,14 +15,17 @@ import torch
 from torch import Tensor
 
 from .color import COLOR, correct
+from .dcm import Enlarge
 from .errors import SettingError
 from .guidance import COND, Branch, Strength, gamma_at, guide, strength
 from .latents import CELL, decode_frames, encode_frames
 from .propagation import Call, Propagation, Step, TileRun, calls, gather_tiles, run_pass, step_at
+from .refiner import Refiner, refine_frames
 from .resize import resize_bicubic
 from .scenes import find_cuts
 from .svd import SIGMA_MAX, SIGMA_MIN, SVD, sigmas
 from .tiling import TilePlan, TileSize, plan_tiles
+from .upscale import upscale_frames
 from .video import Frame, VideoInfo, check_output, open_writer, read_frames
 
 #: (stage, done, total): called after every unit of work; raising stops the run.
@@ -36,7 +40,8 @@ def silent(stage: str, done: int, total: int) -> None:
 class Settings:
     """What `upscale` does. None takes the model's or the strategy's own value.
 
-    `denoise` below 1 starts from the LR latent at partial noise, keeping `steps`. `batch` is how many spatial tiles go
+    `steps` 0 decodes the LR latent as it is, to see what the diffusion adds. `denoise` below 1 starts from the LR
+    latent at partial noise, keeping `steps`. `batch` is how many spatial tiles go
     through the UNet together where they need not all.
     """
 
@@ -57,8 +62,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 16:
             raise SettingError(f"scale is {self.scale}: expected a number above 0, at most 16")
-        if not 1 <= self.steps <= 1000:
-            raise SettingError(f"steps is {self.steps}: expected a whole number from 1 to 1000")
+        if not 0 <= self.steps <= 1000:
+            raise SettingError(f"steps is {self.steps}: expected a whole number from 1 to 1000, or 0 for no diffusion")
         if not 0.01 <= self.denoise <= 1:
             raise SettingError(f"denoise is {self.denoise}: expected a share from 0.01 to 1")
         if not 0 < self.rho <= 100:
@@ -68,6 +73,15 @@ class Settings:
         if self.color not in COLOR:
             raise SettingError(f"color is {self.color!r}: expected one of {', '.join(COLOR)}")
         strength(self.guidance, self.cfg, self.guidance_scale)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What stands around the diffusion: `enlarge` (a DCM; None is bicubic) before it, a refiner with its `w` after."""
+
+    enlarge: Enlarge | None = None
+    refiner: Refiner | None = None
+    w: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -100,10 +114,10 @@ class Job:
         cell = CELL * factor
         return (-(-self.size[0] // cell) * factor, -(-self.size[1] // cell) * factor)
 
-    def upscaled(self) -> Iterator[Frame]:
-        """The LR frames at the result's size: bicubic, clamped, unpadded."""
+    def upscaled(self, enlarge: Enlarge | None = None) -> Iterator[Frame]:
+        """The LR frames at the result's size: by `enlarge`, if there is one, then bicubic; clamped, unpadded."""
         for frame in read_frames(self.info, self.start, self.stop):
-            image = resize_bicubic(frame.image[None], self.size)[0].clamp(0, 1)
+            image = upscale_frames(frame.image[None], self.size, enlarge=enlarge)[0]
             alpha = frame.alpha
             if alpha is not None:
                 alpha = resize_bicubic(alpha[None], self.size)[0].clamp(0, 1)
@@ -122,6 +136,8 @@ def scene_cuts(job: Job) -> tuple[int, ...]:
 
 def noise_schedule(settings: Settings) -> list[float]:
     """Falling sigmas with a final 0: all of them, or the last `steps` of a longer schedule at partial denoise."""
+    if settings.steps == 0:
+        return [0.0]
     total = max(settings.steps, int(settings.steps / settings.denoise))
     return sigmas(total)[-(settings.steps + 1) :]
 
@@ -141,6 +157,8 @@ def strengths(settings: Settings) -> list[Strength]:
     """The guidance's strengths at each step, gamma included."""
     power = strength(settings.guidance, settings.cfg, settings.guidance_scale)
     schedule = noise_schedule(settings)
+    if settings.steps == 0:
+        return []
     # A partial schedule is a part of the model's own, so gamma starts lower there.
     ends = (schedule[0], schedule[-2]) if settings.denoise == 1 else (SIGMA_MAX, SIGMA_MIN)
     return [replace(power, gamma=gamma_at(sigma, *ends, settings.rho)) for sigma in schedule[:-1]]
@@ -162,6 +180,8 @@ def sample(
     of tiles at a time goes to the model's device. `noise` has deviation 1 (drawn from the seed when None), `tick` is
     called before each UNet call. Raises SamplingError for a value that is not finite.
     """
+    if settings.steps == 0:
+        return lr * model.scaling_factor
     chosen, schedule = guide(settings.guidance), noise_schedule(settings)
     contexts = {True: model.context(None) if context is None else context, False: model.context(None)}
     concats = {True: lr, False: torch.zeros_like(lr)}
@@ -197,16 +217,18 @@ def upscale(
     overwrite: bool = False,
     cuts: Sequence[int] | None = None,
     progress: Progress = silent,
+    parts: Parts | None = None,
 ) -> None:
     """Upscales a job into `output`, keeping frame count, timing and sound. `cuts` None looks for scene cuts.
 
     Nothing stands under the final name unless the whole run succeeds. Raises VSRError.
     """
     check_output(output, overwrite, codec, job.info, job.frames)
+    parts = parts or Parts()
     cuts = scene_cuts(job) if cuts is None else cuts
     plan = make_plan(job, settings, model.tile, model.factor, cuts)
     lr = torch.empty(job.frames, 4, plan.height, plan.width)
-    pictures = (frame.image for frame in job.upscaled())
+    pictures = (frame.image for frame in job.upscaled(parts.enlarge))
     progress("encode", 0, job.frames)
     for i, z in enumerate(encode_frames(model, pictures, plan.height, plan.width)):
         lr[i] = z
@@ -218,9 +240,29 @@ def upscale(
     height, width = job.size
     progress("decode", 0, job.frames)
     decoded = decode_frames(model, result / model.scaling_factor, model.tile.frames, cuts)
+    pairs = (
+        (frame[:, :height, :width].clamp(0, 1), reference)
+        for frame, reference in zip(decoded, job.upscaled(parts.enlarge), strict=True)
+    )
     with open_writer(output, job.info, size=job.size, codec=codec, overwrite=overwrite) as writer:
-        for i, (frame, reference) in enumerate(zip(decoded, job.upscaled(), strict=True)):
-            image = frame[None, :, :height, :width].clamp(0, 1)
-            image = correct(settings.color, image, reference.image[None])[0].clamp(0, 1)
+        for i, (frame, reference) in enumerate(_refined(parts, pairs, cuts)):
+            image = correct(settings.color, frame[None], reference.image[None])[0].clamp(0, 1)
             writer.write(Frame(image, reference.alpha, reference.pts))
             progress("decode", i + 1, job.frames)
+
+
+def _refined(
+    parts: Parts, pairs: Iterator[tuple[Tensor, Frame]], cuts: Sequence[int]
+) -> Iterator[tuple[Tensor, Frame]]:
+    """Decoded frames refined, each with its reference; as they are without a refiner."""
+    if parts.refiner is None:
+        return pairs
+    waiting: deque[Frame] = deque()
+
+    def noted() -> Iterator[tuple[Tensor, Tensor]]:
+        for frame, reference in pairs:
+            waiting.append(reference)
+            yield frame, reference.image
+
+    frames = refine_frames(parts.refiner, noted(), parts.w, cuts)
+    return ((frame, waiting.popleft()) for frame in frames)

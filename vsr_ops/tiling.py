@@ -114,6 +114,29 @@ def spans(extent: int, tile: int, overlap: float) -> tuple[Span, ...]:
     return tuple(Span(start, start + tile) for start in starts)
 
 
+@dataclass(frozen=True)
+class Core:
+    """One part of an axis: `core` is its own, `outer` what it must see, `inner` where `core` lies within `outer`."""
+
+    core: slice
+    outer: slice
+    inner: slice
+
+
+def cores(extent: int, size: int, margin: int) -> tuple[Core, ...]:
+    """An axis in parts of `size` that do not overlap, each seen with `margin` on both sides.
+
+    For a network that reaches no further than `margin`, the parts together are exactly the whole.
+    """
+    parts: list[Core] = []
+    for start in range(0, extent, size):
+        stop, first = min(start + size, extent), max(start - margin, 0)
+        parts.append(
+            Core(slice(start, stop), slice(first, min(stop + margin, extent)), slice(start - first, stop - first))
+        )
+    return tuple(parts)
+
+
 def plan_tiles(
     frames: int,
     height: int,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import part
+from .conftest import NAME, part
 
 TILES = (16, 16, 4, 0.5, "sap+tap", "lagged", 0, 4, 1, "ends", 0.0, 1.0, 1)
 
@@ -233,6 +233,15 @@ def test_a_reference_of_another_size(nodes: dict[str, Any]) -> None:
         nodes["VSRColorMatch"].execute(torch.zeros(2, 16, 16, 3), torch.zeros(3, 16, 16, 3), "adain", 1.0, 0.0)
 
 
+def test_videos_of_two_sizes_for_a_refiner(nodes: dict[str, Any]) -> None:
+    refiner = nodes["VSRLoadRefiner"].execute("lite").args[0]
+    for other in (torch.zeros(2, 24, 16, 3), torch.zeros(3, 16, 16, 3)):
+        with refused("decoded", "upscaled", "one size"):
+            nodes["VSRRefine"].execute(torch.zeros(2, 16, 16, 3), other, refiner, 0.0)
+    with refused("w is 1.5", "0", "1"):
+        nodes["VSRRefine"].execute(torch.zeros(2, 16, 16, 3), torch.zeros(2, 16, 16, 3), refiner, 1.5)
+
+
 def test_a_preview_of_nothing(nodes: dict[str, Any], lite: Any) -> None:
     picture = torch.zeros(1, 16, 16, 3)
     with refused("neither image nor latent", "wire"):
@@ -250,6 +259,7 @@ def values_for(node: Any, lite: Any, small: Any) -> dict[str, Any]:
         "IMAGE": picture,
         "CONDITIONING": small[0],
         "LATENT": small[2],
+        "VSR_REFINER": importlib.import_module(f"{NAME}.vsr_ops.refiner").load_refiner("lite"),
     }
     found: dict[str, Any] = {}
     for item in node.define_schema().inputs:
@@ -266,6 +276,8 @@ def inputs_of(node: Any, io_type: str) -> list[str]:
 
 COMBOS = {
     "VSRLoadLite": ["which"],
+    "VSRLoadDCM": ["which"],
+    "VSRLoadRefiner": ["which"],
     "VSRUpscaleLR": ["method"],
     "VSRSVDConditioning": ["start", "scene_cuts"],
     "VSRTiledDiffusion": ["propagation", "sap_mode", "layers"],
@@ -280,8 +292,10 @@ IMAGES = {
     "VSRUpscaleLR": ["image"],
     "VSRSVDConditioning": ["image"],
     "VSRTiledSVDSampler": ["image"],
+    "VSRRefine": ["decoded", "upscaled"],
     "VSRColorMatch": ["image", "reference"],
     "VSRCompare": ["a", "b"],
+    "VSRMetrics": ["image", "reference"],
 }
 
 

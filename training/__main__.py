@@ -1,0 +1,59 @@
+r"""Trains one of the pack's modules by a recipe, or goes on where the run in --out stopped.
+
+python -m training training/recipes/dcm_lite.toml --data ../clips --out runs/dcm
+python -m training training/recipes/dcm_lite.toml --data ../clips --out runs/dcm --set train.steps=40000
+python -m training training/recipes/dcm_lite.toml --data ../clips --out runs/dcm --export dcm.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from vsr_ops.errors import VSRError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 wrong input or a full disk (one line says what), 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path, help="a .toml file; those of the pack are in training/recipes")
+    parser.add_argument("--data", type=Path, required=True, help="folder of photographs and videos")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; a checkpoint there is gone on from")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=2000")
+    parser.add_argument("--cpu", action="store_true", help="the CPU, even where there is a GPU")
+    parser.add_argument("--export", type=Path, help="only write the checkpoint's weights to this .safetensors file")
+    options = parser.parse_args(arguments)
+    try:
+        return _run(options)
+    except VSRError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from the last checkpoint in {options.out}", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    # Slow to import, and --help needs neither.
+    from training.recipe import read_recipe
+    from training.tasks import make_task
+    from training.trainer import export, train
+
+    with warnings.catch_warnings():
+        # Unreadable clips are named in warnings: a line each, without the place in the code.
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        recipe = read_recipe(options.recipe, options.set)
+        task = make_task(recipe, options.data, options.out)
+        if options.export:
+            export(recipe, task, options.out, options.export)
+        else:
+            train(recipe, task, options.out, cpu=options.cpu)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

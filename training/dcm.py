@@ -1,0 +1,82 @@
+"""DCM, SDATC's upscaler (section 3): Charbonnier and frequency loss, real H.264 in its input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from training.curve import rows_of
+from training.losses import charbonnier, frequency, psnr
+from training.patches import Patches, PatchSettings
+from training.recipe import Recipe, from_table
+from training.state import weights_of
+from training.task import Batch
+from training.upscalers import upscaler_of
+from vsr_ops.dcm import read_dcm
+from vsr_ops.module_file import fill, write_module
+from vsr_ops.resize import resize_bicubic
+
+KIND = "dcm"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Weight of the frequency loss beside the Charbonnier loss of `epsilon`."""
+
+    frequency: float = 0.05
+    epsilon: float = 1e-3
+
+
+class DCM:
+    """Task "dcm". A sample is `crops` patches: lr `(crops, 3, p, p)`, truth `(crops, 3, 4p, 4p)`."""
+
+    def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
+        self.upscaler, self.start = upscaler_of(recipe.model)
+        self.weights = from_table(Loss, recipe.loss, "loss")
+        self._patches = Patches(data, from_table(PatchSettings, recipe.data, "data"))
+
+    @property
+    def data_summary(self) -> str:
+        return self._patches.folder.summary
+
+    def prepare(self, device: torch.device) -> None:
+        self._patches.folder.load()
+
+    def build(self) -> nn.Module:
+        model = self.upscaler.build(self._patches.settings.patch)
+        if self.start:
+            start = weights_of(self.start)
+            # SwinIR's masks belong to the size at hand.
+            masks = {name: value for name, value in model.state_dict().items() if name.endswith("attn_mask")}
+            learnt = {n: v for n, v in read_dcm(start).model.state_dict().items() if not n.endswith("attn_mask")}
+            fill(Path(start), model, KIND, {**learnt, **masks})
+        return model
+
+    def trains(self, name: str) -> bool:
+        return True
+
+    def sample(self, rng: torch.Generator) -> Batch:
+        lr, truth = self._patches.draw(rng)
+        return {"lr": lr, "truth": truth}
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        lr, truth = (rearrange(batch[key], "b n c h w -> (b n) c h w") for key in ("lr", "truth"))
+        result = model(lr).float()
+        loss = charbonnier(result, truth, self.weights.epsilon)
+        if self.weights.frequency:
+            loss = loss + self.weights.frequency * frequency(result, truth)
+        return loss, {"psnr": psnr(result, truth)}
+
+    def picture(self, model: nn.Module, batch: Batch) -> Tensor:
+        lr, truth = batch["lr"][:, 0], batch["truth"][:, 0]
+        bicubic = resize_bicubic(lr, (truth.shape[-2], truth.shape[-1]))
+        return rows_of([("bicubic", bicubic), ("DCM", model(lr)), ("truth", truth)])
+
+    def export(self, model: nn.Module, path: Path, trained_on: str) -> None:
+        """float16 weights under the architecture's own names."""
+        arguments, state = self.upscaler.stored(model)
+        write_module(path, KIND, arguments, state, trained_on)

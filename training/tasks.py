@@ -1,0 +1,31 @@
+"""What can be trained, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training.dcm import DCM
+from training.recipe import Recipe
+from training.refiner import RefinerTask
+from training.svd import SVDTask
+from training.task import Task, TaskMaker
+from training.vae import PictureVAE, TemporalVAE
+from training.vae_refined import RefinedVAE
+from vsr_ops.errors import SettingError
+
+TASKS: dict[str, TaskMaker] = {
+    "dcm": DCM,
+    "vae_picture": PictureVAE,
+    "vae_temporal": TemporalVAE,
+    "vae_refined": RefinedVAE,
+    "svd": SVDTask,
+    "refiner": RefinerTask,
+}
+"""Tasks by name; a module of its own is one more entry."""
+
+
+def make_task(recipe: Recipe, data: Path, out: Path) -> Task:
+    """The task a recipe names. Raises SettingError."""
+    if recipe.task not in TASKS:
+        raise SettingError(f"unknown task '{recipe.task}': expected one of {', '.join(TASKS)}")
+    return TASKS[recipe.task](recipe, data, out)

@@ -1,0 +1,212 @@
+"""Validation on clips kept out of training: x4, clean and H.264 apart, against bicubic, sharpened bicubic and DCM.
+
+    python -m training.validation --data ../shared/clips --out runs/validation
+
+prints and writes the table that the model card shows; `--ablation` compares propagation and guidance instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from kornia.filters.unsharp import unsharp_mask
+from torch import Tensor
+
+from training.data import HELD_OUT, PICTURES, halve, read_picture
+from training.degradation import h264
+from vsr_ops.clip import camera_path, load_frames
+from vsr_ops.dcm import load_dcm
+from vsr_ops.guidance import GUIDANCE
+from vsr_ops.metrics import aligned, written
+from vsr_ops.pipeline import Job, Parts, Settings, make_plan, unet_calls, upscale
+from vsr_ops.propagation import PROPAGATION, Propagation
+from vsr_ops.refiner import load_refiner
+from vsr_ops.resize import quantize8, resize_bicubic
+from vsr_ops.scores import Scores, joined
+from vsr_ops.scoring import score
+from vsr_ops.svd import SVD, load_svd, pick_device
+from vsr_ops.tiling import TilePlan
+from vsr_ops.video import Frame, made_info, open_writer, probe
+
+SCALE = 4
+#: The photograph whose clip is large enough for many tiles; the others are SMALL.
+LARGE_PHOTO = "roman-colosseum"
+LARGE, SMALL = (720, 1280), (256, 384)
+METRICS = "psnr_y,ssim_y,vmaf,vmaf_neg,gmsd,haarpsi,tof,warp_error,flicker,seam,color_drift"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clean clip `(frames, 3, h, w)` in 8-bit levels and what is upscaled: a quarter of its size."""
+
+    name: str
+    truth: Tensor
+    small: Tensor
+
+
+def truths(root: Path, frames: int, large: bool = True) -> dict[str, Tensor]:
+    """Held-out clips by name, sides multiples of 8: videos halved whole, photographs under a moving camera."""
+    found: dict[str, Tensor] = {}
+    for folder in sorted(path for path in root.rglob("*") if path.is_dir() and path.name in HELD_OUT):
+        paths = sorted(path for path in folder.iterdir() if path.suffix in PICTURES)[:frames]
+        video = halve(torch.stack([read_picture(path) for path in paths])).float() / 255
+        height, width = (side // 8 * 8 for side in video.shape[-2:])
+        found[folder.name] = video[..., :height, :width]
+    for path in sorted(path for path in root.rglob("*") if path.suffix in PICTURES and path.stem in HELD_OUT):
+        wide = path.stem == LARGE_PHOTO
+        photo = read_picture(path).float() / 255 if wide else halve(read_picture(path)[None])[0].float() / 255
+        if large or not wide:
+            found[path.stem] = camera_path(photo, frames, *(LARGE if wide else SMALL))
+    return {name: quantize8(clip) for name, clip in found.items()}
+
+
+def shrunk(clips: Mapping[str, Tensor], crf: int | None) -> list[Clip]:
+    """The clips a quarter as large (antialiased bicubic, 8-bit), then H.264 at `crf`; None leaves them clean."""
+    made: list[Clip] = []
+    for name, truth in clips.items():
+        small = quantize8(resize_bicubic(truth, (truth.shape[-2] // SCALE, truth.shape[-1] // SCALE)))
+        made.append(Clip(name, truth, small if crf is None else h264(small, crf)))
+    return made
+
+
+def bicubic(small: Tensor) -> Tensor:
+    """Antialiased bicubic x4, 8-bit: the baseline of the papers."""
+    return quantize8(resize_bicubic(small, (small.shape[-2] * SCALE, small.shape[-1] * SCALE)).clamp(0, 1))
+
+
+def sharpened(video: Tensor) -> Tensor:
+    """Unsharp mask, radius 2, 100 %: what sharpening alone does to the metrics."""
+    return quantize8(torch.cat([unsharp_mask(frame[None], (13, 13), (2.0, 2.0)) for frame in video]).clamp(0, 1))
+
+
+def whole(model: SVD, clip: Clip, settings: Settings, parts: Parts) -> Tensor:
+    """The main job on one clip, as the command line runs it: pictures in a folder in, pictures out."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, output = Path(folder) / "in", Path(folder) / "out"
+        count, _, height, width = clip.small.shape
+        info = made_info(width, height, count, Fraction(24))
+        with open_writer(source, info, size=(height, width), codec="png8") as writer:
+            for index, frame in enumerate(clip.small):
+                writer.write(Frame(frame, None, index))
+        found = probe(source)
+        upscale(model, Job(found, 0, count, SCALE), output, settings, "png8", cuts=(), parts=parts)
+        return quantize8(load_frames(output))
+
+
+def plan_of(model: SVD, clip: Clip, settings: Settings) -> TilePlan:
+    count, _, height, width = clip.small.shape
+    info = made_info(width, height, count, Fraction(24))
+    return make_plan(Job(info, 0, count, SCALE), settings, model.tile, model.factor)
+
+
+def measured(
+    methods: Mapping[str, Callable[[Clip], Tensor]], clips: Iterable[Clip], model: SVD, settings: Settings
+) -> tuple[Scores, dict[str, float]]:
+    """Scores of every method on every clip, and each method's seconds. One clip's results are held at a time."""
+    parts: list[Scores] = []
+    seconds = dict.fromkeys(methods, 0.0)
+    for clip in clips:
+        results: dict[str, dict[str, Tensor]] = {}
+        for name, method in methods.items():
+            start = time.monotonic()
+            results[name] = {clip.name: method(clip)}
+            seconds[name] += time.monotonic() - start
+            print(f"  {clip.name}: {name} {time.monotonic() - start:.0f} s", flush=True)
+        plan = plan_of(model, clip, settings)
+        parts.append(score(results, {clip.name: clip.truth}, METRICS, borders=plan))
+    return joined(parts), seconds
+
+
+def comparison(model: SVD, settings: Settings, parts: Parts) -> dict[str, Callable[[Clip], Tensor]]:
+    """Baselines, the whole pipeline, and the pipeline with the LR latent in the sampled one's place."""
+    enlarge = parts.enlarge or bicubic
+    undiffused = replace(settings, steps=0)
+
+    def dcm(clip: Clip) -> Tensor:
+        return quantize8(torch.cat([enlarge(frame[None]) for frame in clip.small]))
+
+    return {
+        "bicubic": lambda clip: bicubic(clip.small),
+        "bicubic+USM": lambda clip: sharpened(bicubic(clip.small)),
+        "DCM": dcm,
+        "DCM+USM": lambda clip: sharpened(dcm(clip)),
+        "LR latent": lambda clip: whole(model, clip, undiffused, parts),
+        "ours": lambda clip: whole(model, clip, settings, parts),
+    }
+
+
+def ablation_settings(settings: Settings) -> dict[str, Settings]:
+    """Every guidance, at its own strengths, with every propagation."""
+    return {
+        f"{guidance}, {propagation}": replace(settings, propagation=Propagation.named(propagation), guidance=guidance)
+        for guidance in GUIDANCE
+        for propagation in PROPAGATION
+    }
+
+
+def ablation(model: SVD, settings: Settings, parts: Parts) -> dict[str, Callable[[Clip], Tensor]]:
+    """`ablation_settings` as methods."""
+
+    def method(chosen: Settings) -> Callable[[Clip], Tensor]:
+        return lambda clip: whole(model, clip, chosen, parts)
+
+    return {name: method(chosen) for name, chosen in ablation_settings(settings).items()}
+
+
+def ablation_rows(scores: Scores, seconds: Mapping[str, float], passes: Mapping[str, int]) -> str:
+    """Methods down, metrics across: twenty methods do not fit side by side."""
+    lines = [["guidance, propagation", *scores.names, "UNet calls", "seconds"]]
+    for method in scores.methods:
+        values = [written(name, scores.value(method, name)) for name in scores.names]
+        lines.append([method, *values, str(passes[method]), f"{seconds[method]:.0f}"])
+    return aligned(lines, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="folder for tables, CSV files and side-by-side pictures")
+    parser.add_argument("--model", default="lite")
+    parser.add_argument("--dcm", default="lite")
+    parser.add_argument("--refiner", default="lite")
+    parser.add_argument("--crf", type=int, nargs="*", default=[0, 25], help="0 is clean")
+    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--guidance", default=Settings.guidance)
+    parser.add_argument("--clips", nargs="*", help="only these")
+    parser.add_argument("--small", action="store_true", help="leave the 1280x720 clip out")
+    parser.add_argument("--ablation", action="store_true")
+    args = parser.parse_args()
+    device = pick_device("auto")
+    model = load_svd(args.model, device, torch.float32)
+    parts = Parts(load_dcm(args.dcm, device), load_refiner(args.refiner, device))
+    settings = Settings(steps=args.steps, guidance=args.guidance, color="none")
+    clips = truths(args.data, args.frames, not args.small)
+    clips = {name: clip for name, clip in clips.items() if args.clips is None or name in args.clips}
+    for crf in args.crf:
+        title = f"CRF {crf}" if crf else "clean"
+        methods = (ablation if args.ablation else comparison)(model, settings, parts)
+        made = shrunk(clips, crf or None)
+        scores, seconds = measured(methods, made, model, settings)
+        if args.ablation:
+            calls = {
+                name: sum(unet_calls(plan_of(model, clip, s), s) for clip in made)
+                for name, s in ablation_settings(settings).items()
+            }
+            text = ablation_rows(scores, seconds, calls)
+        else:
+            text = scores.table(by_clip=True)
+        print(f"\n{title}\n\n{text}\n", flush=True)
+        if args.out is not None:
+            scores.write(args.out / title.replace(" ", "_").lower())
+
+
+if __name__ == "__main__":
+    main()
