@@ -44,19 +44,19 @@ def saved(path: Path, module: Any) -> Path:
 
 @pytest.fixture
 def near(tmp_path: Path) -> Path:
-    """The bundled file without its transformer blocks: what is left reaches a few pixels only."""
-    state = load_file(LITE_DCM)
-    for name in ("conv_after_body.weight", "conv_after_body.bias"):
-        state[name] = torch.zeros_like(state[name])
-    save_file(state, tmp_path / "near.safetensors")
-    return tmp_path / "near.safetensors"
+    """A SwinIR without its transformer blocks: what is left reaches a few pixels only."""
+    module = swinir(upscale=4, upsampler="pixelshuffledirect")
+    for name, weight in module.named_parameters():
+        if name.startswith("conv_after_body"):
+            torch.nn.init.zeros_(weight)
+    return saved(tmp_path / "near.safetensors", module)
 
 
 # --- What it is -----------------------------------------------------------------------------------------------------
 
 
 def test_spandrel_knows_the_bundled_file(lite: Any) -> None:
-    assert lite.architecture.name == "SwinIR" and lite.scale == 4
+    assert lite.architecture.name == "RealESRGAN Compact" and lite.scale == 4
     assert (lite.input_channels, lite.output_channels) == (3, 3)
     assert {parameter.dtype for parameter in lite.model.parameters()} == {torch.float32}
     assert not lite.model.training
@@ -179,12 +179,12 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         ("layers.0.residual_group.blocks.0.attn.qkv.weight", None, "Missing key"),
         ("conv_after_body.bias", torch.zeros(3), "size mismatch"),
         ("stranger", torch.zeros(3), "Unexpected key"),
-        ("conv_first.bias", torch.full((48,), torch.nan), "NaN"),
-        ("conv_first.bias", torch.zeros(48, dtype=torch.int8), "quantised"),
+        ("conv_first.bias", torch.full((12,), torch.nan), "NaN"),
+        ("conv_first.bias", torch.zeros(12, dtype=torch.int8), "quantised"),
     ],
 )
 def test_a_changed_swinir_is_refused(tmp_path: Path, key: str, value: Tensor | None, words: str) -> None:
-    state = load_file(LITE_DCM)
+    state = load_file(saved(tmp_path / "whole.safetensors", swinir()))
     state.pop(key, None)
     save_file(state if value is None else {**state, key: value}, tmp_path / "changed.safetensors")
     refused(tmp_path / "changed.safetensors", words)
