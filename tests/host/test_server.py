@@ -135,8 +135,8 @@ def test_example_runs(name: str, server: Server, object_info: dict[str, Any]) ->
             assert 0 <= width - across * WIDTH <= LINES * (across - 1), frame.shape
             assert 0 <= height - down * HEIGHT <= LINES * (down - 1) + below, frame.shape
             for part in (p for row in np.array_split(frame, down) for p in np.array_split(row, across, axis=1)):
-                # Below the label, which would not be constant either.
-                assert part[part.shape[0] // 2 :].std() > 0.02
+                # Below the label, which would not be constant either. A difference map may be faint.
+                assert part[part.shape[0] // 2 :].std() > 0.005
     assert "invalid value encountered in cast" not in server.tail(10**6)
 
 

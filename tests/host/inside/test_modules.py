@@ -57,8 +57,9 @@ def test_dcm_with_another_scale_than_its_own(nodes: dict[str, Any], dcm: Any) ->
 
 def test_refine_is_the_headless_one(nodes: dict[str, Any], refiner: Any) -> None:
     decoded, upscaled = video(33, 41), video(33, 41, seed=1)
-    channels_first = (x.movedim(-1, 1).contiguous() for x in (decoded, upscaled))
-    expected = module("vsr_ops.refiner").refine(refiner, *channels_first, 0.25).movedim(1, -1)
+    channels_first = [x.movedim(-1, 1).contiguous() for x in (decoded, upscaled)]
+    cuts = module("vsr_ops.scenes").find_cuts(iter(channels_first[1]))
+    expected = module("vsr_ops.refiner").refine(refiner, *channels_first, 0.25, cuts).movedim(1, -1)
     found = nodes["VSRRefine"].execute(decoded, upscaled, refiner, 0.25).args[0]
     assert found.shape == decoded.shape and (found - expected).abs().max() < 1e-5
     assert (found - upscaled).abs().mean() > 1e-4
