@@ -48,7 +48,7 @@ class LoadDCM(io.ComfyNode):
             display_name="Load DCM (VSR)",
             category=f"{CATEGORY}/loaders",
             description=(
-                "SDATC's distortion control module: a SwinIR that makes a compressed video clean and four times larger,"
+                "SDATC's distortion control module: makes a compressed video clean and four times larger,"
                 " before the diffusion sees it. The pack's own small one, or any .safetensors upscale model."
             ),
             inputs=[

@@ -11,7 +11,6 @@ from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemp
 from torch import nn
 
 from training.data import Source, camera_clip, halve, random_clip, video_clip
-from training.degradation import degrade, h264
 from training.losses import band_error, charbonnier, frequency, laplacian, temporal_difference
 from training.svd import UNET_LITE, edm_loss, is_temporal, velocity
 from training.vae import SHAPE, detail, picture_vae, scaled_vae, temporal_vae
@@ -54,14 +53,6 @@ def test_video_crops_are_consecutive_frames() -> None:
 def test_halving_averages_blocks() -> None:
     pixels = torch.tensor([[10, 20], [30, 40]], dtype=torch.uint8).expand(1, 3, 2, 2)
     assert halve(pixels).tolist() == [[[[25]]] * 3]
-
-
-def test_degradation_is_the_same_bit_for_bit_and_worse_at_a_higher_crf(photo: torch.Tensor) -> None:
-    clip = camera_clip(photo, 5, 64, generator(2))
-    assert torch.equal(degrade(clip, generator(3)), degrade(clip, generator(3)))
-    assert degrade(clip, generator(3)).shape == (5, 3, 16, 16)
-    errors = [float((h264(clip, crf) - clip).square().mean()) for crf in (15, 25, 35)]
-    assert errors[0] < errors[1] < errors[2]
 
 
 def test_a_temporal_decoder_starts_still_over_time() -> None:

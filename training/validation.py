@@ -172,7 +172,7 @@ def ablation_rows(scores: Scores, seconds: Mapping[str, float], passes: Mapping[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, help="folder for tables, CSV files and side-by-side pictures")
+    parser.add_argument("--out", type=Path, help="folder for tables, CSV files and curves")
     parser.add_argument("--model", default="lite")
     parser.add_argument("--dcm", default="lite")
     parser.add_argument("--refiner", default="lite")

@@ -1,4 +1,7 @@
-"""SDATC's distortion control module (DCM): SwinIR, by spandrel, which cleans and enlarges the low-resolution video."""
+"""SDATC's distortion control module (DCM), which cleans and enlarges the low-resolution video.
+
+The paper's is a SwinIR; any upscaler of one picture that spandrel knows will do, and the bundled one is its Compact.
+"""
 
 from __future__ import annotations
 
