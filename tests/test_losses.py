@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.losses import information
+from training.losses import flicker, followed_change, information, luma_deviation, motion_of
 from training.perceived import haar_loss, neg_loss
 from vsr_ops.metrics_perceived import haarpsi
 
@@ -74,3 +74,33 @@ def test_following_the_gradient_sharpens(loss: Loss, truth: Tensor) -> None:
     step = result.detach() - 1e-3 * result.grad / result.grad.abs().mean()
     assert float(loss(step, truth)) < before.item()
     assert (step - truth).square().mean() < (result.detach() - truth).square().mean()
+
+
+def moving(shift: int, frames: int = 3) -> Tensor:
+    """A textured picture that moves `shift` pixels a frame, `(frames, 3, 96, 96)`."""
+    rng = torch.Generator().manual_seed(3)
+    wide = F.interpolate(torch.rand(1, 3, 30, 60, generator=rng), size=(96, 192), mode="bicubic").clamp(0, 1)
+    return torch.cat([wide[..., 40 + shift * k : 136 + shift * k] for k in range(frames)])
+
+
+def test_an_error_that_moves_with_its_object_costs_less_than_one_that_stays() -> None:
+    truth, stain = moving(3), 0.1 * (moving(3) - 0.5)
+    motion = motion_of(truth)
+    follows = float(followed_change(truth + stain, truth, motion))
+    stays = float(followed_change(truth + stain[:1], truth, motion))
+    assert float(followed_change(truth, truth, motion)) == 0
+    assert follows < 0.1 * stays
+
+
+def test_flicker_counts_only_where_nothing_moves() -> None:
+    still, flickering = moving(0), torch.tensor([0.0, 0.02, 0.0]).view(3, 1, 1, 1)
+    assert float(flicker(still + flickering, motion_of(still))) == pytest.approx(0.02, rel=1e-3)
+    assert float(flicker(still, motion_of(still))) == 0
+    assert float(flicker(moving(5) + flickering, motion_of(moving(5)))) < 0.002
+
+
+def test_luma_deviation_is_the_root_of_the_luma_error_of_each_picture(truth: Tensor) -> None:
+    errors = torch.tensor([0.02, 0.06]).view(2, 1, 1, 1)
+    assert float(luma_deviation(truth + errors, truth)) == pytest.approx(0.04, abs=2e-4)
+    tint = torch.tensor([0.1, -0.1 * 0.299 / 0.587, 0.0]).view(3, 1, 1)
+    assert float(luma_deviation(truth + tint, truth)) < 0.0033

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from training.curve import rows_of
-from training.losses import charbonnier, frequency, psnr
+from training.losses import charbonnier, frequency, luma_deviation, psnr
 from training.patches import Patches, PatchSettings
 from training.recipe import Recipe, from_table
 from training.state import weights_of
@@ -25,9 +25,11 @@ KIND = "dcm"
 
 @dataclass(frozen=True)
 class Loss:
-    """Weight of the frequency loss beside the Charbonnier loss of `epsilon`."""
+    """Weights of the Charbonnier loss of `epsilon`, of the frequency loss, and of `luma_deviation`."""
 
+    charbonnier: float = 1.0
     frequency: float = 0.05
+    luma: float = 0.0
     epsilon: float = 1e-3
 
 
@@ -50,10 +52,8 @@ class DCM:
         model = self.upscaler.build(self._patches.settings.patch)
         if self.start:
             start = weights_of(self.start)
-            # SwinIR's masks belong to the size at hand.
-            masks = {name: value for name, value in model.state_dict().items() if name.endswith("attn_mask")}
-            learnt = {n: v for n, v in read_dcm(start).model.state_dict().items() if not n.endswith("attn_mask")}
-            fill(Path(start), model, KIND, {**learnt, **masks})
+            learnt = dict(read_dcm(start).model.state_dict())
+            fill(Path(start), model, KIND, self.upscaler.continued(learnt, model.state_dict()))
         return model
 
     def trains(self, name: str) -> bool:
@@ -66,9 +66,12 @@ class DCM:
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         lr, truth = (rearrange(batch[key], "b n c h w -> (b n) c h w") for key in ("lr", "truth"))
         result = model(lr).float()
-        loss = charbonnier(result, truth, self.weights.epsilon)
-        if self.weights.frequency:
-            loss = loss + self.weights.frequency * frequency(result, truth)
+        weights = self.weights
+        loss = weights.charbonnier * charbonnier(result, truth, weights.epsilon)
+        if weights.frequency:
+            loss = loss + weights.frequency * frequency(result, truth)
+        if weights.luma:
+            loss = loss + weights.luma * luma_deviation(result, truth)
         return loss, {"psnr": psnr(result, truth)}
 
     def picture(self, model: nn.Module, batch: Batch) -> Tensor:

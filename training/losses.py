@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vsr_ops.flow import dis_flow, visibility, warp
+from vsr_ops.metrics_time import STILL
 
 _EYE = 2.0
 """Variance of the noise that VIF's model of the eye adds."""
@@ -19,6 +24,13 @@ def frequency(result: Tensor, truth: Tensor) -> Tensor:
     """Mean absolute error of the real and imaginary parts of the orthonormal 2D Fourier transform."""
     spectrum = torch.fft.rfft2(result.float() - truth.float(), norm="ortho")
     return torch.view_as_real(spectrum).abs().mean()
+
+
+def luma_deviation(result: Tensor, truth: Tensor) -> Tensor:
+    """Root mean square error of the luma of each picture `(n, 3, h, w)`, then their mean: what Y-PSNR is about, with
+    no picture's weight growing by the square of its error."""
+    error = _luma(result.float() - truth.float())
+    return (error.square().mean((1, 2, 3)) + 1e-5).sqrt().mean()
 
 
 def laplacian(x: Tensor, levels: int = 3) -> list[Tensor]:
@@ -42,6 +54,47 @@ def temporal_difference(result: Tensor, truth: Tensor) -> Tensor:
     error = (result - truth).float()
     change = error[..., 1:, :, :, :] - error[..., :-1, :, :, :]
     return change.abs().mean() if change.numel() else error.sum() * 0
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What moves where in true clips `(frames, 3, h, w)`, from each frame to the next: DIS flow `(frames - 1, 2, h,
+    w)`, and (frames - 1, 1, h, w) each: where it can be followed, where nothing moves, and the local contrast."""
+
+    flow: Tensor
+    visible: Tensor
+    still: Tensor
+    contrast: Tensor
+
+
+@torch.no_grad()
+def motion_of(truth: Tensor) -> Motion:
+    """Of one clip `(frames, 3, h, w)` in [0, 1], at least two frames; sides of at least 12 pixels."""
+    before, after = truth[:-1], truth[1:]
+    flow = dis_flow(before, after)
+    luma = _luma(truth.float())
+    padded = F.pad(luma, [3] * 4, mode="replicate")
+    variance = F.avg_pool2d(padded**2, 7, 1) - F.avg_pool2d(padded, 7, 1) ** 2
+    change = F.max_pool2d((luma[1:] - luma[:-1]).abs(), 5, stride=1, padding=2)
+    still = (change <= STILL + 0.5 / 255).float()
+    return Motion(flow, visibility(flow, dis_flow(after, before)), still, variance[:-1].clamp(min=0).sqrt())
+
+
+def followed_change(result: Tensor, truth: Tensor, motion: Motion) -> Tensor:
+    """Mean change of the error of one clip `(frames, 3, h, w)` along the truth's motion, where it can be followed.
+
+    Relative to the truth's local contrast plus 0.03: what wobbles in a faint texture misleads the eye, and an optical
+    flow, as much as what wobbles in a strong one. An error that moves with its object costs nothing.
+    """
+    error = (result - truth).float()
+    change = (warp(error[1:], motion.flow) - error[:-1]).abs().mean(1, keepdim=True)
+    return (change * motion.visible / (motion.contrast + 0.03)).mean()
+
+
+def flicker(result: Tensor, motion: Motion) -> Tensor:
+    """Mean change of a clip `(frames, 3, h, w)` where the truth stands still; elsewhere nothing counts."""
+    change = (result[1:] - result[:-1]).float().abs().mean(1, keepdim=True)
+    return (change * motion.still).mean()
 
 
 def information(result: Tensor, truth: Tensor) -> Tensor:

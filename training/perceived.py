@@ -19,10 +19,12 @@ def haar_loss(result: Tensor, truth: Tensor) -> Tensor:
         return 1 - haarpsi(result.float().clamp(0, 1), truth.float().clamp(0, 1))
 
 
-def neg_loss(result: Tensor, truth: Tensor) -> Tensor:
-    """What VMAF-NEG's two spatial features lack to 1, summed (vmaf-torch's ADM, and VIF's mean over four scales, of the
-    luma 16 to 235) of RGB pictures `(n, 3, h, w)` in [0, 1]: 0 for equal pictures, about 2 at most. What is out of
-    range is clamped first; where a feature has no finite gradient, it pulls nowhere."""
+def neg_losses(result: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """(1 - ADM, 1 - VIF): what VMAF-NEG's two spatial features lack (vmaf-torch's ADM, and VIF's mean over four scales,
+    of the luma 16 to 235) of RGB pictures `(n, 3, h, w)` in [0, 1]; 0 for equal pictures, about 1 at most.
+
+    What is out of range is clamped first; where a feature has no finite gradient, it pulls nowhere.
+    """
     from vmaf_torch.adm import ADM
     from vmaf_torch.vif import VIF
 
@@ -34,4 +36,10 @@ def neg_loss(result: Tensor, truth: Tensor) -> Tensor:
     weights = torch.tensor([65.481, 128.553, 24.966], device=result.device).view(3, 1, 1)
     with torch.autocast(result.device.type, enabled=False):
         x, y = (16 + (weights * rgb).sum(1, keepdim=True) for rgb in (inside, truth.float().clamp(0, 1)))
-        return (1 - adm.adm_score(y, x)).mean() + (1 - vif.vif_features(y, x)).mean()
+        return (1 - adm.adm_score(y, x)).mean(), (1 - vif.vif_features(y, x)).mean()
+
+
+def neg_loss(result: Tensor, truth: Tensor) -> Tensor:
+    """The sum of `neg_losses`."""
+    adm, vif = neg_losses(result, truth)
+    return adm + vif

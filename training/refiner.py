@@ -81,11 +81,7 @@ class RefinerTask:
 
     def build(self) -> nn.Module:
         weights = self.base()
-        decoder = AutoencoderKLTemporalDecoder(**weights.vae_config).decoder
-        state = {name.removeprefix("decoder."): value for name, value in weights.vae.items() if name[:8] == "decoder."}
-        # Takes latents of deviation 1 while it trains: the factor in its first weights would make AdamW's steps, the
-        # same for all, too long for these.
-        decoder.load_state_dict({**state, CONV_IN: state[CONV_IN] / factor_of(weights)})
+        decoder = decoder_of(weights)
         name = self.shape.refiner
         refiner = load_refiner(weights_of(name, REFINER)) if name else Refiner()
         return nn.ModuleDict({"decoder": decoder, "refiner": refiner.requires_grad_(True)})
@@ -128,6 +124,33 @@ class RefinerTask:
         vae = {**weights.vae, **{f"decoder.{name}": value for name, value in state.items()}}
         write_svd(path, replace(weights, vae=vae, metadata={}), trained_on)
         write_refiner(beside(path), cast(Refiner, cast(Any, model)["refiner"]), trained_on)
+
+
+def decoder_of(weights: SVDWeights) -> nn.Module:
+    """The temporal decoder; takes latents of deviation 1.
+
+    The factor in its first weights would make AdamW's steps, the same for all, too long for these.
+    """
+    decoder = AutoencoderKLTemporalDecoder(**weights.vae_config).decoder
+    state = {name.removeprefix("decoder."): value for name, value in weights.vae.items() if name[:8] == "decoder."}
+    decoder.load_state_dict({**state, CONV_IN: state[CONV_IN] / factor_of(weights)})
+    return decoder
+
+
+def grown(refiner: Refiner, blocks: int, mixes: int) -> Refiner:
+    """The same refiner with more blocks and mixes, which change nothing yet. Raises SettingError for fewer."""
+    old = refiner.shape
+    if blocks < old.blocks or not old.mixes <= mixes <= blocks:
+        raise SettingError(
+            f"model.blocks is {blocks}, model.mixes {mixes}: expected at least {old.blocks} and {old.mixes}, which"
+            " model.refiner has, and no more mixes than blocks"
+        )
+    larger = Refiner(replace(old, blocks=blocks, mixes=mixes))
+    for block in larger.body[old.blocks :]:
+        for value in cast(Any, block).conv2.parameters():
+            nn.init.zeros_(value)
+    larger.load_state_dict({**larger.state_dict(), **refiner.state_dict()})
+    return larger
 
 
 def factor_of(weights: SVDWeights) -> float:

@@ -6,6 +6,7 @@ The VAE is frozen, so clips are encoded once, into shards beside the run, before
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -248,7 +249,11 @@ def velocity(unet: nn.Module, noisy: Tensor, lr: Tensor, context: Tensor, sigma:
 def sampled(unet: nn.Module, lr: Tensor, context: Tensor, noise: Tensor, steps: int = PICTURE_STEPS) -> Tensor:
     """Latents of deviation 1, by Euler's method from pure noise."""
     levels = sigmas(steps)
-    x = noise * levels[0]
+    return euler(unet, noise * levels[0], lr, context, levels)
+
+
+def euler(unet: nn.Module, x: Tensor, lr: Tensor, context: Tensor, levels: Sequence[float]) -> Tensor:
+    """Latents at the last of the falling noise `levels`, from `x` at the first."""
     for sigma, following in pairwise(levels):
         level = torch.full((x.shape[0],), sigma, device=x.device)
         v = velocity(unet, x, lr, context, level).float()

@@ -11,6 +11,7 @@ from training.svd import SVDTask
 from training.task import Task, TaskMaker
 from training.vae import PictureVAE, TemporalVAE
 from training.vae_refined import RefinedVAE
+from training.whole import Whole
 from vsr_ops.errors import SettingError
 
 TASKS: dict[str, TaskMaker] = {
@@ -20,6 +21,7 @@ TASKS: dict[str, TaskMaker] = {
     "vae_refined": RefinedVAE,
     "svd": SVDTask,
     "refiner": RefinerTask,
+    "whole": Whole,
 }
 """Tasks by name; a module of its own is one more entry."""
 

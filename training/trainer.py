@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from training.convolutions import safe_convolutions
 from training.curve import draw_losses, save_picture
 from training.draws import generator_at
 from training.recipe import PRECISIONS, Optimizer, Recipe, differences, learning_rate
@@ -129,7 +130,7 @@ def start(recipe: Recipe, task: Task, folder: Path, *, cpu: bool, say: Callable[
         task.prepare(device)
     model = built(recipe, task, saved)
     if recipe.train.precision == "bfloat16" and device.type == "cpu":
-        exact_convolutions(model)
+        safe_convolutions(model)
     if device.type == "cuda":
         shrink_frozen(model, accelerator.mixed_precision)
     optimizer = make_optimizer(recipe.optimizer, trained(model))
@@ -295,21 +296,6 @@ def shrink_frozen(model: nn.Module, precision: str) -> None:
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-
-
-def exact_convolutions(model: nn.Module) -> None:
-    """Keeps 3D convolutions out of autocast: their bfloat16 gradient has crashed on CPUs."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv3d):
-            module.forward = _in_float32(module.forward)  # type: ignore[method-assign]
-
-
-def _in_float32(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def exact(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return forward(x.float())
-
-    return exact
 
 
 def adamw(settings: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -14,6 +14,11 @@ from training.patches import SCALE
 from training.recipe import from_table
 from vsr_ops.errors import SettingError
 
+Tensors = dict[str, Tensor]
+
+MASK = "attn_mask"
+"""How the names of SwinIR's attention masks end, which are no weights."""
+
 
 class Upscaler(Protocol):
     """`[model]` of a recipe, but for what Common holds."""
@@ -22,7 +27,11 @@ class Upscaler(Protocol):
         """The x4 network with its first weights, for training on inputs of `size` pixels; others work too."""
         ...
 
-    def stored(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def continued(self, learnt: Tensors, fresh: Tensors) -> Tensors:
+        """The tensors of one like it as this network takes them; `fresh` are this network's first ones."""
+        ...
+
+    def stored(self, model: nn.Module) -> tuple[dict[str, Any], Tensors]:
         """(arguments of the class, tensors) as they go into a file."""
         ...
 
@@ -49,10 +58,15 @@ class SwinIR:
             arguments = self._arguments()
             return Network(img_size=size, drop_path_rate=0.0, **arguments, use_checkpoint=self.checkpointing)
 
-    def stored(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def continued(self, learnt: Tensors, fresh: Tensors) -> Tensors:
+        """Masks belong to the size at hand."""
+        masks = {name: value for name, value in fresh.items() if name.endswith(MASK)}
+        return {**{name: value for name, value in learnt.items() if not name.endswith(MASK)}, **masks}
+
+    def stored(self, model: nn.Module) -> tuple[dict[str, Any], Tensors]:
         """The masks kept are those of the smallest picture that has any."""
         size = 2 * self.window_size
-        masks = {name: value for name, value in self.build(size).state_dict().items() if name.endswith("attn_mask")}
+        masks = {name: value for name, value in self.build(size).state_dict().items() if name.endswith(MASK)}
         return {**self._arguments(), "img_size": size}, {**model.state_dict(), **masks}
 
     def _arguments(self) -> dict[str, Any]:
@@ -85,11 +99,32 @@ class Compact:
         layers[-1].weight.data *= 0.05
         return model
 
-    def stored(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def continued(self, learnt: Tensors, fresh: Tensors) -> Tensors:
+        """A shallower network grows to `num_conv`: layers that change nothing yet, spread between its own."""
+        old = sum(value.ndim == 4 for value in learnt.values()) - 2
+        if not 0 < old < self.num_conv:
+            return learnt
+        place = {0: 0, old + 1: self.num_conv + 1, **{1 + i: 1 + i * self.num_conv // old for i in range(old)}}
+        moved: Tensors = {}
+        for name, value in learnt.items():
+            # body.0 is a convolution, body.1 its activation, body.2 the next convolution.
+            number, part = name.removeprefix("body.").split(".")
+            layer, kind = divmod(int(number), 2)
+            moved[f"body.{2 * place[layer] + kind}.{part}"] = value
+        return {**{name: _idle(name, value) for name, value in fresh.items()}, **moved}
+
+    def stored(self, model: nn.Module) -> tuple[dict[str, Any], Tensors]:
         return self._arguments(), dict(model.state_dict())
 
     def _arguments(self) -> dict[str, Any]:
         return {"num_in_ch": 3, "num_out_ch": 3, **asdict(self), "upscale": SCALE, "act_type": "prelu"}
+
+
+def _idle(name: str, value: Tensor) -> Tensor:
+    """What makes a convolution, its bias or its PReLU pass on what it gets."""
+    if value.ndim == 4:
+        return nn.init.dirac_(torch.empty_like(value))
+    return torch.zeros_like(value) if name.endswith("bias") else torch.ones_like(value)
 
 
 ARCHITECTURES: dict[str, type[SwinIR] | type[Compact]] = {"swinir": SwinIR, "compact": Compact}
@@ -98,7 +133,8 @@ ARCHITECTURES: dict[str, type[SwinIR] | type[Compact]] = {"swinir": SwinIR, "com
 @dataclass(frozen=True)
 class Common:
     """What every architecture has in `[model]`: its name (the paper's SwinIR where there is none), and `start`, the
-    file or run of one like it to go on from ("lite": the bundled one; empty: from nothing)."""
+    file or run of one like it to go on from ("lite": the bundled one; empty: from nothing). A
+    Compact may go on from one of fewer layers."""
 
     architecture: str = "swinir"
     start: str = ""

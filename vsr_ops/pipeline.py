@@ -235,7 +235,7 @@ def upscale(
         progress("encode", i + 1, job.frames)
     calls_done = count(1)
     total = unet_calls(plan, settings)
-    context = model.context(next(job.upscaled()).image[None]) if model.image_encoder is not None else None
+    context = model.context(next(job.upscaled(parts.enlarge)).image[None]) if model.image_encoder is not None else None
     result = sample(model, lr, plan, settings, context, tick=lambda _: progress("sample", next(calls_done), total))
     height, width = job.size
     progress("decode", 0, job.frames)
