@@ -12,7 +12,7 @@ from tests.conftest import randomise
 from vsr_ops import refiner
 from vsr_ops.errors import CheckpointError, SettingError
 from vsr_ops.module_file import write_module
-from vsr_ops.refiner import Refiner, RefinerShape, load_refiner, refine, refine_frames, write_refiner
+from vsr_ops.refiner import Refiner, RefinerShape, load_refiner, neighbours, refine, refine_frames, write_refiner
 
 SMALL = RefinerShape(width=8, blocks=1)
 
@@ -86,7 +86,7 @@ def test_ticks_count_frames() -> None:
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize(("height", "width"), [(40, 56), (41, 57), (16, 33), (31, 16)])
 def test_tiles_are_the_whole(monkeypatch: pytest.MonkeyPatch, blocks: int, height: int, width: int) -> None:
-    model = filled(RefinerShape(width=8, blocks=blocks))
+    model = filled(RefinerShape(width=8, blocks=blocks, follows=blocks == 2))
     decoded, upscaled = pair(2, 3, height, width)
     whole = refine(model, decoded, upscaled)
     monkeypatch.setattr(refiner, "TILE", 16)
@@ -163,10 +163,11 @@ def test_weights_of_another_width_are_refused(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value) and "refiner" in str(caught.value)
 
 
+@pytest.mark.parametrize("follows", [False, True])
 @pytest.mark.parametrize("frames", [1, 2, 3, 8, 10, 11, 19, 30])
-def test_streamed_frames_are_those_of_the_whole_video(frames: int) -> None:
-    model = filled(RefinerShape(width=8, blocks=3))
-    decoded, upscaled = pair(frames, 3, 10, 12)
+def test_streamed_frames_are_those_of_the_whole_video(frames: int, follows: bool) -> None:
+    model = filled(RefinerShape(width=8, blocks=3, follows=follows))
+    decoded, upscaled = pair(frames, 3, 14, 12)
     with torch.no_grad():
         whole = (upscaled + model(decoded, upscaled)).clamp(0, 1)
     streamed = torch.stack(list(refine_frames(model, zip(decoded, upscaled, strict=True))))
@@ -182,3 +183,31 @@ def test_a_frame_sees_its_neighbours_but_not_past_a_cut() -> None:
     assert [i for i in range(12) if together[i].abs().max() > 1e-6] == [3, 4, 5, 6, 7]
     apart = refine(model, decoded, upscaled, cuts=(5,)) - refine(model, changed, upscaled, cuts=(5,))
     assert [i for i in range(12) if apart[i].abs().max() > 1e-6] == [5, 6, 7]
+
+
+def smooth(*shape: int) -> Tensor:
+    return torch.nn.functional.interpolate(
+        noise(*shape[:-2], shape[-2] // 6, shape[-1] // 6), shape[-2:], mode="bicubic"
+    )
+
+
+def test_neighbours_add_nothing_to_what_only_moves() -> None:
+    """A right flow brings the neighbours exactly onto the frame; what is covered or out of sight is left out."""
+    wide = smooth(1, 3, 96, 192).clamp(0, 1)
+    video = torch.cat([wide[..., 30 + 4 * k : 126 + 4 * k] for k in range(3)])
+    around = neighbours(video)
+    assert around[0, :3].abs().max() == 0 and around[-1, 3:].abs().max() == 0, "nothing before and after a scene"
+    straight = torch.cat([(video[:-1] - video[1:]), (video[1:] - video[:-1])]).abs().mean()
+    assert around.abs().mean() < 0.05 * straight
+
+
+def test_neighbours_show_what_flickers() -> None:
+    video = smooth(1, 3, 96, 96).clamp(0, 0.9).repeat(3, 1, 1, 1)
+    video[1] += 0.01
+    around = neighbours(video)
+    assert float(around[1].mean()) == pytest.approx(-0.01, abs=1e-3)
+    assert float(around[0, 3:].mean()) == pytest.approx(0.01, abs=1e-3)
+
+
+def test_pictures_too_small_for_a_flow_have_no_neighbours() -> None:
+    assert not neighbours(noise(3, 3, 4, 40)).any() and not neighbours(noise(1, 3, 40, 40)).any()

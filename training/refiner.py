@@ -25,7 +25,7 @@ from training.vae import detail, flat, reconstruction_loss
 from training.vae_refined import beside
 from vsr_ops.checkpoint import SVDWeights, write_svd
 from vsr_ops.errors import SettingError
-from vsr_ops.refiner import Refiner, load_refiner, write_refiner
+from vsr_ops.refiner import Refiner, RefinerShape, load_refiner, write_refiner
 from vsr_ops.svd import build_svd
 
 CONV_IN = "conv_in.weight"
@@ -137,19 +137,23 @@ def decoder_of(weights: SVDWeights) -> nn.Module:
     return decoder
 
 
-def grown(refiner: Refiner, blocks: int, mixes: int) -> Refiner:
-    """The same refiner with more blocks and mixes, which change nothing yet. Raises SettingError for fewer."""
+def grown(refiner: Refiner, shape: RefinerShape) -> Refiner:
+    """The same refiner with more blocks or mixes, or neighbours, which change nothing yet. Raises SettingError."""
     old = refiner.shape
-    if blocks < old.blocks or not old.mixes <= mixes <= blocks:
+    kept = shape.width == old.width and shape.blocks >= old.blocks and shape.follows >= old.follows
+    if not (kept and old.mixes <= shape.mixes <= shape.blocks):
         raise SettingError(
-            f"model.blocks is {blocks}, model.mixes {mixes}: expected at least {old.blocks} and {old.mixes}, which"
-            " model.refiner has, and no more mixes than blocks"
+            f"the refiner would grow from {old} to {shape}: expected the same width, nothing less than it has, and no"
+            " more mixes than blocks; set model.blocks, model.mixes and model.follows so"
         )
-    larger = Refiner(replace(old, blocks=blocks, mixes=mixes))
+    larger = Refiner(shape)
     for block in larger.body[old.blocks :]:
         for value in cast(Any, block).conv2.parameters():
             nn.init.zeros_(value)
-    larger.load_state_dict({**larger.state_dict(), **refiner.state_dict()})
+    state = refiner.state_dict()
+    enter = torch.zeros_like(larger.enter.weight)
+    enter[:, : state["enter.weight"].shape[1]] = state["enter.weight"]
+    larger.load_state_dict({**larger.state_dict(), **state, "enter.weight": enter})
     return larger
 
 

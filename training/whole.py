@@ -37,13 +37,14 @@ SCALE = 4
 @dataclass(frozen=True)
 class Shape:
     """`start`: the SVD, a file or folder, "lite", or a run. `refiner`: a file, "lite", or the run of vae_refined or
-    refiner, which grows to `blocks` and `mixes`; `dcm`: the guide's file or run, which does not learn."""
+    refiner, which grows to `blocks`, `mixes` and `follows`; `dcm`: the guide's file or run, which does not learn."""
 
     start: str = ""
     refiner: str = ""
     dcm: str = "lite"
     blocks: int = RefinerShape.blocks
     mixes: int = RefinerShape.mixes
+    follows: bool = RefinerShape.follows
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Loss:
     followed: float = 0.1
     still: float = 3.0
     decoded: float = 0.05
-    edm: float = 0.3
+    edm: float = 0.015
 
 
 class Whole:
@@ -127,7 +128,8 @@ class Whole:
         self._factor = factor_of(weights)
         svd = build_svd(weights, torch.device("cpu"), torch.float32)
         unet, vae = cast(nn.Module, svd.unet), cast(Any, svd.vae)
-        refiner = grown(load_refiner(weights_of(self.shape.refiner, REFINER)), self.shape.blocks, self.shape.mixes)
+        refiner, shape = load_refiner(weights_of(self.shape.refiner, REFINER)), self.shape
+        refiner = grown(refiner, RefinerShape(refiner.shape.width, shape.blocks, shape.mixes, shape.follows))
         parts = {"unet": unet, "encoder": vae.encoder, "decoder": decoder_of(weights), "refiner": refiner}
         return nn.ModuleDict(parts).requires_grad_(True)
 

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .errors import CheckpointError, SettingError
+from .flow import SMALLEST, dis_flow, visibility, warp
 from .module_file import fill, read_module, write_module
 from .tiling import cores
 
@@ -31,11 +32,13 @@ CHUNK = 8
 @dataclass(frozen=True)
 class RefinerShape:
     """`width` channels in `blocks` residual blocks, on 2x2 pixels folded into channels; before each of the first
-    `mixes` blocks a frame sees the frames before and after it, so that compression's flicker can be averaged away."""
+    `mixes` blocks a frame sees the frames before and after it, so that compression's flicker can be averaged away.
+    With `follows` it also gets those two frames as they come to lie on it along the optical flow."""
 
     width: int = 40
     blocks: int = 5
     mixes: int = 2
+    follows: bool = False
 
 
 class _Block(nn.Module):
@@ -70,7 +73,7 @@ class Refiner(nn.Module):
         super().__init__()
         self.shape = shape or RefinerShape()
         width = self.shape.width
-        self.enter = nn.Conv2d(24, width, 3, padding=1)
+        self.enter = nn.Conv2d(48 if self.shape.follows else 24, width, 3, padding=1)
         self.body = nn.ModuleList(_Block(width) for _ in range(self.shape.blocks))
         self.mix = nn.ModuleList(_Mix(width) for _ in range(self.shape.mixes))
         self.leave = nn.Conv2d(width, 12, 3, padding=1)
@@ -78,9 +81,15 @@ class Refiner(nn.Module):
         if self.leave.bias is not None:
             nn.init.zeros_(self.leave.bias)
 
-    def forward(self, decoded: Tensor, upscaled: Tensor) -> Tensor:
-        """f: frames of one scene `(frames, 3, h, w)` twice, h and w even, to what is added to `upscaled`."""
-        both = rearrange(torch.cat([decoded, upscaled], 1) - 0.5, "t c (h i) (w j) -> t (c i j) h w", i=2, j=2)
+    def forward(self, decoded: Tensor, upscaled: Tensor, around: Tensor | None = None) -> Tensor:
+        """f: frames of one scene `(frames, 3, h, w)` twice, h and w even, to what is added to `upscaled`.
+
+        `around` is `neighbours(upscaled)`, for a refiner that follows.
+        """
+        given = [decoded - 0.5, upscaled - 0.5]
+        if self.shape.follows:
+            given.append(neighbours(upscaled) if around is None else around)
+        both = rearrange(torch.cat(given, 1), "t c (h i) (w j) -> t (c i j) h w", i=2, j=2)
         entered = x = self.enter(both)
         for index, block in enumerate(self.body):
             x = block(self.mix[index](x) if index < len(self.mix) else x)
@@ -94,7 +103,23 @@ class Refiner(nn.Module):
     @property
     def frames(self) -> int:
         """How many frames away a value can matter."""
-        return self.shape.mixes
+        return self.shape.mixes + self.shape.follows
+
+
+def neighbours(video: Tensor) -> Tensor:
+    """What the frames before and after each frame of one scene `(frames, 3, h, w)` add to it: `(frames, 6, h, w)`.
+
+    Both are brought onto the frame along DIS flow, and the frame is taken away; 0 where they do not show what it shows,
+    at the scene's ends, and for frames too small for a flow.
+    """
+    around = torch.zeros(video.shape[0], 6, *video.shape[-2:], device=video.device)
+    if video.shape[0] < 2 or min(video.shape[-2:]) < SMALLEST:
+        return around.to(video.dtype)
+    now, after = video[:-1].float(), video[1:].float()
+    forward, backward = dis_flow(now, after), dis_flow(after, now)
+    around[1:, :3] = (warp(now, backward) - after) * visibility(backward, forward)
+    around[:-1, 3:] = (warp(after, forward) - now) * visibility(forward, backward)
+    return around.to(video.dtype)
 
 
 def check_w(w: float) -> None:
@@ -139,9 +164,10 @@ def _in_tiles(model: Refiner, decoded: Tensor, upscaled: Tensor, w: float) -> Te
     """Frames of one scene `(frames, 3, h, w)`, refined tile by tile."""
     out = torch.empty_like(upscaled)
     parameter = next(model.parameters())
+    given = [decoded, upscaled, neighbours(upscaled)] if model.shape.follows else [decoded, upscaled]
     for rows in cores(out.shape[-2], TILE, model.reach):
         for cols in cores(out.shape[-1], TILE, model.reach):
-            part = [x[..., rows.outer, cols.outer] for x in (decoded, upscaled)]
+            part = [x[..., rows.outer, cols.outer] for x in given]
             pad = (0, part[0].shape[-1] % 2, 0, part[0].shape[-2] % 2)
             even = [nn.functional.pad(x, pad, mode="replicate").to(parameter) for x in part]
             added = model(*even)[..., rows.inner, cols.inner].to(out)

@@ -222,13 +222,14 @@ def test_a_refiner_grows_without_changing_a_picture() -> None:
     torch.manual_seed(0)
     small = Refiner(RefinerShape(8, 2, 1))
     nn.init.normal_(small.leave.weight, std=0.1)
-    large = grown(small, 4, 3)
+    large = grown(small, RefinerShape(8, 4, 3, True))
     frames = torch.rand(2, 4, 3, 16, 16)
-    assert large.frames == 3 and large.reach > small.reach
+    assert large.frames == 4 and large.reach > small.reach
     with torch.no_grad():
-        assert torch.equal(large(*frames), small(*frames)) and bool(small(*frames).any())
-    with pytest.raises(SettingError, match=r"model.blocks is 1, model.mixes 3: expected at least 2 and 1"):
-        grown(small, 1, 3)
+        assert torch.allclose(large(*frames), small(*frames), atol=1e-6) and bool(small(*frames).any())
+    for less in (RefinerShape(8, 1, 1), RefinerShape(8, 2, 3), RefinerShape(9, 2, 1)):
+        with pytest.raises(SettingError, match="expected the same width, nothing less than it has"):
+            grown(small, less)
 
 
 def test_convolutions_over_time_give_the_same_as_2d_ones() -> None:
