@@ -72,11 +72,11 @@ class Loss:
     charbonnier: float = 0.7
     squared: float = 8.0
     haar: float = 0.5
-    adm: float = 0.9
+    adm: float = 1.2
     vif: float = 0.3
     change: float = 1.0
-    followed: float = 0.1
-    still: float = 3.0
+    followed: float = 0.3
+    still: float = 4.0
     decoded: float = 0.05
     edm: float = 0.015
 
