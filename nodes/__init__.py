@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .flow import EstimateFlow, FlowGuidedLatents, FlowPreview
 from .guiders import DSSAGGuider, PAGGuider, SAGGuider
 from .latent import Decode, SVDConditioning
-from .load import DemoClip, LoadDCM, LoadLite, LoadRefiner
+from .load import DemoClip, LoadCFW, LoadDCM, LoadLite, LoadRefiner, LoadSTAM
 from .metrics import Metrics
 from .patches import DSSAG, TiledDiffusion
 from .picture import ColorMatch, Compare, Refine, UpscaleLR
@@ -32,6 +33,11 @@ NODES: list[type[io.ComfyNode]] = [
     TilePreview,
     Compare,
     Metrics,
+    EstimateFlow,
+    FlowPreview,
+    FlowGuidedLatents,
+    LoadCFW,
+    LoadSTAM,
 ]
 
 

@@ -31,14 +31,20 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..vsr_ops.align import ROUNDS, SHARE, align, check_strength
 from ..vsr_ops.attention import Tempered, identity
+from ..vsr_ops.cfw import CFW, check_w
+from ..vsr_ops.decode_layout import is_temporal
 from ..vsr_ops.errors import SettingError
+from ..vsr_ops.flow_field import Flow, check_fits, estimate_flow, latent_flow, raft_memory
 from ..vsr_ops.guidance import COND, UNCOND, Branch, push, sag_degrade, sag_renoise
-from ..vsr_ops.latents import CELL
+from ..vsr_ops.latents import CELL, VAE_TILE, decode_video
 from ..vsr_ops.layers import Layer, check_layers, place_layers
 from ..vsr_ops.plan_cost import Bank, describe_plan, lagged_bytes, matmul_speed, tap_bytes
 from ..vsr_ops.propagation import Call, Propagation, TileRun, run_pass
 from ..vsr_ops.refiner import Refiner, refine
+from ..vsr_ops.stam import STAM
+from ..vsr_ops.streaming_decode import stream_video
 from ..vsr_ops.tiling import TilePlan, TileSize, plan_tiles
 from .run import (
     KEY,
@@ -58,6 +64,12 @@ from .run import (
 SAMPLERS, SCHEDULERS = list(comfy.samplers.SAMPLER_NAMES), list(comfy.samplers.SCHEDULER_NAMES)
 #: What SVD was published with.
 STOCK_TILE = TileSize(64, 64, 14)
+#: Name of the alignment's hook, which works without the pack's others.
+ALIGN_KEY = f"{KEY}_align"
+#: What a loader's list shows while its folder is empty.
+NO_FILE = "no file found"
+#: How many latents around a streamed tile its convolutions reach, SD's and SVD's decoder.
+STREAM_MARGIN = 8
 #: Share of the device's memory beside the weights that a window's tiles may take together.
 SYNCHRONOUS_SHARE = 0.7
 
@@ -479,22 +491,33 @@ def refined(refiner: Refiner, decoded: Tensor, upscaled: Tensor, w: float, cuts:
         refiner.to(manage.unet_offload_device())
 
 
-def weights_files(folder: str) -> list[str]:
-    """What a loader offers: "lite", and the .safetensors files in a folder of the host's models."""
+def weights_files(
+    folder: str, suffixes: tuple[str, ...] = (".safetensors",), bundled: tuple[str, ...] = ("lite",)
+) -> list[str]:
+    """What a loader offers: what is bundled, and the files of these kinds in a folder of the host's models. Where there
+    is nothing, `NO_FILE` alone, since the host cannot say what an empty list lacks."""
     # The pack's own folders are new to the host; saying it again changes nothing, and artists may have named others.
     folder_paths.add_model_folder_path(folder, str(Path(folder_paths.models_dir) / folder))
-    return ["lite", *(name for name in folder_paths.get_filename_list(folder) if name.endswith(".safetensors"))]
+    found = [*bundled, *(name for name in folder_paths.get_filename_list(folder) if name.endswith(suffixes))]
+    return found or [NO_FILE]
 
 
-def weights_file(folder: str, which: str) -> str:
-    """The path of a file that `weights_files` offers; "lite" itself. Raises SettingError for any other."""
-    known = weights_files(folder)
+def weights_file(
+    folder: str, which: str, suffixes: tuple[str, ...] = (".safetensors",), bundled: tuple[str, ...] = ("lite",)
+) -> str:
+    """The path of a file that `weights_files` offers; what is bundled itself. Raises SettingError for any other."""
+    known = weights_files(folder, suffixes, bundled)
+    if known == [NO_FILE]:
+        raise SettingError(
+            f"which is {which!r}, and models/{folder} holds no file of this kind: expected one ending in"
+            f" {', '.join(suffixes)}; put it there and refresh"
+        )
     if which not in known:
         raise SettingError(
             f"which is {which!r}: expected one of {', '.join(known)}; choose one from the list, or put the file into"
             f" models/{folder} and refresh"
         )
-    return which if which == "lite" else folder_paths.get_full_path_or_raise(folder, which)
+    return which if which in bundled else folder_paths.get_full_path_or_raise(folder, which)
 
 
 def context_tokens(model: Any, clip_vision_output: Any) -> Tensor:
@@ -638,3 +661,103 @@ def describe(model: Any, plan: TilePlan, steps: int, passes: int) -> str:
         flops=flops,
         speed=matmul_speed(model.load_device, dtype),
     )
+
+
+# --- Motion ---------------------------------------------------------------------------------------------------------
+
+
+def estimated_flow(frames: Tensor, estimator: str, cuts: Sequence[int]) -> Flow:
+    """`estimate_flow` on the host's device, with the node's progress bar; RAFT's weights may lie in models/vsr_flow."""
+    device, (height, width) = comfy.model_management.get_torch_device(), frames.shape[-2:]
+    if estimator != "dis":
+        comfy.model_management.free_memory(raft_memory(height, width), device)
+    folder = Path(folder_paths.models_dir) / "vsr_flow"
+    return estimate_flow(frames, estimator, cuts, progress(max(1, len(frames) - 1)), folder, device)
+
+
+def patch_alignment(model: Any, flow: Flow, strength: float, start: float, end: float, mode: str) -> Any:
+    """A MODEL whose denoised estimate is aligned along `flow`, at the steps from `start` to `end` of the schedule.
+
+    It acts on what the whole guidance answers for the whole video: tiles are merged by then, and every other patch has
+    had its say, so that the order of wiring cannot matter. Strength 0 and a flow of under two frames take an earlier
+    alignment off and add none. Raises SettingError for a mode or strength that cannot work, and in the run for a LATENT
+    that the flow does not fit.
+    """
+    check_strength(strength, mode)
+    m = model.clone()
+    m.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, ALIGN_KEY)
+    if strength == 0 or flow.frames < 2:
+        return m
+    height, width = (-(-side // CELL) for side in flow.size)
+    small = latent_flow(flow, height, width, CELL, SHARE)
+    sampling = m.get_model_object("model_sampling")
+    first, last = (sampling.percent_to_sigma(share) for share in (start, end))
+
+    def aligned(executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: Any = None) -> Tensor:
+        if x.ndim != 4:
+            raise SettingError(
+                f"flow-guided latents met a LATENT of shape {tuple(x.shape)}: expected the video's frames as a batch"
+                " (frames, channels, height, width), as SVD's and SD's are; take this node off for other models"
+            )
+        check_fits(flow, x.shape[0], x.shape[-2], x.shape[-1], CELL)
+        denoised, sigma = executor(x, timestep, model_options, seed), float(timestep.max())
+        inside = last <= sigma <= first
+        return align(denoised, small, strength, sigma, mode, ROUNDS) if inside else denoised
+
+    m.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, ALIGN_KEY, aligned)
+    return m
+
+
+# --- Decoding with modules ------------------------------------------------------------------------------------------
+
+
+def decoded(
+    vae: Any,
+    latents: Tensor,
+    chunk: int,
+    cuts: Sequence[int],
+    size: tuple[int, int] | None,
+    reference: Tensor | None,
+    cfw: CFW | None,
+    stam: STAM | None,
+    w: float,
+    tile: int,
+) -> Tensor:
+    """Frames `(n, 3, height, width)`: `decode_video` where no tile is asked for and no module acts, else `stream_video`
+    on the host's device, with the node's progress bar; modules go back afterwards. `chunk` 0 is the VAE's own."""
+    check_w(w)
+    adapter, manage = HostVAE(vae), comfy.model_management
+    tick = progress(len(latents))
+    cfw = None if w == 0 else cfw
+    if tile == 0 and cfw is None and stam is None:
+        return decode_video(adapter, latents, chunk or adapter.chunk, cuts, size, tick)
+    modules = [module for module in (cfw, stam) if module is not None]
+    together = chunk or adapter.chunk
+    sides = [min(side, (tile or VAE_TILE) + 2 * STREAM_MARGIN) for side in latents.shape[-2:]]
+    at_once = min(len(latents), together) if stam is not None or is_temporal(vae.first_stage_model.decoder) else 1
+    needed = at_once * vae.memory_used_decode((1, 4, *sides), vae.vae_dtype)
+    if cfw is not None:
+        needed += at_once * vae.memory_used_encode((1, 3, *(side * CELL for side in sides)), vae.vae_dtype)
+    needed += sum(manage.module_size(module) for module in modules)
+    # Whole: the streaming decoder goes by where the weights lie, and a part of them would stay behind.
+    manage.load_models_gpu([vae.patcher], memory_required=needed, force_full_load=True)
+    try:
+        for module in modules:
+            module.to(vae.device)
+        return stream_video(
+            vae.first_stage_model,
+            latents.to(vae.output_device),
+            cuts,
+            size,
+            tick,
+            reference=reference,
+            cfw=cfw,
+            w=w,
+            stam=stam,
+            chunk=together,
+            tile=tile or VAE_TILE,
+            alive=manage.throw_exception_if_processing_interrupted,
+        )
+    finally:
+        for module in modules:
+            module.to(manage.vae_offload_device())

@@ -8,10 +8,11 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..vsr_ops.latents import decode_video, encode_video, with_augmentation
+from ..vsr_ops.latents import encode_video, with_augmentation
 from ..vsr_ops.scenes import find_cuts
 from . import host
 from .common import CATEGORY, check_choice, choice, count, number, to_frames, to_image
+from .load import CFW, STAM
 
 STARTS = {"noise": False, "LR latent": True}
 CUTS = {"detect": True, "one scene": False}
@@ -107,7 +108,18 @@ class Decode(io.ComfyNode):
                 io.Image.Input(
                     "reference",
                     optional=True,
-                    tooltip="A video of the size to crop to, if the latent has lost its own.",
+                    tooltip="The upscaled video that was encoded: for cfw to see, and as the size to crop to.",
+                ),
+                CFW.Input("cfw", optional=True, tooltip="From Load CFW (VSR): detail of the reference, by w."),
+                STAM.Input("stam", optional=True, tooltip="From Load STAM (VSR): frames see each other."),
+                number("w", 0.75, 0.0, 1.0, "How far cfw goes: 0 as without it, 1 most faithful.", optional=True),
+                count(
+                    "tile",
+                    0,
+                    0,
+                    512,
+                    "Latents a side of exact tiles; 0: blended ones of 64, exact ones of 64 with cfw or stam.",
+                    optional=True,
                 ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The decoded video.")],
@@ -115,16 +127,19 @@ class Decode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, vae: Any, latent: dict[str, Any], chunk_frames: int, reference: Tensor | None = None
+        cls,
+        vae: Any,
+        latent: dict[str, Any],
+        chunk_frames: int,
+        reference: Tensor | None = None,
+        cfw: Any = None,
+        stam: Any = None,
+        w: float = 0.75,
+        tile: int = 0,
     ) -> io.NodeOutput:
-        size = latent.get("vsr_size") if reference is None else tuple(to_frames(reference, "reference").shape[-2:])
-        adapter, samples = host.HostVAE(vae), latent["samples"]
-        frames = decode_video(
-            adapter,
-            samples,
-            chunk_frames or adapter.chunk,
-            latent.get("vsr_cuts", ()),
-            size,
-            host.progress(len(samples)),
+        seen = None if reference is None else to_frames(reference, "reference")
+        size = latent.get("vsr_size") if seen is None else tuple(seen.shape[-2:])
+        cuts = latent.get("vsr_cuts", ())
+        return io.NodeOutput(
+            to_image(host.decoded(vae, latent["samples"], chunk_frames, cuts, size, seen, cfw, stam, w, tile))
         )
-        return io.NodeOutput(to_image(frames))

@@ -5,15 +5,23 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..vsr_ops import clip
+from ..vsr_ops.cfw import load_cfw
 from ..vsr_ops.checkpoint import LITE
 from ..vsr_ops.dcm import read_dcm
 from ..vsr_ops.refiner import load_refiner
+from ..vsr_ops.safefile import PICKLE_SUFFIXES
+from ..vsr_ops.stam import load_stam
 from . import host
 from .common import CATEGORY, REFINER, check_choice, choice, count, to_image
 
 WHICH = {"svd_lite": LITE}
 #: The host's folders, under its `models`, where files of these kinds are looked for.
 DCM_FOLDER, REFINER_FOLDER = "upscale_models", "vsr_refiners"
+CFW_FOLDER, STAM_FOLDER = "vsr_cfw", "vsr_stam"
+#: Suffixes of those files; StableSR's CFW was published as a pickle, of which tensors alone are read.
+CFW_FILES, STAM_FILES = (".safetensors", *sorted(PICKLE_SUFFIXES)), (".safetensors",)
+#: What goes from their loaders to Decode Video.
+CFW, STAM = io.Custom("VSR_CFW"), io.Custom("VSR_STAM")
 
 
 class LoadLite(io.ComfyNode):
@@ -96,6 +104,62 @@ class LoadRefiner(io.ComfyNode):
     @classmethod
     def execute(cls, which: str) -> io.NodeOutput:
         return io.NodeOutput(load_refiner(host.weights_file(REFINER_FOLDER, which)))
+
+
+class LoadCFW(io.ComfyNode):
+    """What lets Decode Video see the video it came from."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRLoadCFW",
+            display_name="Load CFW (VSR)",
+            category=f"{CATEGORY}/loaders",
+            description=(
+                "Controllable feature wrapping, StableSR's and SDATC's: layers beside a VAE's decoder that let it see"
+                " the upscaled video. They belong to the VAE they were trained on."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "which",
+                    options=host.weights_files(CFW_FOLDER, CFW_FILES, ()),
+                    tooltip="A CFW's file from models/vsr_cfw: .safetensors, or StableSR's .ckpt.",
+                )
+            ],
+            outputs=[CFW.Output(display_name="cfw", tooltip="For Decode Video (VSR).")],
+        )
+
+    @classmethod
+    def execute(cls, which: str) -> io.NodeOutput:
+        return io.NodeOutput(load_cfw(host.weights_file(CFW_FOLDER, which, CFW_FILES, ())))
+
+
+class LoadSTAM(io.ComfyNode):
+    """What makes a picture VAE's decoder see time."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRLoadSTAM",
+            display_name="Load STAM (VSR)",
+            category=f"{CATEGORY}/loaders",
+            description=(
+                "SDATC's spatio-temporal attention: blocks in a VAE's decoder through which frames see each other,"
+                " against flicker. They belong to the VAE they were trained on."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "which",
+                    options=host.weights_files(STAM_FOLDER, STAM_FILES, ()),
+                    tooltip="A STAM's .safetensors file from models/vsr_stam.",
+                )
+            ],
+            outputs=[STAM.Output(display_name="stam", tooltip="For Decode Video (VSR).")],
+        )
+
+    @classmethod
+    def execute(cls, which: str) -> io.NodeOutput:
+        return io.NodeOutput(load_stam(host.weights_file(STAM_FOLDER, which, STAM_FILES, ())))
 
 
 class DemoClip(io.ComfyNode):

@@ -82,6 +82,21 @@ def test_defaults_run_with_propagation_and_guidance(weights: Path, clip: Path, t
     assert (info.frames, info.height, info.width) == (2, 70, 100)
 
 
+@pytest.mark.parametrize(
+    ("given", "guidance", "steps"),
+    [
+        ([], "none", 4),
+        (["--guidance", "pag"], "pag", 4),
+        (["--guidance-scale", "1.5"], "dssag", 4),
+        (["--cfg", "2"], "dssag", 4),
+        (["--model", "svd.safetensors"], "dssag", 10),
+    ],
+)
+def test_the_bundled_weights_run_as_they_were_trained(given: list[str], guidance: str, steps: int) -> None:
+    settings = _settings(_parser().parse_args(["upscale", "in.mp4", "out.mp4", *given]), 4.0)
+    assert (settings.guidance, settings.steps) == (guidance, steps)
+
+
 def test_same_seed_same_video_other_seed_other_video(weights: Path, clip: Path, tmp_path: Path) -> None:
     def result(name: str, seed: int) -> Tensor:
         assert run("upscale", clip, tmp_path / name, "--model", weights, "--seed", seed, *QUICK) == 0

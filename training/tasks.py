@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from training.capm import CAPMTask
+from training.compression import CompressionTask
 from training.dcm import DCM
 from training.recipe import Recipe
 from training.refiner import RefinerTask
@@ -22,6 +24,8 @@ TASKS: dict[str, TaskMaker] = {
     "svd": SVDTask,
     "refiner": RefinerTask,
     "whole": Whole,
+    "compression": CompressionTask,
+    "capm": CAPMTask,
 }
 """Tasks by name; a module of its own is one more entry."""
 

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from . import cost
+from .align import MODES as ALIGN_MODES
 from .color import COLOR
 from .dcm import load_dcm
 from .demo import run_demo
@@ -57,8 +58,8 @@ class Bars:
             self._bar = None
 
 
-#: What the bundled weights are sampled with: their refiner was trained on few steps.
-LITE_STEPS = 4
+#: What the bundled weights are sampled with: they learnt from the results of few steps without guidance.
+LITE_STEPS, LITE_GUIDANCE = 4, "none"
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +71,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         help="bundled weights, an SVD .safetensors or a diffusers folder",
     )
     add("--steps", type=int, help=f"{LITE_STEPS} with the bundled weights, else {Settings.steps}; 0 is no diffusion")
-    add("--guidance", default="dssag", help=", ".join(GUIDANCE))
+    auto = f"auto ({LITE_GUIDANCE} with the bundled weights unless a strength is given, else {Settings.guidance})"
+    add("--guidance", default="auto", help=", ".join([auto, *GUIDANCE]))
     add("--cfg", type=float, help="classifier-free guidance; 1 is off. With dssag it is equation 9's 1 + s")
     add("--guidance-scale", type=float, help="the s of dssag, pag and sag; 0 is off")
     add("--tile", metavar="HxWxT", help="in latents (8 pixels each) and frames; the model's own by default")
@@ -84,6 +86,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--refiner", default="auto", metavar="auto|none|PATH", help="auto: the bundled one with the bundled weights")
     add("--refiner-w", type=float, default=0.0, help="0: as refined, 1: the upscaled input as it is")
     add("--color", default="auto", help=", ".join(["auto (none after a refiner, else detail)", *COLOR]))
+    add("--align", type=float, default=0.0, metavar="LAMBDA", help="along the input's motion; 0 is off, try 0.05")
+    add("--align-mode", default="gradient", help=", ".join(ALIGN_MODES))
     add("--seed", type=int, default=0)
     add("--denoise", type=float, default=1.0, help="below 1: start from the LR latent at partial noise")
     add("--batch", type=int, default=1, help="spatial tiles through the UNet together")
@@ -151,7 +155,7 @@ def _settings(args: argparse.Namespace, scale: float) -> Settings:
     return Settings(
         scale=scale,
         steps=_steps(args),
-        guidance=args.guidance,
+        guidance=_guidance(args),
         cfg=args.cfg,
         guidance_scale=args.guidance_scale,
         tile=None if args.tile is None else TileSize.parse(args.tile),
@@ -161,6 +165,8 @@ def _settings(args: argparse.Namespace, scale: float) -> Settings:
         seed=args.seed,
         denoise=args.denoise,
         batch=args.batch,
+        align=args.align,
+        align_mode=args.align_mode,
     )
 
 
@@ -168,6 +174,14 @@ def _steps(args: argparse.Namespace) -> int:
     if args.steps is not None:
         return int(args.steps)
     return LITE_STEPS if args.model == "lite" else Settings.steps
+
+
+def _guidance(args: argparse.Namespace) -> str:
+    """The guidance asked for; a strength alone asks for the paper's."""
+    if args.guidance != "auto":
+        return str(args.guidance)
+    plain = args.model == "lite" and args.cfg is None and args.guidance_scale is None
+    return LITE_GUIDANCE if plain else Settings.guidance
 
 
 def _refiner_name(args: argparse.Namespace) -> str:

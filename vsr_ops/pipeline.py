@@ -5,6 +5,7 @@ The input is read twice (to encode it, and as the colour reference), so that onl
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,9 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .align import ROUNDS, SHARE, align, check_strength
 from .color import COLOR, correct
 from .dcm import Enlarge
 from .errors import SettingError
+from .flow_field import Flow, check_fits, streamed_flow
 from .guidance import COND, Branch, Strength, gamma_at, guide, strength
 from .latents import CELL, decode_frames, encode_frames
 from .propagation import Call, Propagation, Step, TileRun, calls, gather_tiles, run_pass, step_at
@@ -42,7 +45,7 @@ class Settings:
 
     `steps` 0 decodes the LR latent as it is, to see what the diffusion adds. `denoise` below 1 starts from the LR
     latent at partial noise, keeping `steps`. `batch` is how many spatial tiles go
-    through the UNet together where they need not all.
+    through the UNet together where they need not all. `align` is lambda of SDATC's alignment along the flow, 0 is off.
     """
 
     scale: float = 4.0
@@ -58,6 +61,8 @@ class Settings:
     seed: int = 0
     denoise: float = 1.0
     batch: int = 1
+    align: float = 0.0
+    align_mode: str = "gradient"
 
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 16:
@@ -73,6 +78,7 @@ class Settings:
         if self.color not in COLOR:
             raise SettingError(f"color is {self.color!r}: expected one of {', '.join(COLOR)}")
         strength(self.guidance, self.cfg, self.guidance_scale)
+        check_strength(self.align, self.align_mode)
 
 
 @dataclass(frozen=True)
@@ -173,15 +179,20 @@ def sample(
     context: Tensor | None = None,
     noise: Tensor | None = None,
     tick: Callable[[Call], None] = lambda call: None,
+    flow: Flow | None = None,
 ) -> Tensor:
     """Scaled latents `(frames, 4, h, w)` of the result, from unscaled LR latents of the same shape (DC-VSR, section 3).
 
-    Euler steps on tiles, with SAP and TAP in turn and guidance outside the tiles. Latents stay where `lr` is; one batch
-    of tiles at a time goes to the model's device. `noise` has deviation 1 (drawn from the seed when None), `tick` is
-    called before each UNet call. Raises SamplingError for a value that is not finite.
+    Euler steps on tiles, with SAP and TAP in turn and guidance outside the tiles, and so is the alignment along `flow`,
+    which is of the latents' size. Latents stay where `lr` is; one batch of tiles, or scene to align, at a time goes to
+    the model's device. `noise` has deviation 1 (drawn from the seed when None), `tick` is called before each UNet call.
+    Raises SamplingError for a value that is not finite, SettingError for alignment without a flow that fits.
     """
     if settings.steps == 0:
         return lr * model.scaling_factor
+    flow = _fitting(flow, lr, settings)
+    # Older MPS cannot repeat a border in `grid_sample`.
+    where = model.device if model.device.type == "cuda" else lr.device
     chosen, schedule = guide(settings.guidance), noise_schedule(settings)
     contexts = {True: model.context(None) if context is None else context, False: model.context(None)}
     concats = {True: lr, False: torch.zeros_like(lr)}
@@ -204,6 +215,8 @@ def sample(
             return value, None if run.saliency is None else run.saliency.result()
 
         x0 = chosen.predict(denoise, x, power)
+        if flow is not None:
+            x0 = align(x0, flow, settings.align, sigma, settings.align_mode, ROUNDS, where)
         x = x0 + (x - x0) * (following / sigma)
     return x
 
@@ -227,6 +240,7 @@ def upscale(
     parts = parts or Parts()
     cuts = scene_cuts(job) if cuts is None else cuts
     plan = make_plan(job, settings, model.tile, model.factor, cuts)
+    flow = _latent_flow(job, settings, plan, parts, cuts, progress)
     lr = torch.empty(job.frames, 4, plan.height, plan.width)
     pictures = (frame.image for frame in job.upscaled(parts.enlarge))
     progress("encode", 0, job.frames)
@@ -236,7 +250,9 @@ def upscale(
     calls_done = count(1)
     total = unet_calls(plan, settings)
     context = model.context(next(job.upscaled(parts.enlarge)).image[None]) if model.image_encoder is not None else None
-    result = sample(model, lr, plan, settings, context, tick=lambda _: progress("sample", next(calls_done), total))
+    result = sample(
+        model, lr, plan, settings, context, tick=lambda _: progress("sample", next(calls_done), total), flow=flow
+    )
     height, width = job.size
     progress("decode", 0, job.frames)
     decoded = decode_frames(model, result / model.scaling_factor, model.tile.frames, cuts)
@@ -249,6 +265,41 @@ def upscale(
             image = correct(settings.color, frame[None], reference.image[None])[0].clamp(0, 1)
             writer.write(Frame(image, reference.alpha, reference.pts))
             progress("decode", i + 1, job.frames)
+
+
+def _fitting(flow: Flow | None, lr: Tensor, settings: Settings) -> Flow | None:
+    """The flow to align along; None where nothing is aligned."""
+    if settings.align == 0 or lr.shape[0] < 2:
+        return None
+    if flow is None:
+        raise SettingError(
+            f"align is {settings.align} without a flow: expected that of the latents; give one, or set align to 0"
+        )
+    check_fits(flow, lr.shape[0], lr.shape[-2], lr.shape[-1], 1)
+    return flow
+
+
+def _latent_flow(
+    job: Job, settings: Settings, plan: TilePlan, parts: Parts, cuts: Sequence[int], progress: Progress
+) -> Flow | None:
+    """The flow of the upscaled input at the latents' size, where alignment asks for it."""
+    if settings.align == 0 or settings.steps == 0:
+        return None
+    if job.frames == 1:
+        warnings.warn("align: a single frame has no motion to follow, so nothing is aligned", stacklevel=3)
+        return None
+    pairs, done = job.frames - 1, count(1)
+    progress("flow", 0, pairs)
+    pictures = (frame.image for frame in job.upscaled(parts.enlarge))
+    return streamed_flow(
+        pictures,
+        job.frames,
+        (plan.height, plan.width),
+        CELL,
+        cuts,
+        SHARE,
+        lambda _: progress("flow", next(done), pairs),
+    )
 
 
 def _refined(

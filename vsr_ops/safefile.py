@@ -1,10 +1,14 @@
-"""Safetensors files, opened with suspicion and written whole: the floor under this pack's weights."""
+"""Safetensors files, opened with suspicion and written whole: the floor under this pack's weights.
+
+Pickles are refused, but for modules that were published as nothing else: of those, tensors alone are read.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import pickle
 import re
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
@@ -21,6 +25,20 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 PICKLE = "a pickle, which can run code, expected safetensors; use the .safetensors file of the same model"
+#: What trainers leave in their pickles beside the weights; nothing stands in for it.
+_LEFT_BEHIND = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "_codecs.encode",
+)
+# What reading a pickle raises for one that would run something, and for a damaged one.
+_UNREADABLE = (
+    *(pickle.UnpicklingError, RuntimeError, OSError, EOFError),
+    *(ValueError, KeyError, IndexError, TypeError, AttributeError),
+)
 # First bytes that people meet under a .safetensors name.
 _CONTENT = {
     b"version https://git-lfs": "a git-lfs pointer",
@@ -66,6 +84,46 @@ def open_safely(path: Path) -> Generator[Source, None, None]:
         keys: list[str] = list(opened.keys())
         shapes: Shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in keys}
         yield Source(path, dict(opened.metadata() or {}), shapes, opened.get_tensor)
+
+
+class _Nothing:
+    """Takes whatever a pickle gives it and keeps none of it."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+def _stand_ins() -> list[Any]:
+    """A class of nothing under each name that may be left behind."""
+    named = (name.rpartition(".") for name in _LEFT_BEHIND)
+    return [type(name, (_Nothing,), {"__module__": module}) for module, _, name in named]
+
+
+def read_pickle(path: Path, wanted: re.Pattern[str]) -> dict[str, Tensor]:
+    """Those tensors of a pickled state dict, float32 on the CPU, in whose keys `wanted` is found.
+
+    The state dict may be the file's whole content or its `state_dict`. It is read with weights_only=True, always:
+    nothing in it can run. Raises CheckpointError for a file that would need to run something, is damaged, holds no
+    state dict, or whose wanted tensors are not finite.
+    """
+    try:
+        with torch.serialization.safe_globals(_stand_ins()):
+            stored: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        what = f"{path}: not a pickle of tensors alone: {first_line(error)}"
+        raise CheckpointError(f"{what}; expected a state dict, get the file again, or as .safetensors") from error
+    if isinstance(stored, dict):
+        stored = cast("dict[str, Any]", stored).get("state_dict", stored)
+    if not isinstance(stored, dict):
+        what = f"{path}: a pickled {type(stored).__name__}, expected a state dict"
+        raise CheckpointError(f"{what}; give the file of the module")
+    tensors: dict[str, Tensor] = {}
+    for key, value in cast("dict[Any, Any]", stored).items():
+        if isinstance(key, str) and isinstance(value, Tensor) and wanted.search(key):
+            tensors[key] = value.float()
+            refuse_not_finite(path, key, tensors[key], value)
+    return tensors
 
 
 def write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -38,6 +38,8 @@ RECIPE_OF = {
     "vae_refined": "lite_3_refined",
     "vae_temporal": "vae_temporal_lite",
     "whole": "lite_6_whole",
+    "compression": "compression_lite",
+    "capm": "capm_lite",
 }
 
 

@@ -50,6 +50,11 @@ def settings_of(name: str, vaes: tuple[Path, Path]) -> list[str]:
                 "data.patch=8",
             ]
         return tiny + ([f"model.picture={vaes[0]}", "data.frames=2"] if name == "vae_temporal" else [])
+    if name == "compression":
+        return ["model.widths=[8]", "model.blocks=[1]", "data.size=32", "data.crop=16", "data.frames=2"]
+    if name == "capm":
+        svd = vaes[1].parent / "svd.safetensors"
+        return [f"model.start={svd}", "data.size=64", "data.frames=2", "data.clips=2", BICUBIC]
     if name == "whole":
         svd = vaes[1].parent / "svd.safetensors"
         return [f"model.start={svd}", "data.size=64", "data.frames=2", "data.steps=[2,3]"]

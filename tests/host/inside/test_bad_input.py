@@ -253,12 +253,14 @@ def test_a_preview_of_nothing(nodes: dict[str, Any], lite: Any) -> None:
 def values_for(node: Any, lite: Any, small: Any) -> dict[str, Any]:
     """Arguments that a node takes: its defaults, and something real in every socket."""
     picture = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(0))
+    flow = importlib.import_module(f"{NAME}.vsr_ops.flow_field")
     sockets = {
         "MODEL": lite[0],
         "VAE": lite[1],
         "IMAGE": picture,
         "CONDITIONING": small[0],
         "LATENT": small[2],
+        "VSR_FLOW": flow.estimate_flow(picture.movedim(-1, 1), cuts=()),
         "VSR_REFINER": importlib.import_module(f"{NAME}.vsr_ops.refiner").load_refiner("lite"),
     }
     found: dict[str, Any] = {}
@@ -278,6 +280,10 @@ COMBOS = {
     "VSRLoadLite": ["which"],
     "VSRLoadDCM": ["which"],
     "VSRLoadRefiner": ["which"],
+    "VSRLoadCFW": ["which"],
+    "VSRLoadSTAM": ["which"],
+    "VSREstimateFlow": ["estimator", "scene_cuts"],
+    "VSRFlowGuidedLatents": ["mode"],
     "VSRUpscaleLR": ["method"],
     "VSRSVDConditioning": ["start", "scene_cuts"],
     "VSRTiledDiffusion": ["propagation", "sap_mode", "layers"],
@@ -296,6 +302,7 @@ IMAGES = {
     "VSRColorMatch": ["image", "reference"],
     "VSRCompare": ["a", "b"],
     "VSRMetrics": ["image", "reference"],
+    "VSREstimateFlow": ["image"],
 }
 
 

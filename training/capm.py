@@ -1,0 +1,236 @@
+"""CAPM for an SVD's UNet, which is frozen: EDM's loss on clips of known compression, in the decoder's levels."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from training.curve import rows_of
+from training.degradation import h264, shrink
+from training.draws import generator_at, integer, uniform
+from training.folder import Folder
+from training.latents import SCALE, Latents, LatentSettings
+from training.recipe import Recipe, from_table
+from training.state import weights_of
+from training.svd import edm_loss, read_start, sampled
+from training.task import Batch
+from vsr_ops.capm import CAPM, SVD_UNET, CAPMShape, attached, decoder_widths, load_capm, write_capm
+from vsr_ops.checkpoint import SVDWeights
+from vsr_ops.compression import COARSEST, rank_correlation
+from vsr_ops.dcm import Enlarge
+from vsr_ops.errors import SettingError
+from vsr_ops.svd import SVD, build_svd
+from vsr_ops.upscale import upscale_frames
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`start`: the SVD, a file or folder, "lite", or a run. `capm`: the CAPM to go on from, a file, "lite", or a run;
+    empty: a new one of the other settings."""
+
+    start: str = "lite"
+    capm: str = ""
+    components: int = CAPMShape.components
+    code: int = CAPMShape.code
+    prompt: int = CAPMShape.prompt
+    size: int = CAPMShape.size
+
+
+@dataclass(frozen=True)
+class Data(LatentSettings):
+    """LatentSettings, but for `degradation`: a `clean_share` stays clean, the others go through H.264 at any CRF from
+    `finest` to `coarsest`."""
+
+    clips: int = 256
+    clean_share: float = 0.1
+    upscaler: str = "lite"
+    finest: int = 15
+    coarsest: int = 35
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Log-normal noise levels (mean and deviation of ln sigma); the share of samples without LR latents (`drop`) and of
+    those whose compression level is not told (`untold`); `agree` weighs how far d lies from what the level would have
+    put in its place, so that features without a hint are read as with one."""
+
+    log_mean: float = 0.0
+    log_deviation: float = 2.0
+    drop: float = 0.1
+    untold: float = 0.5
+    agree: float = 1.0
+
+
+class CAPMLatents(Latents):
+    """Shards that also hold the compression level of each clip."""
+
+    def __init__(self, folder: Path, settings: Data) -> None:
+        super().__init__(folder, settings)
+        self._data = settings
+        if settings.degradation != LatentSettings.degradation:
+            raise SettingError(
+                f"data.degradation is '{settings.degradation}': this task's clips go through H.264 at a known CRF;"
+                " leave it out, and set data.finest and data.coarsest"
+            )
+        if not 0 <= settings.finest <= settings.coarsest <= COARSEST:
+            raise SettingError(
+                f"data.finest is {settings.finest}, data.coarsest {settings.coarsest}: expected 0 <= finest <="
+                f" coarsest <= {COARSEST}"
+            )
+
+    def draw(self, rng: torch.Generator) -> Batch:
+        """What Latents draws, and the clip's level."""
+        state = rng.get_state()
+        number = integer(rng, self.settings.clips)
+        rng.set_state(state)
+        shard, index = self._clip(number)
+        return {**super().draw(rng), "level": shard["level"][index].float()}
+
+    def crf(self, rng: torch.Generator) -> int | None:
+        """The constant rate factor of the clip that `rng` began with, None for a clean one; draws nothing from it."""
+        own, data = generator_at(rng.initial_seed(), 1), self._data
+        if uniform(own, 0, 1) < data.clean_share:
+            return None
+        return data.finest + integer(own, data.coarsest - data.finest + 1)
+
+    def _pair(self, sources: Folder, enlarge: Enlarge | None, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        data, crf = self._data, self.crf(rng)
+        clean = sources.clip(data.frames, data.size, rng, data.video_share)
+        small = shrink(clean, SCALE)
+        low = small if crf is None else h264(small, crf)
+        return clean, upscale_frames(low, (data.size, data.size), enlarge=enlarge)
+
+    def _encode(self, model: SVD, clean: Tensor, upscaled: Tensor, rng: torch.Generator) -> Batch:
+        level = torch.tensor((self.crf(rng) or 0) / COARSEST)
+        return {**super()._encode(model, clean, upscaled, rng), "level": level}
+
+
+class CAPMTask:
+    """Task "capm". A sample is what CAPMLatents draws, a noise level, noise, and the hint (NaN: not told)."""
+
+    def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
+        self.shape = from_table(Shape, recipe.model, "model")
+        self.weights = from_table(Loss, recipe.loss, "loss")
+        settings = from_table(Data, recipe.data, "data")
+        if not self.shape.start:
+            raise SettingError("model.start is empty: expected the SVD that stays as it is (--set model.start=lite)")
+        if min(self.shape.components, self.shape.code, self.shape.prompt, self.shape.size) < 1:
+            raise SettingError(f"the CAPM of {self.shape}: expected at least 1 of each; correct [model]")
+        self._folder = Folder(data)
+        self._latents = CAPMLatents(Path(settings.latents) if settings.latents else out / "latents", settings)
+        self._coder: SVD | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the VAE: processes that draw samples need none."""
+        return {**self.__dict__, "_coder": None}
+
+    @property
+    def data_summary(self) -> str:
+        return self._latents.summary
+
+    def prepare(self, device: torch.device) -> None:
+        self._latents.render(self._folder, build_svd(self.base(), device, torch.float32))
+
+    def base(self) -> SVDWeights:
+        """The SVD, float32."""
+        return read_start(self.shape.start)
+
+    def build(self) -> nn.Module:
+        svd = build_svd(self.base(), torch.device("cpu"), torch.float32)
+        widths = decoder_widths(svd.unet.config["block_out_channels"])
+        shape = self.shape
+        if shape.capm:
+            capm = load_capm(weights_of(shape.capm), SVD_UNET, widths)
+        else:
+            capm = CAPM(CAPMShape(SVD_UNET, widths, shape.components, shape.code, shape.prompt, shape.size))
+        return nn.ModuleDict({"unet": cast(nn.Module, svd.unet), "capm": capm})
+
+    def trains(self, name: str) -> bool:
+        return name.startswith("capm.")
+
+    def sample(self, rng: torch.Generator) -> Batch:
+        weights, clip = self.weights, self._latents.draw(rng)
+        sigma = (weights.log_mean + weights.log_deviation * torch.randn((), generator=rng)).exp()
+        kept = float(uniform(rng, 0, 1) >= weights.drop)
+        told = uniform(rng, 0, 1) >= weights.untold
+        return {
+            "clean": clip["clean"],
+            "lr": clip["lr"] * kept,
+            "context": clip["context"] * kept,
+            "kept": torch.tensor(kept),
+            "sigma": sigma.clamp(0.002, 700),
+            "noise": torch.randn(clip["clean"].shape, generator=rng),
+            "level": clip["level"],
+            "hint": clip["level"] if told else torch.full_like(clip["level"], torch.nan),
+        }
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        unet, capm = parts_of(model)
+        frames = batch["clean"].shape[1]
+        given = {key: batch[key] for key in ("clean", "lr", "context", "sigma", "noise")}
+        level, hint, kept = (batch[key].repeat_interleave(frames) for key in ("level", "hint", "kept"))
+        with watched(capm, unet) as features, attached(capm, unet, hint):
+            edm = edm_loss(unet, **given)
+        codes = {name: capm.code(name, value.detach()).float() for name, value in features.items()}
+        meant = {name: capm.embedded(name, level).detach().float() for name in codes}
+        apart = torch.stack([(codes[name] - meant[name]).square().mean(1) for name in codes])
+        agree = (apart * kept).mean()  # without LR latents there is nothing to read
+        readings = torch.stack([capm.reading(name, value) for name, value in features.items()]).mean(0)
+        rank = rank_correlation(readings, level)
+        return edm + self.weights.agree * agree, {
+            "edm": float(edm.detach()),
+            "agree": float(agree.detach()),
+            "rank": rank,
+        }
+
+    def picture(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The middle frame of two clips, sampled from one noise without CAPM, and with it told the level."""
+        unet, capm = parts_of(model)
+        lr, context, noise, truth = (batch[key][:2] for key in ("lr", "context", "noise", "clean"))
+        plain = sampled(unet, lr, context, noise)
+        with attached(capm, unet, batch["level"][:2].repeat_interleave(lr.shape[1])):
+            prompted = sampled(unet, lr, context, noise)
+        if self._coder is None:
+            self._coder = build_svd(self.base(), torch.device("cpu"), torch.float32)
+        factor, middle = self._coder.scaling_factor, lr.shape[1] // 2
+        columns = {"LR": lr, "without": plain / factor, "CAPM": prompted / factor, "truth": truth / factor}
+        pictures: list[tuple[str, Tensor]] = []
+        with torch.autocast("cpu", enabled=False):
+            for name, latents in columns.items():
+                frames = [self._coder.decode(clip[middle : middle + 1].float().cpu()) for clip in latents]
+                pictures.append((name, torch.cat(frames)))
+        return rows_of(pictures)
+
+    def export(self, model: nn.Module, path: Path, trained_on: str) -> None:
+        write_capm(path, parts_of(model)[1], trained_on)
+
+
+def parts_of(model: nn.Module) -> tuple[nn.Module, CAPM]:
+    """(UNet, CAPM)."""
+    both = cast(Any, model)
+    return both["unet"], both["capm"]
+
+
+@contextmanager
+def watched(capm: CAPM, unet: nn.Module) -> Generator[dict[str, Tensor], None, None]:
+    """Keeps the features that come to each level, as they are before CAPM where this is entered first."""
+    features: dict[str, Tensor] = {}
+
+    def hook(level: str) -> Any:
+        def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
+            features[level] = output
+
+        return keep
+
+    handles = [unet.get_submodule(level).register_forward_hook(hook(level)) for level in capm.shape.widths]
+    try:
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
