@@ -27,8 +27,8 @@ SHARE = 0.5
 would else take the whole latent out."""
 
 ROUNDS = 4
-"""Most steps against E at each step of sampling: as many as it took for the warping error of real clips to fall by
-15 %."""
+"""Most steps against E at each step of sampling. One lowers the warping error of a flickering video by 7 %, four by 10
+%, and by 16 % with SHARE (the demo clip, no refiner)."""
 
 _ROUNDING = 1e-6
 """Smaller differences along the flow are the warp's own rounding, and no motion error."""
