@@ -49,7 +49,7 @@ def load_pack() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def host() -> ModuleType:
-    """`nodes/host.py`, with the host around it."""
+    """`nodes/host`, with the host around it."""
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     base = tempfile.mkdtemp()
     sys.argv = ["main.py", "--cpu", "--use-pytorch-cross-attention", "--base-directory", base]

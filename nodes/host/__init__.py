@@ -1,0 +1,37 @@
+"""The room of everything in the pack that touches ComfyUI's internals (seen in 0.3.64 where nothing else is said)."""
+
+from ..run import Tiles
+from .cost import describe, latent_picture, preview_plan
+from .hooks import patch_perturbed, patch_tiles
+from .load import load_lite, weights_file, weights_files
+from .model import require_svd
+from .motion import estimated_flow, patch_alignment
+from .picture import HostVAE, decoded, progress, refined, upscaler
+from .sampling import SAMPLERS, SCHEDULERS, context_tokens, dssag_guider, fps_key, guider, sample
+
+__all__ = [
+    "SAMPLERS",
+    "SCHEDULERS",
+    "HostVAE",
+    "Tiles",
+    "context_tokens",
+    "decoded",
+    "describe",
+    "dssag_guider",
+    "estimated_flow",
+    "fps_key",
+    "guider",
+    "latent_picture",
+    "load_lite",
+    "patch_alignment",
+    "patch_perturbed",
+    "patch_tiles",
+    "preview_plan",
+    "progress",
+    "refined",
+    "require_svd",
+    "sample",
+    "upscaler",
+    "weights_file",
+    "weights_files",
+]

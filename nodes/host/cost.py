@@ -1,0 +1,103 @@
+"""What a tiled run will take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import comfy.ops
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
+from einops import rearrange
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ...vsr_ops.errors import SettingError
+from ...vsr_ops.latents import CELL
+from ...vsr_ops.plan_cost import Bank, describe_plan, lagged_bytes, matmul_speed, tap_bytes
+from ...vsr_ops.tiling import TilePlan, TileSize
+from ..run import sap_lagged
+from .model import plan_for, spatial_layers, tiles_of, together
+
+
+def latent_picture(model: Any, samples: Tensor) -> Tensor:
+    """`(n, 3, 8h, 8w)` in [0, 1]: the host's rough preview colours of a latent video."""
+    factors = torch.tensor(model.model.latent_format.latent_rgb_factors)
+    scaled = model.model.process_latent_in(samples.float().cpu())
+    picture = torch.einsum("t c h w, c r -> t r h w", scaled, factors)
+    return torch.nn.functional.interpolate((picture / 2 + 0.5).clamp(0, 1), scale_factor=8, mode="nearest")
+
+
+def preview_plan(model: Any, frames: Tensor, cuts: Sequence[int]) -> TilePlan:
+    """The plan of a tiled MODEL for a video `(n, 3, height, width)`. Raises SettingError for a MODEL without tiles."""
+    tiles = tiles_of(model)
+    if tiles is None:
+        raise SettingError("this MODEL has no tiles: expected one from Tiled Diffusion (VSR); wire it in between")
+    height, width = (-(-side // CELL) for side in frames.shape[-2:])
+    return plan_for(model, tiles, frames.shape[0], height, width, cuts)
+
+
+def banks(model: Any, layers: str, tile: TileSize) -> list[Bank]:
+    """The layers propagation acts in, for tiles of one size."""
+    unet, found, shrink = model.model.diffusion_model, list[Bank](), 1
+    chosen = {name for name, layer in spatial_layers(model).items() if layers in layer.places}
+    for stage, blocks in (
+        ("input", unet.input_blocks),
+        ("middle", [unet.middle_block]),
+        ("output", unet.output_blocks),
+    ):
+        for number, block in enumerate(blocks):
+            shrink *= 2 if any(isinstance(part, Downsample) for part in block) else 1
+            for part in block:
+                for index, layer in enumerate(getattr(part, "transformer_blocks", ())):
+                    if f"{stage}.{number}.{index}" in chosen:
+                        width = layer.attn1.to_k.weight.shape[0] + layer.attn1.to_v.weight.shape[0]
+                        found.append(Bank(-(-tile.height // shrink), -(-tile.width // shrink), width))
+            shrink //= 2 if any(isinstance(part, Upsample) for part in block) else 1
+    return found
+
+
+def tile_flops(model: Any, tile: TileSize) -> float:
+    """Operations of one tile's UNet call, counted on a copy without data."""
+    config = {**model.model.model_config.unet_config, "device": "meta", "dtype": torch.float32}
+    with torch.device("meta"):
+        unet = type(model.model.diffusion_model)(**config, operations=comfy.ops.disable_weight_init)
+        x = torch.empty(tile.frames, 8, tile.height, tile.width)
+        context, y = (
+            torch.empty(tile.frames, 1, config["context_dim"]),
+            torch.empty(tile.frames, config["adm_in_channels"]),
+        )
+
+    def attention(_: object, q: Tensor, k: Tensor, v: Tensor, heads: int, *rest: object, **more: object) -> Tensor:
+        q, k, v = (rearrange(z, "b n (h d) -> b h n d", h=heads) for z in (q, k, v))
+        return rearrange(torch.nn.functional.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+
+    options = {"optimized_attention_override": attention}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(x, x[:, 0, 0, 0], context, y, transformer_options=options, num_video_frames=tile.frames)
+    return float(counter.get_total_flops())
+
+
+def describe(model: Any, plan: TilePlan, steps: int, passes: int) -> str:
+    """The plan as text: tiles, UNet calls, memory, and an estimate of time good to a factor of about 2."""
+    tiles = tiles_of(model)
+    assert tiles is not None
+    at_once = together(model, tiles, plan)
+    carried = replace(tiles.propagation, sap_lagged=sap_lagged(tiles, plan, at_once))
+    tile = max((plan.tile_size(n) for n in range(len(plan.windows))), key=lambda size: size.frames)
+    layers, dtype = banks(model, carried.layers, tile), model.model_dtype()
+    flops = tile_flops(model, tile)
+    needed = model.model.memory_required([at_once * tile.frames, 4, tile.height, tile.width])
+    return describe_plan(
+        plan,
+        carried,
+        steps,
+        passes,
+        lagged=lagged_bytes(plan, carried, passes, layers, dtype.itemsize),
+        tap=tap_bytes(plan, carried, at_once, layers, dtype.itemsize),
+        weights=model.model_size(),
+        activations=needed,
+        flops=flops,
+        speed=matmul_speed(model.load_device, dtype),
+    )

@@ -1,0 +1,226 @@
+"""The hooks of a MODEL that the pack has patched, and the one run they share.
+
+A MODEL patch is one settings object under `KEY` in the model's transformer options, and one set of hooks, the same for
+every patch and installed once: wiring order cannot matter. What a run remembers is in `nodes/run.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...vsr_ops.attention import Tempered, identity
+from ...vsr_ops.errors import SettingError
+from ...vsr_ops.guidance import COND, UNCOND, Branch, push, sag_degrade, sag_renoise
+from ...vsr_ops.layers import check_layers
+from ...vsr_ops.propagation import Call, Propagation, TileRun, run_pass
+from ...vsr_ops.tiling import TileSize, plan_tiles
+from ..run import (
+    KEY,
+    Inputs,
+    Perturbed,
+    Run,
+    Tiles,
+    attention_override,
+    changed,
+    check_run,
+    main_branches,
+    pack_settings,
+    sap_lagged,
+)
+from .model import is_svd, plan_for, require_svd, spatial_layers, together
+
+
+def make_run(model: Any, settings: Mapping[str, Any], shape: Sequence[int], sigmas: Tensor, cuts: Sequence[int]) -> Run:
+    """A run's memory, from the settings of its MODEL, the shape of its latent video and where its scenes change."""
+    tiles: Tiles | None = settings.get("tiles")
+    frames, _, height, width = shape
+    if tiles is None:
+        whole = plan_tiles(frames, height, width, TileSize(height, width, frames), factor=1)
+        return Run(model, sigmas.tolist(), spatial_layers(model), whole, None, Propagation(()))
+    plan = plan_for(model, tiles, frames, height, width, cuts)
+    at_once = together(model, tiles, plan)
+    propagation = replace(tiles.propagation, sap_lagged=sap_lagged(tiles, plan, at_once))
+    return Run(model, sigmas.tolist(), spatial_layers(model), plan, tiles, propagation, tiles.batch, at_once)
+
+
+def patch(model: Any, name: str, value: object) -> Any:
+    """A clone of a MODEL with one of the pack's settings, and the hooks that read them."""
+    m = model.clone()
+    options = m.model_options["transformer_options"]
+    options[KEY] = {**options.get(KEY, {}), name: value}
+    hooks = {
+        WrappersMP.OUTER_SAMPLE: outer_sample,
+        WrappersMP.PREPARE_SAMPLING: prepare_sampling,
+        WrappersMP.PREDICT_NOISE: predict_noise,
+        WrappersMP.CALC_COND_BATCH: calc_cond_batch,
+        WrappersMP.APPLY_MODEL: apply_model,
+    }
+    for kind, hook in hooks.items():
+        m.remove_wrappers_with_key(kind, KEY)
+        m.add_wrapper_with_key(kind, KEY, hook)
+    if post_cfg not in m.model_options.get("sampler_post_cfg_function", []):
+        m.set_model_sampler_post_cfg_function(post_cfg)
+    return m
+
+
+def patch_perturbed(model: Any, name: str, scale: float, layers: str, rho: float = 0.5) -> Any:
+    """A MODEL with DSSAG, PAG or SAG on it; scale 0 is the MODEL itself. Raises SettingError for one without layers."""
+    check_layers(layers)
+    if not any(layers in layer.places for layer in spatial_layers(model).values()):
+        raise SettingError(
+            f"{name.upper()} needs spatial self-attention in {layers!r} layers, and {type(model.model).__name__} has"
+            " none there: expected a UNet model such as SVD or SD; choose other layers or another guidance"
+        )
+    if scale == 0:
+        # Off is off even where an earlier node has turned it on.
+        known = model.model_options["transformer_options"].get(KEY, {})
+        return patch(model, name, None) if known.get(name) is not None else model
+    return patch(model, name, Perturbed(scale, layers, rho))
+
+
+def patch_tiles(model: Any, tiles: Tiles) -> Any:
+    """A MODEL that samples in tiles. Raises SettingError for a MODEL or tiles that cannot."""
+    require_svd(model, "Tiled Diffusion (VSR)")
+    check_layers(tiles.propagation.layers)
+    plan_for(model, tiles, 1, 8, 8)
+    return patch(model, "tiles", tiles)
+
+
+def outer_sample(
+    executor: Any, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, *rest: Any, **more: Any
+) -> Any:
+    """Makes the run's memory; it goes when the run's options go."""
+    guider = executor.class_obj
+    settings = pack_settings(guider.model_options)
+    check_run(guider, noise.shape, latent, is_svd(guider.model_patcher))
+    cuts = next((cond["vsr_cuts"] for conds in guider.conds.values() for cond in conds if "vsr_cuts" in cond), ())
+    run = make_run(guider.model_patcher, settings, noise.shape, sigmas, cuts)
+    guider.model_options = changed(guider.model_options, run=run)
+    return executor(noise, latent, sampler, sigmas, *rest, **more)
+
+
+def prepare_sampling(executor: Any, model: Any, noise_shape: Sequence[int], conds: Any, **rest: Any) -> Any:
+    """Tells the host how large the tiles are that go through the UNet, so that it does not offload for whole frames."""
+    run: Run | None = pack_settings(rest["model_options"]).get("run") if rest.get("model_options") else None
+    if run is not None and run.tiles is not None:
+        size = max((run.plan.tile_size(n) for n in range(len(run.plan.windows))), key=lambda tile: tile.frames)
+        noise_shape = [run.at_once * size.frames, noise_shape[1], size.height, size.width]
+    return executor(model, noise_shape, conds, **rest)
+
+
+def predict_noise(executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: Any = None) -> Any:
+    """A new evaluation of the whole guidance: what is counted in it starts again."""
+    pack_settings(model_options)["run"].order = 0
+    return executor(x, timestep, model_options, seed)
+
+
+def calc_cond_batch(
+    executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
+) -> Any:
+    """Names the branches of this evaluation, so that none shares a bank; perturbs and observes where guidance asks."""
+    settings = pack_settings(model_options)
+    run: Run = settings["run"]
+    if "branches" not in settings:
+        first, run.order = run.order == 0, run.order + 1
+        branches = [Branch(f"{run.order}.{i}") for i, _ in enumerate(conds)]
+        if first and len(conds) > 2 and (unable := [name for name in ("dssag", "sag") if settings.get(name)]):
+            raise SettingError(
+                f"{unable[0].upper()} met a guider with {len(conds)} conditionings: expected a positive and at most one"
+                " negative; use the pack's guiders, CFGGuider or KSampler"
+            )
+        if first and len(conds) == 2:
+            branches = main_branches(settings, run.gamma, float(timestep.max()), conds[1] is not None)
+        model_options = changed(model_options, branches=tuple(branches))
+    return executor(model, conds, x, timestep, model_options)
+
+
+def post_cfg(args: dict[str, Any]) -> Tensor:
+    """DSSAG without CFG (equation 8), PAG and SAG: what each adds to the guided estimate."""
+    settings = pack_settings(args["model_options"])
+    run: Run = settings["run"]
+    x, sigma, denoised = args["input"], float(args["sigma"].max()), args["denoised"]
+    cfg = args["uncond"] is not None and args["cond_scale"] != 1
+
+    def evaluate(cond: Any, x: Tensor, branch: Branch) -> Tensor:
+        options = changed(args["model_options"], branches=(branch,))
+        return comfy.samplers.calc_cond_batch(args["model"], [cond], x, args["sigma"], options)[0]
+
+    if (dssag := settings.get("dssag")) is not None and not cfg and (gamma := run.gamma(sigma, dssag.rho)) > 0:
+        weak = evaluate(args["cond"], x, Branch("dssag", attention=Tempered(gamma), layers=dssag.layers))
+        denoised = push(denoised, args["cond_denoised"], weak, dssag.scale)
+    if (pag := settings.get("pag")) is not None:
+        weak = evaluate(args["cond"], x, Branch("pag", attention=identity, layers=pag.layers))
+        denoised = push(denoised, args["cond_denoised"], weak, pag.scale)
+    if (sag := settings.get("sag")) is not None:
+        cond, estimate = (args["uncond"], args["uncond_denoised"]) if cfg else (args["cond"], args["cond_denoised"])
+        name = (UNCOND if cfg else COND).name
+        saliency = next((p.saliency for (seen, _), p in run.passes.items() if seen == name and p.saliency), None)
+        if saliency is None:
+            raise SettingError(
+                "SAG saw no attention at this step: expected conditioning that acts over the whole run; take its"
+                " timestep range off"
+            )
+        degraded = sag_degrade(estimate, saliency.result())
+        answer = evaluate(cond, sag_renoise(x, estimate, degraded), Branch("sag"))
+        denoised = push(denoised, degraded, answer, sag.scale)
+    return denoised
+
+
+def apply_model(
+    executor: Any,
+    x: Tensor,
+    t: Tensor,
+    c_concat: Tensor | None = None,
+    c_crossattn: Tensor | None = None,
+    control: Any = None,
+    transformer_options: dict[str, Any] | None = None,
+    **rest: Any,
+) -> Tensor:
+    """Every branch of the host's batch, one by one, tile by tile."""
+    options = transformer_options or {}
+    settings = options.get(KEY, {})
+    run: Run | None = settings.get("run")
+    if run is None:
+        raise SettingError(
+            "this MODEL was called outside a sampling run: VSR's patches need the host's samplers (KSampler,"
+            " SamplerCustomAdvanced); take the unpatched MODEL for other uses"
+        )
+    if control is not None:
+        raise SettingError("a ControlNet is wired into the conditioning: VSR's patches cannot cut it; remove it")
+    numbers, uuids = options["cond_or_uncond"], options["uuids"]
+    everything = Inputs(x, t, c_concat, c_crossattn, rest)
+    size = x.shape[0] // len(numbers)
+    if (size, *x.shape[-2:]) != (run.plan.frames, run.plan.height, run.plan.width):
+        raise SettingError(
+            f"a conditioning covers {x.shape[-2]}x{x.shape[-1]} latents of {run.plan.height}x{run.plan.width}: expected"
+            " whole frames; remove its area"
+        )
+    outputs: list[Tensor] = []
+    for i, (number, uuid) in enumerate(zip(numbers, uuids, strict=True)):
+        inputs = everything.map(lambda value, i=i: value[i * size : (i + 1) * size])
+        own = {**options, "cond_or_uncond": [number], "uuids": [uuid]}
+        outputs.append(_branch(executor, run, settings["branches"][number], inputs, own))
+    return torch.cat(outputs)
+
+
+def _branch(executor: Any, run: Run, branch: Branch, inputs: Inputs, options: dict[str, Any]) -> Tensor:
+    """One branch of the whole video."""
+    tile_run = run.passes.setdefault((branch.name, options["uuids"][0]), TileRun(run.plan, run.propagation))
+    inner = options.get("optimized_attention_override")
+
+    def evaluate(call: Call) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        override = attention_override(tile_run, call, run.layers, inner)
+        part = inputs.tiles(run.plan, call)
+        own = {**options, "optimized_attention_override": override}
+        return executor(part.x, part.t, part.concat, part.context, None, own, **part.rest)
+
+    return run_pass(tile_run, run.step(float(inputs.t.max())), branch, evaluate, run.batch)

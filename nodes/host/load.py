@@ -1,0 +1,143 @@
+"""Files and the host's own objects made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import folder_paths
+from comfy.ldm.models.autoencoder import AutoencoderKL, AutoencodingEngine
+from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
+from torch import Tensor
+
+from ...vsr_ops.errors import SettingError
+from ...vsr_ops.tiling import TileSize
+
+#: What a loader's list shows while its folder is empty.
+NO_FILE = "no file found"
+
+
+def load_lite(path: Path) -> tuple[Any, Any]:
+    """The bundled SVD as the host's own MODEL and VAE: its memory management, precision and LoRA apply."""
+    weights, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+    config = json.loads(metadata["vsr.config"])
+    tile = TileSize(*config["tile"])
+    return _build_model(weights, config["unet"], tile), _build_vae(weights, config["vae"], tile)
+
+
+def _build_model(weights: Mapping[str, Tensor], config: Mapping[str, Any], tile: TileSize) -> Any:
+    widths, layers = config["block_out_channels"], config["layers_per_block"]
+    depths = [int("CrossAttn" in name) for name in config["down_block_types"]]
+    svd = comfy.supported_models.SVD_img2vid(
+        {
+            "image_size": 32,
+            "in_channels": config["in_channels"],
+            "out_channels": config["out_channels"],
+            "model_channels": widths[0],
+            "channel_mult": [width // widths[0] for width in widths],
+            "num_res_blocks": [layers] * len(widths),
+            "transformer_depth": [depth for depth in depths for _ in range(layers)],
+            "transformer_depth_output": [depth for depth in depths for _ in range(layers + 1)],
+            "transformer_depth_middle": 1,
+            "context_dim": config["cross_attention_dim"],
+            "num_classes": "sequential",
+            "adm_in_channels": config["projection_class_embeddings_input_dim"],
+            "legacy": False,
+            "use_spatial_transformer": True,
+            "use_linear_in_transformer": True,
+            "use_temporal_attention": True,
+            "use_temporal_resblock": True,
+            "use_spatial_context": True,
+            "extra_ff_mix_layer": True,
+            "merge_strategy": "learned_with_images",
+            "merge_factor": 0.0,
+            "video_kernel_size": [3, 1, 1],
+        }
+    )
+    svd.unet_config["num_head_channels"] = widths[0] // config["num_attention_heads"][0]
+    manage = comfy.model_management
+    device = manage.get_torch_device()
+    dtype = manage.unet_dtype(supported_dtypes=svd.supported_inference_dtypes)
+    svd.set_inference_dtype(dtype, manage.unet_manual_cast(dtype, device, svd.supported_inference_dtypes))
+    offload = manage.unet_offload_device()
+    base = svd.get_model({}, device=offload)
+    base.embedder = Timestep(config["addition_time_embed_dim"])
+    prefix = "model.diffusion_model."
+    base.diffusion_model.load_state_dict(
+        {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    )
+    patcher = comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=offload)
+    patcher.set_attachments("vsr_tile", tile)
+    return patcher
+
+
+def _build_vae(weights: Mapping[str, Tensor], config: Mapping[str, Any], tile: TileSize) -> Any:
+    widths = config["block_out_channels"]
+    encoder: dict[str, Any] = {
+        "double_z": True,
+        "z_channels": config["latent_channels"],
+        "resolution": 256,
+        "in_channels": config["in_channels"],
+        "out_ch": config["out_channels"],
+        "ch": widths[0],
+        "ch_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": config["layers_per_block"],
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    decoder = {**encoder, "video_kernel_size": [3, 1, 1], "alpha": 0.0}
+    ldm = "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"
+    engine = AutoencodingEngine(
+        regularizer_config={"target": ldm},
+        encoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Encoder", "params": encoder},
+        decoder_config={"target": "comfy.ldm.modules.temporal_ae.VideoDecoder", "params": decoder},
+    )
+    prefix = "first_stage_model."
+    engine.load_state_dict(
+        {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    )
+    # The host's VAE knows the published widths alone: it is made with a picture VAE of these, which then makes way.
+    stand_in = {"ddconfig": {**encoder, "ch": 32, "ch_mult": [1]}, "embed_dim": config["latent_channels"]}
+    vae = comfy.sd.VAE(sd=AutoencoderKL(**stand_in).state_dict(), config={"params": stand_in})
+    vae.first_stage_model = engine.eval().to(vae.vae_dtype)
+    vae.patcher = comfy.model_patcher.ModelPatcher(
+        engine, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()
+    )
+    vae.patcher.set_attachments("vsr_tile", tile)
+    return vae
+
+
+def weights_files(
+    folder: str, suffixes: tuple[str, ...] = (".safetensors",), bundled: tuple[str, ...] = ("lite",)
+) -> list[str]:
+    """What a loader offers: what is bundled, and the files of these kinds in a folder of the host's models. Where there
+    is nothing, `NO_FILE` alone, since the host cannot say what an empty list lacks."""
+    # The pack's own folders are new to the host; saying it again changes nothing, and artists may have named others.
+    folder_paths.add_model_folder_path(folder, str(Path(folder_paths.models_dir) / folder))
+    found = [*bundled, *(name for name in folder_paths.get_filename_list(folder) if name.endswith(suffixes))]
+    return found or [NO_FILE]
+
+
+def weights_file(
+    folder: str, which: str, suffixes: tuple[str, ...] = (".safetensors",), bundled: tuple[str, ...] = ("lite",)
+) -> str:
+    """The path of a file that `weights_files` offers; what is bundled itself. Raises SettingError for any other."""
+    known = weights_files(folder, suffixes, bundled)
+    if known == [NO_FILE]:
+        raise SettingError(
+            f"which is {which!r}, and models/{folder} holds no file of this kind: expected one ending in"
+            f" {', '.join(suffixes)}; put it there and refresh"
+        )
+    if which not in known:
+        raise SettingError(
+            f"which is {which!r}: expected one of {', '.join(known)}; choose one from the list, or put the file into"
+            f" models/{folder} and refresh"
+        )
+    return which if which in bundled else folder_paths.get_full_path_or_raise(folder, which)

@@ -1,0 +1,130 @@
+"""The host's VAE, device and progress bar around what the pack does to pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+from einops import rearrange
+from torch import Tensor
+
+from ...vsr_ops.cfw import CFW, check_w
+from ...vsr_ops.decode_layout import is_temporal
+from ...vsr_ops.latents import CELL, VAE_TILE, decode_video
+from ...vsr_ops.refiner import Refiner, refine
+from ...vsr_ops.stam import STAM
+from ...vsr_ops.streaming_decode import stream_video
+from .model import STOCK_TILE
+
+#: How many latents around a streamed tile its convolutions reach, SD's and SVD's decoder.
+STREAM_MARGIN = 8
+
+
+@dataclass(frozen=True)
+class HostVAE:
+    """The host's VAE as `vsr_ops.latents` wants one. Chunks are decoded whole, however much memory is free."""
+
+    vae: Any
+
+    @property
+    def chunk(self) -> int:
+        """Frames a temporal decoder was trained on."""
+        return (self.vae.patcher.get_attachment("vsr_tile") or STOCK_TILE).frames
+
+    def encode(self, frames: Tensor) -> Tensor:
+        return self.vae.encode(rearrange(frames, "t c h w -> t h w c")).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.vae
+        needed = latents.shape[0] * vae.memory_used_decode((1, *latents.shape[1:]), vae.vae_dtype)
+        comfy.model_management.load_models_gpu([vae.patcher], memory_required=needed)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        out = vae.first_stage_model.decode(latents.to(vae.vae_dtype).to(vae.device))
+        return vae.process_output(out.to(vae.output_device).float())
+
+
+def progress(total: int) -> Callable[[int], None]:
+    """The node's progress bar: tell it of units of work done; raises when the artist has interrupted."""
+    bar = comfy.utils.ProgressBar(total)
+
+    def tick(done: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update(done)
+
+    return tick
+
+
+def upscaler(upscale_model: Any) -> Callable[[Tensor], Tensor]:
+    """A host upscale model on `(n, 3, h, w)`, by the host's own node: its tiles, memory and precision."""
+    from comfy_extras.nodes_upscale_model import ImageUpscaleWithModel
+
+    def enlarge(frames: Tensor) -> Tensor:
+        image = ImageUpscaleWithModel.execute(upscale_model, rearrange(frames, "t c h w -> t h w c")).args[0]
+        return rearrange(image, "t h w c -> t c h w")
+
+    return enlarge
+
+
+def refined(refiner: Refiner, decoded: Tensor, upscaled: Tensor, w: float, cuts: Sequence[int] = ()) -> Tensor:
+    """`refine` on the host's device, with the node's progress bar; the refiner goes back afterwards."""
+    manage = comfy.model_management
+    try:
+        refiner.to(manage.get_torch_device())
+        return refine(refiner, decoded, upscaled, w, cuts, progress(len(decoded)))
+    finally:
+        refiner.to(manage.unet_offload_device())
+
+
+def decoded(
+    vae: Any,
+    latents: Tensor,
+    chunk: int,
+    cuts: Sequence[int],
+    size: tuple[int, int] | None,
+    reference: Tensor | None,
+    cfw: CFW | None,
+    stam: STAM | None,
+    w: float,
+    tile: int,
+) -> Tensor:
+    """Frames `(n, 3, height, width)`: `decode_video` where no tile is asked for and no module acts, else `stream_video`
+    on the host's device, with the node's progress bar; modules go back afterwards. `chunk` 0 is the VAE's own."""
+    check_w(w)
+    adapter, manage = HostVAE(vae), comfy.model_management
+    tick = progress(len(latents))
+    cfw = None if w == 0 else cfw
+    if tile == 0 and cfw is None and stam is None:
+        return decode_video(adapter, latents, chunk or adapter.chunk, cuts, size, tick)
+    modules = [module for module in (cfw, stam) if module is not None]
+    together = chunk or adapter.chunk
+    sides = [min(side, (tile or VAE_TILE) + 2 * STREAM_MARGIN) for side in latents.shape[-2:]]
+    at_once = min(len(latents), together) if stam is not None or is_temporal(vae.first_stage_model.decoder) else 1
+    needed = at_once * vae.memory_used_decode((1, 4, *sides), vae.vae_dtype)
+    if cfw is not None:
+        needed += at_once * vae.memory_used_encode((1, 3, *(side * CELL for side in sides)), vae.vae_dtype)
+    needed += sum(manage.module_size(module) for module in modules)
+    # Whole: the streaming decoder goes by where the weights lie, and a part of them would stay behind.
+    manage.load_models_gpu([vae.patcher], memory_required=needed, force_full_load=True)
+    try:
+        for module in modules:
+            module.to(vae.device)
+        return stream_video(
+            vae.first_stage_model,
+            latents.to(vae.output_device),
+            cuts,
+            size,
+            tick,
+            reference=reference,
+            cfw=cfw,
+            w=w,
+            stam=stam,
+            chunk=together,
+            tile=tile or VAE_TILE,
+            alive=manage.throw_exception_if_processing_interrupted,
+        )
+    finally:
+        for module in modules:
+            module.to(manage.vae_offload_device())

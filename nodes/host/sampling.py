@@ -1,0 +1,77 @@
+"""Conditioning, guiders and samplers of the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ...vsr_ops.errors import SettingError
+from .hooks import patch_perturbed
+from .model import context_width
+
+SAMPLERS, SCHEDULERS = list(comfy.samplers.SAMPLER_NAMES), list(comfy.samplers.SCHEDULER_NAMES)
+
+
+def context_tokens(model: Any, clip_vision_output: Any) -> Tensor:
+    """Cross-attention tokens `(1, 1, width)`: CLIP's embedding of a picture, or zeros. Raises SettingError for another
+    width than the MODEL's."""
+    width = context_width(model)
+    if clip_vision_output is None:
+        return torch.zeros(1, 1, width)
+    embeds = clip_vision_output.image_embeds[:1].unsqueeze(1)
+    if embeds.shape[-1] != width:
+        raise SettingError(
+            f"clip_vision_output is {embeds.shape[-1]} wide, this MODEL takes {width}: expected the CLIP vision of the"
+            " MODEL's own checkpoint; for Load Lite SVD leave it unwired"
+        )
+    return embeds
+
+
+def fps_key(fps: int) -> int:
+    """What the host's conditioning must hold for the UNet to be told `fps`: the host takes 1 off."""
+    return fps + 1
+
+
+def guider(model: Any, positive: Any, negative: Any, cfg: float) -> Any:
+    """The host's CFG guider. Raises SettingError for a cfg that has no negative."""
+    if negative is None and cfg != 1:
+        raise SettingError(f"cfg is {cfg} but no negative is wired: expected one; wire it, or set cfg to 1 (off)")
+    made = comfy.samplers.CFGGuider(model)
+    made.inner_set_conds({"positive": positive} if negative is None else {"positive": positive, "negative": negative})
+    made.set_cfg(cfg)
+    return made
+
+
+def dssag_guider(model: Any, positive: Any, negative: Any, scale: float, rho: float, layers: str) -> Any:
+    """Equation 8 without a negative; equation 9, where the host's cfg is 1 + s, with one."""
+    patched = patch_perturbed(model, "dssag", scale, layers, rho)
+    return guider(patched, positive, negative, 1.0 if negative is None else 1.0 + scale)
+
+
+def sample(
+    made: Any, latent: dict[str, Any], seed: int, steps: int, sampler: str, scheduler: str, denoise: float
+) -> dict[str, Any]:
+    """What KSampler does, with a guider: LATENT in, LATENT out."""
+    model, samples = made.model_patcher, latent["samples"]
+    total = steps if denoise >= 1 else int(steps / denoise)
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, total)[-(steps + 1) :]
+    noise = comfy.sample.prepare_noise(samples, seed)
+    callback = latent_preview.prepare_callback(model, steps)
+    out = made.sample(
+        noise,
+        samples,
+        comfy.samplers.sampler_object(sampler),
+        sigmas,
+        callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    return {**latent, "samples": out.to(comfy.model_management.intermediate_device())}
