@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .capm import CompressionPrompts
+from .compression import CompressionEstimate
+from .control import LoadControl
+from .encode import Encode, MatchLatent
 from .flow import EstimateFlow, FlowGuidedLatents, FlowPreview
 from .guiders import DSSAGGuider, PAGGuider, SAGGuider
 from .latent import Decode, SVDConditioning
@@ -12,6 +16,7 @@ from .metrics import Metrics
 from .patches import DSSAG, TiledDiffusion
 from .picture import ColorMatch, Compare, Refine, UpscaleLR
 from .preview import TilePreview
+from .prompt import NullPrompt
 from .sampler import TiledSVDSampler
 
 NODES: list[type[io.ComfyNode]] = [
@@ -38,6 +43,12 @@ NODES: list[type[io.ComfyNode]] = [
     FlowGuidedLatents,
     LoadCFW,
     LoadSTAM,
+    LoadControl,
+    NullPrompt,
+    Encode,
+    MatchLatent,
+    CompressionEstimate,
+    CompressionPrompts,
 ]
 
 

@@ -14,14 +14,18 @@ from .patches import RHO_TIP, SCALE_TIP
 def sockets() -> list[Any]:
     """The inputs that every guider has."""
     return [
-        io.Model.Input("model", tooltip="Stable Video Diffusion, tiled or not."),
-        io.Conditioning.Input("positive", tooltip="Conditioned on the video, from SVD Video Conditioning."),
+        io.Model.Input("model", tooltip="Stable Video Diffusion or Stable Diffusion, tiled or not."),
+        io.Conditioning.Input(
+            "positive", tooltip="From SVD Video Conditioning; for Stable Diffusion a prompt, with Apply ControlNet."
+        ),
     ]
 
 
 def negative() -> Any:
     """The input for CFG's other branch."""
-    return io.Conditioning.Input("negative", optional=True, tooltip="Without the video: turns CFG on.")
+    return io.Conditioning.Input(
+        "negative", optional=True, tooltip="SVD's without the video, or a negative prompt: turns CFG on."
+    )
 
 
 def guider_output() -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..vsr_ops.latents import encode_video, with_augmentation
 from ..vsr_ops.scenes import find_cuts
 from . import host
+from .capm import CAPM
 from .common import CATEGORY, check_choice, choice, count, number, to_frames, to_image
 from .load import CFW, STAM
 
@@ -118,9 +119,10 @@ class Decode(io.ComfyNode):
                     0,
                     0,
                     512,
-                    "Latents a side of exact tiles; 0: blended ones of 64, exact ones of 64 with cfw or stam.",
+                    "Latents a side of exact tiles; 0: blended ones of 64, exact ones of 64 with cfw, stam or capm.",
                     optional=True,
                 ),
+                CAPM.Input("capm", optional=True, tooltip="From CAPM (VSR): the decoder adapts to the compression."),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The decoded video.")],
         )
@@ -136,10 +138,11 @@ class Decode(io.ComfyNode):
         stam: Any = None,
         w: float = 0.75,
         tile: int = 0,
+        capm: Any = None,
     ) -> io.NodeOutput:
         seen = None if reference is None else to_frames(reference, "reference")
         size = latent.get("vsr_size") if seen is None else tuple(seen.shape[-2:])
         cuts = latent.get("vsr_cuts", ())
         return io.NodeOutput(
-            to_image(host.decoded(vae, latent["samples"], chunk_frames, cuts, size, seen, cfw, stam, w, tile))
+            to_image(host.decoded(vae, latent["samples"], chunk_frames, cuts, size, seen, cfw, stam, w, tile, capm))
         )

@@ -10,16 +10,17 @@ from ..vsr_ops.checkpoint import LITE
 from ..vsr_ops.dcm import read_dcm
 from ..vsr_ops.refiner import load_refiner
 from ..vsr_ops.safefile import PICKLE_SUFFIXES
+from ..vsr_ops.sd_checkpoint import LITE_SD
 from ..vsr_ops.stam import load_stam
 from . import host
 from .common import CATEGORY, REFINER, check_choice, choice, count, to_image
 
-WHICH = {"svd_lite": LITE}
+WHICH = {"svd_lite": LITE, "sd_lite": LITE_SD}
 #: The host's folders, under its `models`, where files of these kinds are looked for.
 DCM_FOLDER, REFINER_FOLDER = "upscale_models", "vsr_refiners"
 CFW_FOLDER, STAM_FOLDER = "vsr_cfw", "vsr_stam"
-#: Suffixes of those files; StableSR's CFW was published as a pickle, of which tensors alone are read.
-CFW_FILES, STAM_FILES = (".safetensors", *sorted(PICKLE_SUFFIXES)), (".safetensors",)
+#: Suffixes of those files. SwinIR and StableSR's CFW were published as pickles, of which tensors alone are read.
+FILES = (".safetensors", *sorted(PICKLE_SUFFIXES))
 #: What goes from their loaders to Decode Video.
 CFW, STAM = io.Custom("VSR_CFW"), io.Custom("VSR_STAM")
 
@@ -33,8 +34,18 @@ class LoadLite(io.ComfyNode):
             node_id="VSRLoadLite",
             display_name="Load Lite SVD (VSR)",
             category=f"{CATEGORY}/loaders",
-            description="The small Stable Video Diffusion that comes with the pack: no download, runs on a CPU.",
-            inputs=[choice("which", WHICH, "svd_lite", "Which of the bundled weights to load.")],
+            description=(
+                "The small Stable Video Diffusion, or Stable Diffusion, that comes with the pack: no download, runs on"
+                " a CPU."
+            ),
+            inputs=[
+                choice(
+                    "which",
+                    WHICH,
+                    "svd_lite",
+                    "svd_lite: the video model of DC-VSR's graphs; sd_lite: the picture model of SDATC's.",
+                )
+            ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The UNet, as any other MODEL: LoRA and patches apply."),
                 io.Vae.Output(display_name="vae", tooltip="Its video VAE; decode with Decode Video (VSR)."),
@@ -43,7 +54,7 @@ class LoadLite(io.ComfyNode):
 
     @classmethod
     def execute(cls, which: str) -> io.NodeOutput:
-        return io.NodeOutput(*host.load_lite(WHICH[check_choice("which", which, WHICH)]))
+        return io.NodeOutput(*host.load_lite(WHICH[check_choice("which", which, WHICH)], LITE))
 
 
 class LoadDCM(io.ComfyNode):
@@ -57,14 +68,14 @@ class LoadDCM(io.ComfyNode):
             category=f"{CATEGORY}/loaders",
             description=(
                 "SDATC's distortion control module: makes a compressed video clean and four times larger,"
-                " before the diffusion sees it. The pack's own small one, or any .safetensors upscale model."
+                " before the diffusion sees it. The pack's own small one, or any upscale model: SwinIR, say."
             ),
             inputs=[
                 choice(
                     "which",
-                    host.weights_files(DCM_FOLDER),
+                    host.weights_files(DCM_FOLDER, FILES),
                     "lite",
-                    "lite: the pack's own, x4; or a .safetensors file from the host's models/upscale_models.",
+                    "lite: the pack's own, x4; or a file from the host's models/upscale_models, .pth or .safetensors.",
                 )
             ],
             outputs=[
@@ -77,7 +88,7 @@ class LoadDCM(io.ComfyNode):
 
     @classmethod
     def execute(cls, which: str) -> io.NodeOutput:
-        return io.NodeOutput(read_dcm(host.weights_file(DCM_FOLDER, which)))
+        return io.NodeOutput(read_dcm(host.weights_file(DCM_FOLDER, which, FILES)))
 
 
 class LoadRefiner(io.ComfyNode):
@@ -120,10 +131,12 @@ class LoadCFW(io.ComfyNode):
                 " the upscaled video. They belong to the VAE they were trained on."
             ),
             inputs=[
-                io.Combo.Input(
+                choice(
                     "which",
-                    options=host.weights_files(CFW_FOLDER, CFW_FILES, ()),
-                    tooltip="A CFW's file from models/vsr_cfw: .safetensors, or StableSR's .ckpt.",
+                    host.weights_files(CFW_FOLDER, FILES),
+                    "lite",
+                    "lite: the pack's own, for the VAE of Load Lite SVD; or a file from models/vsr_cfw, .safetensors or"
+                    " StableSR's .ckpt.",
                 )
             ],
             outputs=[CFW.Output(display_name="cfw", tooltip="For Decode Video (VSR).")],
@@ -131,7 +144,7 @@ class LoadCFW(io.ComfyNode):
 
     @classmethod
     def execute(cls, which: str) -> io.NodeOutput:
-        return io.NodeOutput(load_cfw(host.weights_file(CFW_FOLDER, which, CFW_FILES, ())))
+        return io.NodeOutput(load_cfw(host.weights_file(CFW_FOLDER, which, FILES)))
 
 
 class LoadSTAM(io.ComfyNode):
@@ -148,10 +161,11 @@ class LoadSTAM(io.ComfyNode):
                 " against flicker. They belong to the VAE they were trained on."
             ),
             inputs=[
-                io.Combo.Input(
+                choice(
                     "which",
-                    options=host.weights_files(STAM_FOLDER, STAM_FILES, ()),
-                    tooltip="A STAM's .safetensors file from models/vsr_stam.",
+                    host.weights_files(STAM_FOLDER),
+                    "lite",
+                    "lite: the pack's own, for the VAE of Load Lite SVD; or a .safetensors file from models/vsr_stam.",
                 )
             ],
             outputs=[STAM.Output(display_name="stam", tooltip="For Decode Video (VSR).")],
@@ -159,7 +173,7 @@ class LoadSTAM(io.ComfyNode):
 
     @classmethod
     def execute(cls, which: str) -> io.NodeOutput:
-        return io.NodeOutput(load_stam(host.weights_file(STAM_FOLDER, which, STAM_FILES, ())))
+        return io.NodeOutput(load_stam(host.weights_file(STAM_FOLDER, which)))
 
 
 class DemoClip(io.ComfyNode):
@@ -176,7 +190,8 @@ class DemoClip(io.ComfyNode):
                 " upscale on a fresh installation, with the truth to compare with."
             ),
             inputs=[
-                count("frames", 8, 1, clip.FRAMES, "Frames to take from the start; a new scene begins at the 13th.")
+                count("frames", 8, 1, clip.FRAMES, "Frames to take from the start; a new scene begins at the 13th."),
+                count("crf", 16, 0, 51, "How hard H.264 compresses it: 0 nothing is lost, 51 little is left."),
             ],
             outputs=[
                 io.Image.Output(display_name="clip", tooltip="The small compressed clip, 96 x 64."),
@@ -185,6 +200,6 @@ class DemoClip(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, frames: int) -> io.NodeOutput:
-        small, truth = clip.degraded(), clip.ground_truth()[0]
+    def execute(cls, frames: int, crf: int = 16) -> io.NodeOutput:
+        small, truth = clip.degraded(crf), clip.ground_truth()[0]
         return io.NodeOutput(to_image(small[:frames]), to_image(truth[:frames]))

@@ -23,13 +23,14 @@ class TiledDiffusion(io.ComfyNode):
             category=f"{CATEGORY}/model",
             description=(
                 "Samples a video of any size and length in overlapping tiles that stay coherent: SAP carries detail"
-                " between tiles in space, TAP between windows in time (DC-VSR). Works under every sampler and guider."
+                " between tiles in space, TAP between windows in time (DC-VSR). Works under every sampler and guider,"
+                " for SVD and for Stable Diffusion, whose frames are a batch; ControlNets are cut along."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="Stable Video Diffusion."),
+                io.Model.Input("model", tooltip="Stable Video Diffusion, or Stable Diffusion 1.5, 2.1 or XL."),
                 count("tile_height", 0, 0, 512, "Tile height in latents of 8 pixels; 0: the checkpoint's own.", step=8),
                 count("tile_width", 0, 0, 512, "Tile width in latents of 8 pixels; 0: the checkpoint's own.", step=8),
-                count("tile_frames", 0, 0, 512, "Frames in a window; 0: the checkpoint's own (SVD 14)."),
+                count("tile_frames", 0, 0, 512, "Frames in a window; 0: the checkpoint's own, else 14."),
                 number("overlap", 0.5, 0.0, 0.75, "Share of a tile that its neighbour covers too; 0.5 is the paper's."),
                 choice("propagation", PROPAGATION, "sap+tap", "What is carried between tiles; the two take turns."),
                 choice(
@@ -104,7 +105,9 @@ class DSSAG(io.ComfyNode):
                 " switches it on. Two UNet passes a step either way."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A model with spatial self-attention, such as SVD."),
+                io.Model.Input(
+                    "model", tooltip="A model with spatial self-attention, such as SVD or Stable Diffusion."
+                ),
                 number("scale", 1.0, 0.0, 100.0, SCALE_TIP),
                 number("rho", 0.5, 0.01, 100.0, RHO_TIP),
                 layers_input("ends"),

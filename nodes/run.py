@@ -18,7 +18,7 @@ from ..vsr_ops.errors import SettingError
 from ..vsr_ops.guidance import COND, UNCOND, Branch, gamma_at, schedule_ends
 from ..vsr_ops.layers import Layer
 from ..vsr_ops.propagation import Call, Propagation, Step, TileRun, gather_tiles, step_at, step_index
-from ..vsr_ops.tiling import TilePlan, TileSize
+from ..vsr_ops.tiling import Span, TilePlan, TileSize
 
 #: Where the pack keeps its settings in a MODEL's transformer options, and the name of its hooks.
 KEY = "coherent_vsr"
@@ -69,7 +69,8 @@ def sap_lagged(tiles: Tiles, plan: TilePlan, at_once: int) -> bool:
 
 @dataclass
 class Run:
-    """What one sampling run remembers. `order` counts the evaluations of one step, to keep nested ones apart."""
+    """What one sampling run remembers. `order` counts the evaluations of one step, to keep nested ones apart; `warned`
+    is whether the artist has been told of features between cells."""
 
     model: Any
     sigmas: list[float]
@@ -80,6 +81,7 @@ class Run:
     batch: int = 1
     at_once: int = 1
     order: int = 0
+    warned: bool = False
     passes: dict[tuple[object, ...], TileRun] = field(default_factory=dict)
 
     def gamma(self, sigma: float, rho: float) -> float:
@@ -97,8 +99,9 @@ class Run:
         return step_at(index, self.propagation.kinds) if acts else Step(index)
 
 
-def check_run(guider: Any, shape: Sequence[int], latent: Tensor, svd: bool) -> None:
-    """Raises SettingError for what cannot be sampled: for SVD the host would resize, repeat or crop it silently."""
+def check_run(guider: Any, shape: Sequence[int], latent: Tensor, width: int | None, svd: bool) -> None:
+    """Raises SettingError for what cannot be sampled: `width` is what the UNet's cross-attention takes, and for SVD the
+    host would resize, repeat or crop a conditioning silently."""
     if guider.model_options.get("context_handler") is not None:
         raise SettingError(
             "this MODEL has context windows (Context Windows nodes): expected none, for VSR's patches need whole"
@@ -106,6 +109,19 @@ def check_run(guider: Any, shape: Sequence[int], latent: Tensor, svd: bool) -> N
         )
     if bool(torch.isnan(latent).any()):
         raise SettingError("the LATENT holds NaN: expected finite numbers; check the node that made it")
+    if len(shape) != 4:
+        raise SettingError(
+            f"the LATENT has shape {tuple(shape)}: expected frames as a batch, (frames, channels, height, width);"
+            " encode the video with this MODEL's own VAE"
+        )
+    for name, conds in guider.conds.items():
+        for cond in conds:
+            tokens = cond.get("cross_attn")
+            if tokens is not None and width is not None and tokens.shape[-1] != width:
+                raise SettingError(
+                    f"the {name} conditioning is {tokens.shape[-1]} wide, this MODEL takes {width}: expected one made"
+                    " for it; encode text with the MODEL's own CLIP, or wire Null Prompt (VSR)"
+                )
     if not svd:
         return
     frames, _, height, width = shape
@@ -141,6 +157,10 @@ def main_branches(
     return branches
 
 
+#: What ControlNets add to a UNet: for each stage, values in the order of the host's blocks, or nothing for a block.
+Control = Mapping[str, Sequence[Any]]
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What the host's `BaseModel.apply_model` takes beside its options: of a batch of branches, a branch, or a call."""
@@ -150,6 +170,7 @@ class Inputs:
     concat: Tensor | None
     context: Tensor | None
     rest: dict[str, Any]
+    control: Control | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         """Everything that is per frame changed alike."""
@@ -159,7 +180,8 @@ class Inputs:
             return change(value) if per_frame else value
 
         rest = {name: each(value) for name, value in self.rest.items()}
-        return Inputs(each(self.x), each(self.t), each(self.concat), each(self.context), rest)
+        control = None if self.control is None else _each_control(self.control, each)
+        return Inputs(each(self.x), each(self.t), each(self.concat), each(self.context), rest, control)
 
     def tiles(self, plan: TilePlan, call: Call) -> Inputs:
         """The share of one call: its window's frames, and of a picture its tiles."""
@@ -170,10 +192,61 @@ class Inputs:
             window = value[plan.windows[call.window].span.slice]
             return window.repeat(len(call.tiles), *(1,) * (value.ndim - 1))
 
-        inputs = self.map(cut)
+        inputs = replace(self, control=None).map(cut)
+        if self.control is not None:
+            own = _each_control(self.control, lambda value: cut_features(plan, call, value))
+            inputs = replace(inputs, control=own)
         if "num_video_frames" not in inputs.rest:
             return inputs
         return replace(inputs, rest={**inputs.rest, "num_video_frames": call.frames})
+
+
+def _each_control(control: Control, change: Callable[[Any], Any]) -> dict[str, list[Any]]:
+    """New lists of changed values: the host's UNet takes them off the lists that it is given."""
+    return {stage: [value if value is None else change(value) for value in values] for stage, values in control.items()}
+
+
+def cut_features(plan: TilePlan, call: Call, value: Tensor) -> Tensor:
+    """A call's share `(tiles*frames, c, rows, cols)` of a ControlNet's features for one branch's whole frames,
+    `(frames or 1, c, ceil(height/k), ceil(width/k))`, k a power of 2, or 1 x 1 where they have no place.
+
+    Cell i of a level lies at latent i*k. Where a tile's start is no multiple of k, its cells are interpolated between
+    the two on each side. Raises SettingError for features of another size.
+    """
+    if plan.tiles == 1:
+        return value
+    if value.shape[0] not in (1, plan.frames):
+        raise SettingError(
+            f"a ControlNet gave features of {value.shape[0]} frames for {plan.frames}: expected one for each; give"
+            " Apply ControlNet the whole video"
+        )
+    window = value.expand(plan.frames, *value.shape[1:])[plan.windows[call.window].span.slice]
+    if value.shape[-2:] == (1, 1):
+        return window.repeat(len(call.tiles), 1, 1, 1)
+    k = _shrink(plan, *value.shape[-2:])
+    tiles = (plan.spatial[m] for m in call.tiles)
+    return torch.cat([_cells(_cells(window, -2, row, k), -1, col, k) for row, col in tiles])
+
+
+def _shrink(plan: TilePlan, rows: int, cols: int) -> int:
+    for k in (1, 2, 4, 8, 16, 32):
+        if (-(-plan.height // k), -(-plan.width // k)) == (rows, cols):
+            return k
+    raise SettingError(
+        f"a ControlNet gave features of {rows}x{cols} for {plan.height}x{plan.width} latents: expected 1/1, 1/2,"
+        " 1/4 ... of them, which tiles can be cut from; use one made for this MODEL, or sample without tiles"
+    )
+
+
+def _cells(value: Tensor, axis: int, span: Span, k: int) -> Tensor:
+    """A span's cells along one axis of features k times smaller than the latents."""
+    first, between = divmod(span.start, k)
+    near = value.narrow(axis, first, -(-span.length // k))
+    if between == 0:
+        return near
+    places = torch.arange(first + 1, first + 1 + near.shape[axis], device=value.device)
+    following = value.index_select(axis, places.clamp(max=value.shape[axis] - 1))
+    return torch.lerp(near, following, between / k)
 
 
 def attention_override(

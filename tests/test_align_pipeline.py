@@ -20,7 +20,8 @@ from vsr_ops.checkpoint import SVDWeights, write_svd
 from vsr_ops.errors import SettingError
 from vsr_ops.flow import inside
 from vsr_ops.flow_field import Flow, estimate_flow, latent_flow, streamed_flow
-from vsr_ops.pipeline import Job, Settings, sample, upscale
+from vsr_ops.job import Job
+from vsr_ops.pipeline import Settings, sample, upscale
 from vsr_ops.propagation import Propagation
 from vsr_ops.svd import sigmas
 from vsr_ops.tiling import TilePlan, TileSize, plan_tiles

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,26 +20,31 @@ from vsr_ops import capm as module
 from vsr_ops.capm import (
     CAPM,
     KIND,
+    SD_VAE,
     SVD_UNET,
     SVD_VAE,
+    CAPMs,
     CAPMShape,
     Place,
     attached,
     check_hint,
     check_strength,
     decoder_widths,
-    load_capm,
+    load_capms,
     shared_weights,
-    write_capm,
+    write_capms,
 )
 from vsr_ops.checkpoint import SVDWeights, write_svd
+from vsr_ops.decode_prompts import Prompts
 from vsr_ops.errors import CheckpointError, SettingError
 from vsr_ops.module_file import write_module
+from vsr_ops.streaming_decode import stream_decode
 from vsr_ops.svd import SVD
 from vsr_ops.tiling import cores
 
 WIDTHS = {"up_blocks.0": 48, "up_blocks.1": 32}
 SHAPE = CAPMShape(SVD_UNET, WIDTHS, code=8, prompt=6, size=4)
+VAE_SHAPE = CAPMShape(SVD_VAE, {"up_blocks.1": 32}, code=8, prompt=6, size=4)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -199,6 +205,109 @@ def test_the_prompt_is_enlarged_as_torch_does(size: int, whole: int) -> None:
     assert torch.equal(module._enlarging(size, whole, 1, whole - 1), rows[1:])
 
 
+# --- A decoder in tiles ---------------------------------------------------------------------------------------------
+
+LATENT = 4
+"""Pixels of a latent of `decoder_of`'s."""
+
+
+def decoder_of(temporal: bool) -> Any:
+    """A VAE of three levels: pictures', or SVD's."""
+    from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
+
+    shape: dict[str, Any] = {"block_out_channels": (32, 32, 32), "layers_per_block": 1, "latent_channels": 4}
+    shape["down_block_types"] = ("DownEncoderBlock2D",) * 3
+    if temporal:
+        vae: Any = AutoencoderKLTemporalDecoder(**shape)
+    else:
+        vae = AutoencoderKL(**shape, up_block_types=("UpDecoderBlock2D",) * 3)
+    randomise(vae, 2)
+    return vae.eval()
+
+
+def half_of(temporal: bool) -> CAPM:
+    widths = decoder_widths((32, 32, 32))
+    return filled(CAPMShape(SVD_VAE if temporal else SD_VAE, widths, code=8, prompt=6, size=4))
+
+
+def uneven(*shape: int) -> Tensor:
+    """Latents whose tiles look different."""
+    slow = nn.functional.interpolate(noise(*shape[:2], 3, 3), shape[-2:], mode="bilinear")
+    return slow + 0.3 * noise(*shape, seed=1)
+
+
+@torch.no_grad()
+def one_pass(vae: Any, z: Tensor, model: CAPM, hint: Tensor | None, strength: float = 1.0) -> Tensor:
+    """The VAE's own decoder with the CAPM attached; frames of a picture VAE one by one."""
+    if hasattr(vae.decoder, "time_conv_out"):
+        with attached(model, vae.decoder, hint, strength):
+            return vae.decode(z, num_frames=z.shape[0]).sample / 2 + 0.5
+    out: list[Tensor] = []
+    for index, frame in enumerate(z):
+        with attached(model, vae.decoder, None if hint is None else hint[index : index + 1], strength):
+            out.append(vae.decode(frame[None]).sample / 2 + 0.5)
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("hint", [None, torch.tensor([0.2, 0.8]), torch.tensor([0.5, torch.nan])])
+@pytest.mark.parametrize("temporal", [False, True])
+def test_a_decoder_in_tiles_is_one_pass(temporal: bool, hint: Tensor | None) -> None:
+    vae, model, z = decoder_of(temporal), half_of(temporal), uneven(2, 4, 13, 9)
+    whole = one_pass(vae, z, model, hint)
+    assert (whole - one_pass(vae, z, model, hint, 0)).abs().max() > 0.1, "it acts"
+    one = torch.stack(list(stream_decode(vae, z, capm=model, levels=hint)))
+    assert (one - whole).abs().max() < 1e-5
+    tiles = torch.stack(list(stream_decode(vae, z, capm=model, levels=hint, tile=5)))
+    assert (tiles - whole).abs().max() <= 1e-3
+
+
+def test_a_tile_s_own_code_would_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison can fail: it does where each tile takes the weights that it would have alone, or no margin."""
+    vae, model, z = decoder_of(False), half_of(False), uneven(1, 4, 13, 9)
+    whole = one_pass(vae, z, model, None)
+
+    def off() -> float:
+        return float((torch.stack(list(stream_decode(vae, z, capm=model, tile=5))) - whole).abs().max())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Prompts, "_code", lambda self, name, x, place, own: self.model.code(name, x))
+        assert off() > 5e-3
+    with monkeypatch.context() as patch:
+        patch.setattr("vsr_ops.decode_prompts.WINDOW", 1)
+        assert off() > 5e-3
+
+
+def test_levels_go_with_their_frames_through_chunks_and_cuts() -> None:
+    vae, model, z = decoder_of(True), half_of(True), uneven(7, 4, 4, 5)
+    levels = torch.linspace(0, 1, 7)
+    out = torch.stack(list(stream_decode(vae, z, (3,), capm=model, levels=levels, chunk=4)))
+    assert (out[:3] - one_pass(vae, z[:3], model, levels[:3])).abs().max() < 1e-5
+    assert (out[3:] - one_pass(vae, z[3:], model, levels[3:])).abs().max() < 1e-5
+
+
+def test_a_fresh_capm_or_strength_zero_leaves_the_picture_as_it_is() -> None:
+    vae, model, z = decoder_of(True), half_of(True), uneven(2, 4, 6, 9)
+    for tile in (64, 5):
+        plain = torch.stack(list(stream_decode(vae, z, tile=tile)))
+        assert torch.equal(torch.stack(list(stream_decode(vae, z, tile=tile, capm=model, strength=0))), plain)
+        fresh = torch.stack(list(stream_decode(vae, z, tile=tile, capm=CAPM(model.shape), levels=torch.zeros(2))))
+        assert torch.equal(fresh, plain)
+
+
+def test_a_decoder_refuses_another_s_capm_and_levels() -> None:
+    vae, model, z = decoder_of(False), half_of(False), uneven(2, 4, 4, 4)
+    for given, words in (
+        ({"capm": half_of(True)}, "svd-vae, this model is sd-vae"),
+        ({"capm": filled(CAPMShape(SD_VAE, {"up_blocks.0": 48}))}, "'up_blocks.0': 48.*'up_blocks.0': 32"),
+        ({"capm": model, "levels": torch.zeros(3)}, "3 compression levels, the latent is of 2 frames"),
+        ({"capm": model, "levels": torch.tensor([0.5, 1.5])}, "hint"),
+        ({"capm": model, "strength": 2.5}, "strength is 2.5"),
+    ):
+        with pytest.raises(SettingError, match=words) as caught:
+            stream_decode(vae, z, **given)
+        assert "\n" not in str(caught.value)
+
+
 # --- Training -------------------------------------------------------------------------------------------------------
 
 
@@ -265,7 +374,22 @@ def test_the_trainer_s_task_learns_with_a_frozen_unet(task: CAPMTask, tmp_path: 
     with torch.no_grad():
         assert task.picture(model.eval(), batch).shape[0] == 3
     task.export(model, tmp_path / "capm.safetensors", "nothing")
-    assert load_capm(tmp_path / "capm.safetensors", SVD_UNET, decoder_widths(TINY_UNET["block_out_channels"]))
+    written = load_capms(tmp_path / "capm.safetensors")
+    assert written.unet is not None and written.vae is None
+    written.unet.check_fits(SVD_UNET, decoder_widths(TINY_UNET["block_out_channels"]))
+
+
+def test_a_run_that_goes_on_keeps_the_other_half(task: CAPMTask, tmp_path: Path) -> None:
+    file, half = tmp_path / "begun.safetensors", filled(VAE_SHAPE)
+    write_capms(file, CAPMs(vae=half), "nothing")
+    start = {"start": task.shape.start, "capm": str(file), "code": 8}
+    on = CAPMTask(to_recipe({**RECIPE, "model": start}), Path(task.shape.start).parent, tmp_path)
+    model = on.build()
+    on.export(model, tmp_path / "both.safetensors", "nothing")
+    both = load_capms(tmp_path / "both.safetensors")
+    assert both.vae is not None and both.unet is not None
+    kept = half.half().float().state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in both.vae.state_dict().items())
 
 
 def test_the_level_of_a_clip_is_what_it_went_through(task: CAPMTask) -> None:
@@ -325,40 +449,54 @@ def test_a_hint_of_another_length_is_refused() -> None:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    write_capm(tmp_path / "capm.safetensors", filled(), "nothing")
+    write_capms(tmp_path / "capm.safetensors", CAPMs(filled(), filled(VAE_SHAPE)), "nothing")
     return tmp_path / "capm.safetensors"
 
 
 def test_what_is_written_is_read(path: Path) -> None:
-    read, model = load_capm(path, SVD_UNET, WIDTHS), filled().half().float()
-    assert read.shape == SHAPE and not read.training
-    assert not any(parameter.requires_grad for parameter in read.parameters())
-    features = noise(1, 32, 6, 6)
-    assert torch.equal(read("up_blocks.1", features), model("up_blocks.1", features))
+    read, features = load_capms(path), noise(1, 32, 6, 6)
+    for half, shape in ((read.unet, SHAPE), (read.vae, VAE_SHAPE)):
+        assert half is not None and half.shape == shape and not half.training
+        assert not any(parameter.requires_grad for parameter in half.parameters())
+        assert torch.equal(half("up_blocks.1", features), filled(shape).half().float()("up_blocks.1", features))
 
 
-def test_another_backbone_width_or_kind_names_both(path: Path) -> None:
+def test_another_backbone_or_width_names_both() -> None:
     for backbone, widths, words in (
-        (SVD_VAE, None, ("svd-unet", "svd-vae")),
+        (SVD_VAE, WIDTHS, ("svd-unet", "svd-vae")),
         (SVD_UNET, {"up_blocks.0": 64}, ("{'up_blocks.0': 48, 'up_blocks.1': 32}", "{'up_blocks.0': 64}")),
     ):
-        with pytest.raises(CheckpointError) as caught:
-            load_capm(path, backbone, widths)
+        with pytest.raises(SettingError) as caught:
+            filled().check_fits(backbone, widths)
         text = str(caught.value)
-        assert "\n" not in text and text.startswith(str(path)) and all(word in text for word in words)
+        assert "\n" not in text and all(word in text for word in words)
+    filled().check_fits(SVD_UNET, {**WIDTHS, "up_blocks.2": 32})
+
+
+def test_another_kind_is_refused(path: Path) -> None:
     write_module(path, "refiner", {}, {"weight": torch.zeros(1)}, "nothing")
     with pytest.raises(CheckpointError, match="kind 'refiner', expected kind 'capm'"):
-        load_capm(path)
+        load_capms(path)
+    write_module(path, KIND, {}, {"weight": torch.zeros(1)}, "nothing")
+    with pytest.raises(CheckpointError, match="neither a UNet's nor a VAE's"):
+        load_capms(path)
 
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"backbone": "x", "widths": 3}, {"backbone": "x", "widths": {"a": "b"}}, {"backbone": "x", "size": 1}],
+    [
+        {"vae": {"backbone": SVD_UNET, "widths": WIDTHS}},
+        {"encoder": {"backbone": SVD_UNET, "widths": WIDTHS}},
+        {"unet": {"backbone": SVD_UNET, "widths": 3}},
+        {"unet": {"backbone": SVD_UNET, "widths": {"a": "b"}}},
+        {"unet": {"backbone": SVD_UNET, "size": 1}},
+        {"backbone": SVD_UNET, "widths": WIDTHS},
+    ],
 )
 def test_a_configuration_of_something_else_is_refused(tmp_path: Path, config: dict[str, object]) -> None:
     write_module(tmp_path / "c.safetensors", KIND, config, {"weight": torch.zeros(1)}, "nothing")
     with pytest.raises(CheckpointError, match="no CAPM's") as caught:
-        load_capm(tmp_path / "c.safetensors")
+        load_capms(tmp_path / "c.safetensors")
     assert "\n" not in str(caught.value)
 
 
@@ -376,6 +514,18 @@ def test_levels_are_those_of_a_decoder(tiny: SVD) -> None:
     for handle in handles:
         handle.remove()
     assert seen == widths
+
+
+def test_a_video_vae_s_decoder_takes_one_too(tiny: SVD) -> None:
+    """Its levels, too, are what `decoder_widths` says, and what is attached acts in each of them."""
+    widths = decoder_widths(TINY_VAE["block_out_channels"])
+    z, hint = noise(2, 4, 6, 6), torch.tensor([0.2, 0.8])
+    plain = tiny.decode(z)
+    with attached(CAPM(CAPMShape(SVD_VAE, widths)), tiny.vae.decoder, hint):
+        assert torch.equal(tiny.decode(z), plain)
+    for level, width in widths.items():
+        with attached(filled(CAPMShape(SVD_VAE, {level: width}, code=8)), tiny.vae.decoder, hint):
+            assert (tiny.decode(z) - plain).norm() > 1e-3 * plain.norm()
 
 
 def test_cost_grows_with_the_area_alone() -> None:

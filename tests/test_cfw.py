@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.conftest import randomise
+from tests.small_vaes import CELL, noise, picture_vae, pictures, streamed
 from vsr_ops import cfw
 from vsr_ops.cfw import CFW, CFWShape, load_cfw, write_cfw
 from vsr_ops.errors import CheckpointError, SettingError
@@ -23,7 +24,6 @@ from vsr_ops.safefile import read_pickle
 from vsr_ops.streaming_decode import stream_decode
 
 SMALL = CFWShape((1,), (8,), blocks=1, grow=4)
-CELL = 4
 
 
 def published(level: int, c: int, blocks: int = 2, grow: int = 32) -> dict[str, tuple[int, ...]]:
@@ -57,44 +57,17 @@ def random_state(prefix: str = "") -> dict[str, Tensor]:
     return {prefix + key: torch.randn(shape, generator=rng) for key, shape in table.items()}
 
 
-def small_vae() -> Any:
-    """Three levels: a latent is 4x4 pixels."""
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 16),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    randomise(vae, 2)
-    return vae.eval()
-
-
 def filled(shape: CFWShape = SMALL) -> CFW:
     model = CFW(shape)
     randomise(model, 4)
     return model.eval()
 
 
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    """Pictures or latents that differ from place to place."""
-    rng = torch.Generator().manual_seed(seed)
-    slow = torch.rand(shape[0], shape[1], 3, 3, generator=rng)
-    return nn.functional.interpolate(slow, shape[-2:], mode="bilinear") * 0.8 + 0.2 * torch.rand(shape, generator=rng)
-
-
-def streamed(vae: Any, z: Tensor, **named: Any) -> Tensor:
-    return torch.stack(list(stream_decode(vae, z, **named)))
-
-
 # --- What it adds -----------------------------------------------------------------------------------------------------
 
 
 def test_a_fresh_one_and_w_of_zero_are_the_plain_decoder() -> None:
-    vae, z, reference = small_vae(), 3 * noise(2, 4, 6, 7), noise(2, 3, 24, 28, seed=1)
+    vae, z, reference = picture_vae(), 3 * noise(2, 4, 6, 7), pictures(2, 3, 24, 28)
     plain = streamed(vae, z)
     assert torch.equal(streamed(vae, z, cfw=CFW(SMALL).eval(), reference=reference, w=1.0), plain)
     assert torch.equal(streamed(vae, z, cfw=filled(), reference=reference, w=0.0), plain)
@@ -137,31 +110,31 @@ def by_hand(vae: Any, model: CFW, z: Tensor, reference: Tensor, w: float) -> Ten
 
 @pytest.mark.parametrize(("height", "width", "tile"), [(5, 6, 64), (16, 13, 8), (12, 25, 9)])
 def test_tiles_are_one_pass(height: int, width: int, tile: int) -> None:
-    vae, model = small_vae(), filled()
-    z, reference = 3 * noise(1, 4, height, width), noise(1, 3, height * CELL, width * CELL, seed=1)
+    vae, model = picture_vae(), filled()
+    z, reference = 3 * noise(1, 4, height, width), pictures(1, 3, height * CELL, width * CELL)
     whole = by_hand(vae, model, z, reference, 0.75)
     tiled = streamed(vae, z, cfw=model, reference=reference, tile=tile)
     assert float((tiled - whole).abs().max()) <= 1e-3 < 0.1 < float(whole.std())
 
 
 def test_levels_may_be_several() -> None:
-    vae, model = small_vae(), filled(CFWShape((0, 1), (8, 8), blocks=1, grow=4))
-    z, reference = 3 * noise(1, 4, 11, 10), noise(1, 3, 44, 40, seed=1)
+    vae, model = picture_vae(), filled(CFWShape((0, 1), (8, 8), blocks=1, grow=4))
+    z, reference = 3 * noise(1, 4, 11, 10), pictures(1, 3, 44, 40)
     whole, tiled = (streamed(vae, z, cfw=model, reference=reference, w=0.5, tile=tile) for tile in (64, 6))
     assert float((tiled - whole).abs().max()) <= 1e-3
 
 
 def test_a_reference_of_the_size_before_padding_will_do() -> None:
-    vae, model, z, reference = small_vae(), filled(), 3 * noise(2, 4, 4, 5), noise(2, 3, 14, 17, seed=1)
+    vae, model, z, reference = picture_vae(), filled(), 3 * noise(2, 4, 4, 5), pictures(2, 3, 14, 17)
     padded = nn.functional.pad(reference, (0, 3, 0, 2), mode="replicate")
     assert torch.equal(*(streamed(vae, z, cfw=model, reference=r) for r in (reference, padded)))
 
 
 @pytest.mark.parametrize("shape", [None, (1, 3, 16, 20), (2, 3, 12, 20), (2, 3, 16, 24)])
 def test_a_reference_of_another_video_is_refused(shape: tuple[int, ...] | None) -> None:
-    reference = None if shape is None else noise(*shape)
+    reference = None if shape is None else pictures(*shape)
     with pytest.raises(SettingError, match="reference") as caught:
-        stream_decode(small_vae(), noise(2, 4, 4, 5), cfw=filled(), reference=reference)
+        stream_decode(picture_vae(), noise(2, 4, 4, 5), cfw=filled(), reference=reference)
     assert "\n" not in str(caught.value) and (shape is None or str(shape) in str(caught.value))
 
 
@@ -176,7 +149,7 @@ def test_a_reference_of_another_video_is_refused(shape: tuple[int, ...] | None) 
 )
 def test_one_made_for_another_vae_is_refused_with_both(shape: CFWShape, both: tuple[str, str]) -> None:
     with pytest.raises(SettingError) as caught:
-        stream_decode(small_vae(), noise(1, 4, 4, 4), cfw=CFW(shape), reference=noise(1, 3, 16, 16))
+        stream_decode(picture_vae(), noise(1, 4, 4, 4), cfw=CFW(shape), reference=pictures(1, 3, 16, 16))
     assert all(name in str(caught.value) for name in both) and "\n" not in str(caught.value)
 
 

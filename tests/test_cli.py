@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.video_files import picture
-from vsr_ops.__main__ import _parser, _parts, _settings, main
+from vsr_ops.__main__ import _parser, main
 from vsr_ops.checkpoint import LITE, SVDWeights, write_svd
 from vsr_ops.dcm import load_dcm
-from vsr_ops.pipeline import Job, Settings, upscale
+from vsr_ops.job import Job
+from vsr_ops.options import parts_of, settings_of
+from vsr_ops.pipeline import Settings, upscale
 from vsr_ops.refiner import LITE_REFINER
 from vsr_ops.svd import SVD, load_svd
 from vsr_ops.upscale import upscale_frames
@@ -93,7 +95,7 @@ def test_defaults_run_with_propagation_and_guidance(weights: Path, clip: Path, t
     ],
 )
 def test_the_bundled_weights_run_as_they_were_trained(given: list[str], guidance: str, steps: int) -> None:
-    settings = _settings(_parser().parse_args(["upscale", "in.mp4", "out.mp4", *given]), 4.0)
+    settings = settings_of(_parser().parse_args(["upscale", "in.mp4", "out.mp4", *given]), 4.0)
     assert (settings.guidance, settings.steps) == (guidance, steps)
 
 
@@ -162,7 +164,7 @@ def test_a_refiner_is_taken_with_the_bundled_weights_and_with_no_others(weights:
 
     def chosen(*arguments: object) -> tuple[bool, str]:
         args = _parser().parse_args([str(a) for a in ("upscale", "in.mp4", "out.mp4", *arguments)])
-        return _parts(args).refiner is not None, _settings(args, 4.0).color
+        return parts_of(args).refiner is not None, settings_of(args, 4.0).color
 
     assert chosen() == (True, "none")
     assert chosen("--model", weights) == (False, "detail")
@@ -177,8 +179,13 @@ def test_parts_of_another_kind_are_refused(weights: Path, clip: Path, capsys: py
     line = refused(capsys, clip.parent, *base, "--refiner", LITE)
     assert "'svd'" in line and "'refiner'" in line
     torch.save({"a": torch.zeros(1)}, clip.parent / "pickle.pth")
-    for option in ("--upscaler", "--refiner"):
-        assert "a pickle" in refused(capsys, clip.parent, *base, option, clip.parent / "pickle.pth")
+    pickled = clip.parent / "pickle.pth"
+    assert "not an upscale model" in refused(capsys, clip.parent, *base, "--upscaler", pickled)
+    assert "a pickle" in refused(capsys, clip.parent, *base, "--refiner", pickled)
+    for option in ("--capm", "--stam"):
+        assert "'refiner'" in refused(capsys, clip.parent, *base, option, LITE_REFINER)
+    assert "'refiner'" in refused(capsys, clip.parent, *base, "--decode-w", "0.5", "--cfw", LITE_REFINER)
+    assert "'refiner'" in refused(capsys, clip.parent, *base, "--control", LITE_REFINER)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +202,9 @@ def test_parts_of_another_kind_are_refused(weights: Path, clip: Path, capsys: py
         ("--guidance", "magic", "guidance is 'magic'"),
         ("--propagation", "magic", "propagation is 'magic'"),
         ("--color", "magic", "color is 'magic'"),
+        ("--decode-w", "1.5", "w is 1.5"),
+        ("--capm-strength", "3", "strength is 3"),
+        ("--crf", "60", "crf is 60"),
         ("--sap-mode", "magic", "SAP mode is 'magic'"),
         ("--codec", "magic", "magic"),
         ("--cfg", "-1", "cfg is -1"),

@@ -153,10 +153,36 @@ def refused(path: Path, *words: str) -> None:
     assert "\n" not in text and text.startswith(str(path)) and all(word in text for word in words), text
 
 
-def test_pickles_are_refused(tmp_path: Path) -> None:
-    torch.save(swinir().state_dict(), tmp_path / "swinir.pth")
-    refused(tmp_path / "swinir.pth", "a pickle", "safetensors")
-    (tmp_path / "swinir.pth").rename(tmp_path / "renamed.safetensors")
+@pytest.mark.parametrize("under", [None, "params", "params_ema", "state_dict"])
+def test_a_pickled_swinir_is_the_same_as_a_safe_one(tmp_path: Path, under: str | None) -> None:
+    module = swinir(upscale=4)
+    state = module.state_dict()
+    torch.save(state if under is None else {under: state, "step": 7}, tmp_path / "swinir.pth")
+    frames = noise(1, 3, 16, 24)
+    safe = load_dcm(saved(tmp_path / "swinir.safetensors", module), CPU)
+    assert torch.equal(load_dcm(tmp_path / "swinir.pth", CPU)(frames), safe(frames))
+
+
+class Trap:
+    """Runs when it is unpickled as pickle does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_pickle_runs(tmp_path: Path) -> None:
+    torch.save({"params": swinir().state_dict(), "trap": Trap(tmp_path / "ran")}, tmp_path / "bad.pth")
+    refused(tmp_path / "bad.pth", "not a pickle of tensors alone")
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "bad.pth", weights_only=False)
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_pickle_under_another_name_is_refused(tmp_path: Path) -> None:
+    torch.save(swinir().state_dict(), tmp_path / "renamed.safetensors")
     refused(tmp_path / "renamed.safetensors", "a pickle")
 
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from skimage.data import astronaut, coffee
 
-from training.codec import Codec, at_bit_rate, compress, decode, encode
 from training.degradation import DEGRADATIONS, degrade_by
 from training.draws import generator_at
 from training.kernels import KERNELS, Shape, kernel
 from training.realbasic import Blur, draw_plan
+from vsr_ops.codec import Codec, at_bit_rate, compress, decode, encode
 from vsr_ops.errors import SettingError
 from vsr_ops.resize import resize_bicubic
 

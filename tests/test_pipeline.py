@@ -19,8 +19,8 @@ from torch import Tensor
 
 from vsr_ops.errors import SamplingError, SettingError, VideoError
 from vsr_ops.guidance import GUIDANCE
+from vsr_ops.job import Job
 from vsr_ops.pipeline import (
-    Job,
     Settings,
     make_plan,
     noise_schedule,

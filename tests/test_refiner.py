@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.conftest import randomise
 from vsr_ops import refiner
 from vsr_ops.errors import CheckpointError, SettingError
+from vsr_ops.flow import dis_flow
 from vsr_ops.module_file import write_module
 from vsr_ops.refiner import Refiner, RefinerShape, load_refiner, neighbours, refine, refine_frames, write_refiner
 
@@ -183,6 +184,28 @@ def test_a_frame_sees_its_neighbours_but_not_past_a_cut() -> None:
     assert [i for i in range(12) if together[i].abs().max() > 1e-6] == [3, 4, 5, 6, 7]
     apart = refine(model, decoded, upscaled, cuts=(5,)) - refine(model, changed, upscaled, cuts=(5,))
     assert [i for i in range(12) if apart[i].abs().max() > 1e-6] == [5, 6, 7]
+
+
+@pytest.mark.parametrize(("frames", "cuts"), [(1, ()), (5, ()), (20, ()), (30, ()), (20, (7, 9))])
+def test_the_flow_between_two_frames_is_estimated_once(
+    monkeypatch: pytest.MonkeyPatch, frames: int, cuts: tuple[int, ...]
+) -> None:
+    """n frames of one scene need n - 1 flows each way, however many chunks and tiles they are refined in."""
+    made: list[tuple[int, int]] = []
+
+    def counted(first: Tensor, second: Tensor) -> Tensor:
+        made.extend(
+            (round(255 * float(a.mean())), round(255 * float(b.mean()))) for a, b in zip(first, second, strict=True)
+        )
+        return dis_flow(first, second)
+
+    monkeypatch.setattr(refiner, "dis_flow", counted)
+    monkeypatch.setattr(refiner, "TILE", 16)
+    video = (torch.arange(frames).view(-1, 1, 1, 1) / 255).expand(-1, 3, 14, 30).contiguous()
+    model = filled(RefinerShape(width=8, blocks=3, follows=True))
+    assert len(list(refine_frames(model, zip(video, video, strict=True), cuts=cuts))) == frames
+    neighbouring = [(k, k + 1) for k in range(frames - 1) if k + 1 not in cuts]
+    assert sorted(made) == sorted([*neighbouring, *((after, now) for now, after in neighbouring)])
 
 
 def smooth(*shape: int) -> Tensor:

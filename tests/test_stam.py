@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from tests.conftest import randomise
+from tests.small_vaes import noise, picture_vae, pictures, streamed
 from vsr_ops import stam
 from vsr_ops.cfw import CFW, CFWShape
 from vsr_ops.decode_layout import residual_widths
@@ -17,27 +17,6 @@ from vsr_ops.errors import CheckpointError, SettingError
 from vsr_ops.module_file import write_module
 from vsr_ops.stam import STAM, STAMBlock, STAMShape, load_stam, write_stam
 from vsr_ops.streaming_decode import stream_decode
-
-
-def small_vae() -> Any:
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 16),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    randomise(vae, 2)
-    return vae.eval()
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    rng = torch.Generator().manual_seed(seed)
-    slow = torch.randn(shape[0], shape[1], 3, 3, generator=rng)
-    return nn.functional.interpolate(slow, shape[-2:], mode="bilinear") + 0.3 * torch.randn(shape, generator=rng)
 
 
 def filled(vae: Any, inner: int = 4) -> STAM:
@@ -50,12 +29,8 @@ def filled(vae: Any, inner: int = 4) -> STAM:
     return model.eval()
 
 
-def streamed(vae: Any, z: Tensor, *rest: Any, **named: Any) -> Tensor:
-    return torch.stack(list(stream_decode(vae, z, *rest, **named)))
-
-
 def test_a_fresh_one_is_the_exact_identity() -> None:
-    vae, z = small_vae(), noise(3, 4, 5, 6)
+    vae, z = picture_vae(), noise(3, 4, 5, 6)
     fresh = STAM(STAMShape(tuple(residual_widths(vae).items()))).eval()
     with torch.no_grad():
         for name, width in residual_widths(vae).items():
@@ -100,7 +75,7 @@ def test_positions_in_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(("height", "width", "tile"), [(9, 14, 7), (12, 7, 6)])
 def test_tiles_are_one_pass(height: int, width: int, tile: int) -> None:
-    vae, z = small_vae(), noise(3, 4, height, width)
+    vae, z = picture_vae(), noise(3, 4, height, width)
     model = filled(vae)
     whole, tiled = (streamed(vae, z, stam=model, tile=side) for side in (64, tile))
     assert float((tiled - whole).abs().max()) <= 1e-3
@@ -108,7 +83,7 @@ def test_tiles_are_one_pass(height: int, width: int, tile: int) -> None:
 
 
 def test_with_cfw_tiles_are_one_pass_too() -> None:
-    vae, z, reference = small_vae(), noise(2, 4, 10, 12), noise(2, 3, 40, 48, seed=1).sigmoid()
+    vae, z, reference = picture_vae(), noise(2, 4, 10, 12), pictures(2, 3, 40, 48)
     fuse = CFW(CFWShape((1,), (8,), blocks=1, grow=4))
     randomise(fuse, 4)
     named: dict[str, Any] = {"stam": filled(vae), "cfw": fuse.eval(), "reference": reference, "w": 0.5}
@@ -118,7 +93,7 @@ def test_with_cfw_tiles_are_one_pass_too() -> None:
 
 
 def test_frames_see_their_chunk_and_no_cut_is_passed() -> None:
-    vae, z = small_vae(), noise(6, 4, 4, 4)
+    vae, z = picture_vae(), noise(6, 4, 4, 4)
     changed, model = torch.cat([z[:5], -z[5:]]), filled(vae)
     assert torch.equal(streamed(vae, z, (3,), stam=model)[:3], streamed(vae, changed, (3,), stam=model)[:3])
     together = streamed(vae, z, stam=model) - streamed(vae, changed, stam=model)
@@ -137,12 +112,12 @@ def test_frames_see_their_chunk_and_no_cut_is_passed() -> None:
 )
 def test_one_made_for_another_vae_is_refused_with_both(shape: STAMShape, both: tuple[str, str]) -> None:
     with pytest.raises(SettingError) as caught:
-        stream_decode(small_vae(), noise(1, 4, 4, 4), stam=STAM(shape))
+        stream_decode(picture_vae(), noise(1, 4, 4, 4), stam=STAM(shape))
     assert all(name in str(caught.value) for name in both) and "\n" not in str(caught.value)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    model = filled(small_vae()).half().float()
+    model = filled(picture_vae()).half().float()
     write_stam(tmp_path / "s.safetensors", model, "nothing")
     read = load_stam(tmp_path / "s.safetensors")
     assert read.shape == model.shape and not read.training

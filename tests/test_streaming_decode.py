@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import randomise
+from tests.small_vaes import CELL, WIDTHS, noise, picture_vae, streamed, video_vae
 from vsr_ops.decode_layout import LAYOUTS, Step, level_widths, residual_widths
 from vsr_ops.decode_statistics import Statistics
 from vsr_ops.errors import SettingError
@@ -19,43 +19,6 @@ from vsr_ops.streaming_decode import stream_decode, stream_video
 
 #: As far as a picture of tiles may be from that of one pass; what is aimed at is well below.
 ALLOWED, AIM = 2 / 255, 1e-3
-#: Three levels: a latent is 4x4 pixels.
-WIDTHS, CELL = (8, 8, 16), 4
-
-
-def picture_vae(seed: int = 2) -> Any:
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=WIDTHS,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    randomise(vae, seed)
-    return vae.eval()
-
-
-def video_vae() -> Any:
-    from diffusers import AutoencoderKLTemporalDecoder
-
-    vae = AutoencoderKLTemporalDecoder(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        block_out_channels=(32, 32, 32),
-        layers_per_block=1,
-        latent_channels=4,
-    )
-    randomise(vae, 2)
-    return vae.eval()
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    """Latents that differ from place to place, so that a tile's statistics are not the picture's."""
-    rng = torch.Generator().manual_seed(seed)
-    slow = torch.randn(shape[0], shape[1], 3, 3, generator=rng)
-    return nn.functional.interpolate(slow, shape[-2:], mode="bilinear") + 0.3 * torch.randn(shape, generator=rng)
 
 
 @torch.no_grad()
@@ -63,10 +26,6 @@ def one_pass(vae: Any, z: Tensor) -> Tensor:
     if hasattr(vae.decoder, "time_conv_out"):
         return vae.decode(z, num_frames=z.shape[0]).sample / 2 + 0.5
     return torch.cat([vae.decode(frame[None]).sample for frame in z]) / 2 + 0.5
-
-
-def streamed(vae: Any, z: Tensor, *rest: Any, **named: Any) -> Tensor:
-    return torch.stack(list(stream_decode(vae, z, *rest, **named)))
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -182,7 +141,7 @@ class Plain:
         self.vae = vae
 
     def encode(self, frames: Tensor) -> Tensor:
-        raise NotImplementedError
+        return self.vae.encode(2 * frames - 1).latent_dist.mode()
 
     def decode(self, latents: Tensor) -> Tensor:
         return one_pass(self.vae, latents)

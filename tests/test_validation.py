@@ -22,7 +22,8 @@ from training.validation import (
     whole,
 )
 from vsr_ops.clip import ground_truth
-from vsr_ops.pipeline import Parts, Settings, sample
+from vsr_ops.parts import Parts
+from vsr_ops.pipeline import Settings, sample
 from vsr_ops.refiner import Refiner
 from vsr_ops.resize import quantize8
 from vsr_ops.svd import SVD

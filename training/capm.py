@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,19 +20,19 @@ from training.recipe import Recipe, from_table
 from training.state import weights_of
 from training.svd import edm_loss, read_start, sampled
 from training.task import Batch
-from vsr_ops.capm import CAPM, SVD_UNET, CAPMShape, attached, decoder_widths, load_capm, write_capm
+from vsr_ops.capm import CAPM, SVD_UNET, CAPMs, CAPMShape, attached, decoder_widths, load_capms, write_capms
 from vsr_ops.checkpoint import SVDWeights
 from vsr_ops.compression import COARSEST, rank_correlation
 from vsr_ops.dcm import Enlarge
 from vsr_ops.errors import SettingError
-from vsr_ops.svd import SVD, build_svd
+from vsr_ops.svd import Backbone, build_svd
 from vsr_ops.upscale import upscale_frames
 
 
 @dataclass(frozen=True)
 class Shape:
-    """`start`: the SVD, a file or folder, "lite", or a run. `capm`: the CAPM to go on from, a file, "lite", or a run;
-    empty: a new one of the other settings."""
+    """`start`: the SVD, a file or folder, "lite", or a run. `capm`: the CAPM to go on from, a file, "lite", or a run,
+    whose VAE half stays as it is; where it is empty or lacks the UNet's half: a new one of the other settings."""
 
     start: str = "lite"
     capm: str = ""
@@ -106,7 +106,7 @@ class CAPMLatents(Latents):
         low = small if crf is None else h264(small, crf)
         return clean, upscale_frames(low, (data.size, data.size), enlarge=enlarge)
 
-    def _encode(self, model: SVD, clean: Tensor, upscaled: Tensor, rng: torch.Generator) -> Batch:
+    def _encode(self, model: Backbone, clean: Tensor, upscaled: Tensor, rng: torch.Generator) -> Batch:
         level = torch.tensor((self.crf(rng) or 0) / COARSEST)
         return {**super()._encode(model, clean, upscaled, rng), "level": level}
 
@@ -124,7 +124,7 @@ class CAPMTask:
             raise SettingError(f"the CAPM of {self.shape}: expected at least 1 of each; correct [model]")
         self._folder = Folder(data)
         self._latents = CAPMLatents(Path(settings.latents) if settings.latents else out / "latents", settings)
-        self._coder: SVD | None = None
+        self._coder: Backbone | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the VAE: processes that draw samples need none."""
@@ -145,11 +145,15 @@ class CAPMTask:
         svd = build_svd(self.base(), torch.device("cpu"), torch.float32)
         widths = decoder_widths(svd.unet.config["block_out_channels"])
         shape = self.shape
-        if shape.capm:
-            capm = load_capm(weights_of(shape.capm), SVD_UNET, widths)
-        else:
+        capm = self._before().unet
+        if capm is None:
             capm = CAPM(CAPMShape(SVD_UNET, widths, shape.components, shape.code, shape.prompt, shape.size))
+        capm.check_fits(SVD_UNET, widths)
         return nn.ModuleDict({"unet": cast(nn.Module, svd.unet), "capm": capm})
+
+    def _before(self) -> CAPMs:
+        """What the run goes on from."""
+        return load_capms(weights_of(self.shape.capm)) if self.shape.capm else CAPMs()
 
     def trains(self, name: str) -> bool:
         return name.startswith("capm.")
@@ -208,7 +212,7 @@ class CAPMTask:
         return rows_of(pictures)
 
     def export(self, model: nn.Module, path: Path, trained_on: str) -> None:
-        write_capm(path, parts_of(model)[1], trained_on)
+        write_capms(path, replace(self._before(), unet=parts_of(model)[1]), trained_on)
 
 
 def parts_of(model: nn.Module) -> tuple[nn.Module, CAPM]:

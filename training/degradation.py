@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from training.codec import Codec, at_bit_rate, compress, h264
 from training.draws import pick, uniform
 from training.realbasic import apply_plan, draw_plan
+from vsr_ops.codec import Codec, at_bit_rate, compress, h264
 from vsr_ops.errors import SettingError
 from vsr_ops.resize import quantize8, resize_bicubic
 

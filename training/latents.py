@@ -19,7 +19,7 @@ from training.state import weights_of, write_beside, writing
 from training.task import Batch
 from vsr_ops.dcm import Enlarge, load_dcm
 from vsr_ops.errors import SettingError
-from vsr_ops.svd import SVD
+from vsr_ops.svd import Backbone
 from vsr_ops.upscale import upscale_frames
 
 SHARD = 16
@@ -64,7 +64,7 @@ class Latents:
     def summary(self) -> str:
         return f"{self.settings.clips} clips encoded as {self._digest()}"
 
-    def render(self, sources: Folder, model: SVD) -> None:
+    def render(self, sources: Folder, model: Backbone) -> None:
         """Encodes the shards that are not there. Raises SettingError where those there are of other settings or another
         VAE, DiskError when the disk is full."""
         made_from = json.loads(json.dumps(self._made_from(model)))  # as it is read back
@@ -103,7 +103,7 @@ class Latents:
     def _count(self) -> int:
         return -(-self.settings.clips // SHARD)
 
-    def _made_from(self, model: SVD) -> dict[str, Any]:
+    def _made_from(self, model: Backbone) -> dict[str, Any]:
         settings = {key: value for key, value in asdict(self.settings).items() if key not in self.free}
         return {"settings": settings, "vae": digest(model)}
 
@@ -128,7 +128,7 @@ class Latents:
         low = degraded(settings.degradation, clean, rng, SCALE, settings.clean_share)
         return clean, upscale_frames(low, (settings.size, settings.size), enlarge=enlarge)
 
-    def _encode(self, model: SVD, clean: Tensor, upscaled: Tensor, rng: torch.Generator) -> Batch:
+    def _encode(self, model: Backbone, clean: Tensor, upscaled: Tensor, rng: torch.Generator) -> Batch:
         """One clip of a shard; `factor` is one number for all of it."""
         with torch.no_grad():
             pairs = [torch.cat([model.encode(frame[None]) for frame in clip]) for clip in (clean, upscaled)]
@@ -141,7 +141,7 @@ class Latents:
         write_beside(self._path(number), {**shard, "factor": made[0]["factor"]}, "the shards before it are kept")
 
 
-def digest(model: SVD) -> str:
+def digest(model: Backbone) -> str:
     """Of the weights that encode."""
     encoder = [value for name, value in model.vae.state_dict().items() if not name.startswith("decoder.")]
     return fingerprint([*encoder, torch.tensor(model.scaling_factor, dtype=torch.float64)])

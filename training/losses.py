@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vsr_ops.flow import dis_flow, visibility, warp
-from vsr_ops.metrics_time import STILL
+from vsr_ops.metrics_time import static_pixels
 
 _EYE = 2.0
 """Variance of the noise that VIF's model of the eye adds."""
@@ -75,8 +75,7 @@ def motion_of(truth: Tensor) -> Motion:
     luma = _luma(truth.float())
     padded = F.pad(luma, [3] * 4, mode="replicate")
     variance = F.avg_pool2d(padded**2, 7, 1) - F.avg_pool2d(padded, 7, 1) ** 2
-    change = F.max_pool2d((luma[1:] - luma[:-1]).abs(), 5, stride=1, padding=2)
-    still = (change <= STILL + 0.5 / 255).float()
+    still = static_pixels(luma).float()
     return Motion(flow, visibility(flow, dis_flow(after, before)), still, variance[:-1].clamp(min=0).sqrt())
 
 

@@ -26,9 +26,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from training.codec import Codec, decode, encode
 from training.draws import integer, pick, pick_weighted, uniform
 from training.kernels import Shape, kernel
+from vsr_ops.codec import Codec, decode, encode
 from vsr_ops.errors import SettingError
 
 Picture = np.ndarray[Any, np.dtype[np.float32]]

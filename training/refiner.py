@@ -119,9 +119,7 @@ class RefinerTask:
 
     def export(self, model: nn.Module, path: Path, trained_on: str) -> None:
         weights = self.base()
-        state = cast(nn.Module, cast(Any, model)["decoder"]).state_dict()
-        state[CONV_IN] = state[CONV_IN] * factor_of(weights)
-        vae = {**weights.vae, **{f"decoder.{name}": value for name, value in state.items()}}
+        vae = {**weights.vae, **decoder_state(cast(Any, model)["decoder"], weights)}
         write_svd(path, replace(weights, vae=vae, metadata={}), trained_on)
         write_refiner(beside(path), cast(Refiner, cast(Any, model)["refiner"]), trained_on)
 
@@ -135,6 +133,13 @@ def decoder_of(weights: SVDWeights) -> nn.Module:
     state = {name.removeprefix("decoder."): value for name, value in weights.vae.items() if name[:8] == "decoder."}
     decoder.load_state_dict({**state, CONV_IN: state[CONV_IN] / factor_of(weights)})
     return decoder
+
+
+def decoder_state(decoder: nn.Module, weights: SVDWeights) -> dict[str, Tensor]:
+    """The way back from `decoder_of`: its weights as the VAE of `weights` holds them, and by their names there."""
+    factor = factor_of(weights)
+    state = decoder.state_dict()
+    return {f"decoder.{name}": value * factor if name == CONV_IN else value for name, value in state.items()}
 
 
 def grown(refiner: Refiner, shape: RefinerShape) -> Refiner:

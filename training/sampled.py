@@ -9,15 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.draws import integer, pick, uniform
+from training.capm import CAPMLatents
+from training.capm import Data as CompressedClips
+from training.draws import generator_at, integer, pick, uniform
 from training.folder import Folder
 from training.latents import Latents, LatentSettings, fingerprint
+from training.state import weights_of, write_beside
 from training.svd import sampled
 from training.task import Batch
-from vsr_ops.dcm import Enlarge
+from training.validation import shrunk, truths
+from vsr_ops.compression import COARSEST
+from vsr_ops.dcm import Enlarge, load_dcm
 from vsr_ops.errors import SettingError
 from vsr_ops.resize import quantize8
-from vsr_ops.svd import DTYPES, SVD
+from vsr_ops.svd import DTYPES, Backbone
+from vsr_ops.upscale import upscale_frames
 
 CELL = 8
 """Pixels of a latent a side."""
@@ -79,7 +85,7 @@ class SampledLatents(Latents):
         sample = {"z": z, "guide": cut("guide", CELL) / 255, "truth": cut("truth", CELL) / 255}
         return {key: value.flip(0) for key, value in sample.items()} if integer(rng, 2) else sample
 
-    def _made_from(self, model: SVD) -> dict[str, Any]:
+    def _made_from(self, model: Backbone) -> dict[str, Any]:
         unet = fingerprint(list(model.unet.state_dict().values()))
         return {**super()._made_from(model), "unet": unet, "precision": self._precision}
 
@@ -87,7 +93,7 @@ class SampledLatents(Latents):
         clean, upscaled = super()._pair(sources, enlarge, rng)
         return quantize8(clean), quantize8(upscaled)  # what the shard's bytes hold
 
-    def _encode(self, model: SVD, clean: Tensor, upscaled: Tensor, rng: torch.Generator) -> Batch:
+    def _encode(self, model: Backbone, clean: Tensor, upscaled: Tensor, rng: torch.Generator) -> Batch:
         encoded = super()._encode(model, clean, upscaled, rng)
         steps = pick(rng, self._drawn.steps)
         noise = torch.randn(encoded["lr"].shape, generator=rng)
@@ -102,3 +108,68 @@ class SampledLatents(Latents):
             **{name: (255 * pictures).round().to(torch.uint8) for name, pictures in bytes_of.items()},
             "factor": encoded["factor"],
         }
+
+
+# --- Clips of known compression -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CompressedSettings(SampledSettings, CompressedClips):
+    """Both; `steps` of the sampler are what the pack's pictures are made with."""
+
+    clips: int = 256
+    clean_share: float = 0.1
+    steps: tuple[int, ...] = (4,)
+    sampled_share: float = 1.0
+
+
+class CompressedLatents(SampledLatents, CAPMLatents):
+    """SampledLatents' shards of CAPMLatents' clips, with the compression level of each."""
+
+    #: Of the held-out clips: their CRFs and frames.
+    CRFS, FRAMES = (15, 35), 5
+
+    def draw(self, rng: torch.Generator) -> Batch:
+        """What SampledLatents draws, and the clip's level."""
+        state = rng.get_state()
+        number = integer(rng, self.settings.clips)
+        rng.set_state(state)
+        shard, index = self._clip(number)
+        return {**super().draw(rng), "level": shard["level"][index].float()}
+
+    def _encode(self, model: Backbone, clean: Tensor, upscaled: Tensor, rng: torch.Generator) -> Batch:
+        level = torch.tensor((self.crf(rng) or 0) / COARSEST)
+        return {**super()._encode(model, clean, upscaled, rng), "level": level}
+
+    def held_out(self, root: Path, model: Backbone) -> dict[str, Batch]:
+        """Clips that no training sees, as `draw` gives them, by name and CRF; made once. None where `root` has none.
+
+        The middle of validation's small clips, `data.size` a side.
+        """
+        path, size = self.folder / "held_out.pt", self.settings.size
+        if path.exists():
+            return torch.load(path, weights_only=True)
+        found = {
+            name: clip for name, clip in truths(root, self.FRAMES, large=False).items() if min(clip.shape[-2:]) >= size
+        }
+        enlarge = None
+        if found and self.settings.upscaler != "bicubic":
+            enlarge = load_dcm(weights_of(self.settings.upscaler), model.device)
+        made: dict[str, Batch] = {}
+        for crf in self.CRFS:
+            for clip in shrunk({name: _middle(truth, size) for name, truth in found.items()}, crf):
+                upscaled = quantize8(upscale_frames(clip.small, (size, size), enlarge=enlarge))
+                stored = SampledLatents._encode(self, model, clip.truth, upscaled, generator_at(0, crf))
+                made[f"{clip.name}, CRF {crf}"] = {
+                    "z": stored["sampled"].float(),
+                    "guide": upscaled,
+                    "truth": clip.truth,
+                    "level": torch.tensor(crf / COARSEST),
+                }
+        write_beside(path, made, "the shards are kept")
+        return made
+
+
+def _middle(video: Tensor, size: int) -> Tensor:
+    top, left = ((side - size) // 2 for side in video.shape[-2:])
+    return video[..., top : top + size, left : left + size]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from training.beside import BesideTask
 from training.capm import CAPMTask
+from training.capm_sd import CAPMSDTask
 from training.compression import CompressionTask
+from training.control import ControlTask
 from training.dcm import DCM
 from training.recipe import Recipe
 from training.refiner import RefinerTask
+from training.sd import SDTask
 from training.svd import SVDTask
 from training.task import Task, TaskMaker
 from training.vae import PictureVAE, TemporalVAE
@@ -26,6 +30,10 @@ TASKS: dict[str, TaskMaker] = {
     "whole": Whole,
     "compression": CompressionTask,
     "capm": CAPMTask,
+    "decoder": BesideTask,
+    "sd": SDTask,
+    "control": ControlTask,
+    "capm_sd": CAPMSDTask,
 }
 """Tasks by name; a module of its own is one more entry."""
 

@@ -24,14 +24,16 @@ from training.degradation import h264
 from vsr_ops.clip import camera_path, load_frames
 from vsr_ops.dcm import load_dcm
 from vsr_ops.guidance import GUIDANCE
+from vsr_ops.job import Job
 from vsr_ops.metrics import aligned, written
-from vsr_ops.pipeline import Job, Parts, Settings, make_plan, unet_calls, upscale
+from vsr_ops.parts import Parts
+from vsr_ops.pipeline import Settings, make_plan, unet_calls, upscale
 from vsr_ops.propagation import PROPAGATION, Propagation
 from vsr_ops.refiner import load_refiner
 from vsr_ops.resize import quantize8, resize_bicubic
 from vsr_ops.scores import Scores, joined
 from vsr_ops.scoring import score
-from vsr_ops.svd import SVD, load_svd, pick_device
+from vsr_ops.svd import SVD, Backbone, load_svd, pick_device
 from vsr_ops.tiling import TilePlan
 from vsr_ops.video import Frame, made_info, open_writer, probe
 
@@ -86,7 +88,7 @@ def sharpened(video: Tensor) -> Tensor:
     return quantize8(torch.cat([unsharp_mask(frame[None], (13, 13), (2.0, 2.0)) for frame in video]).clamp(0, 1))
 
 
-def whole(model: SVD, clip: Clip, settings: Settings, parts: Parts) -> Tensor:
+def whole(model: Backbone, clip: Clip, settings: Settings, parts: Parts) -> Tensor:
     """The main job on one clip, as the command line runs it: pictures in a folder in, pictures out."""
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "in", Path(folder) / "out"

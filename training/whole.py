@@ -7,6 +7,7 @@ and decoder learn to ignore it. Here the gradient of the finished video goes bac
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from training.folder import Folder, check_degradation, degraded
 from training.losses import charbonnier, flicker, followed_change, motion_of, psnr, temporal_difference
 from training.perceived import haar_loss, neg_losses
 from training.recipe import Recipe, from_table
-from training.refiner import CONV_IN, decode_refined, decoder_of, factor_of, grown
+from training.refiner import decode_refined, decoder_of, decoder_state, factor_of, grown
 from training.state import REFINER, weights_of
 from training.svd import edm_loss, euler, read_start
 from training.task import Batch
@@ -67,7 +68,8 @@ class Loss:
     """Weights. Of the refined video: Charbonnier's and the squared error, 1 - HaarPSI, 1 - ADM and 1 - VIF (VMAF-NEG's
     features: VMAF rests on ADM, VIF alone asks for blur), the change of the error from frame to frame (`change`) and
     along the motion (`followed`), flicker where nothing moves (`still`). Of the decoded one: its detail's
-    reconstruction loss. Of the UNet: EDM's loss (`edm`)."""
+    reconstruction loss. Of the UNet: EDM's loss (`edm`), in which the share `drop` of clips comes without LR latents,
+    so that guidance has an unconditional branch."""
 
     charbonnier: float = 0.7
     squared: float = 8.0
@@ -79,6 +81,7 @@ class Loss:
     still: float = 4.0
     decoded: float = 0.05
     edm: float = 0.015
+    drop: float = 0.1
 
 
 class Whole:
@@ -99,7 +102,6 @@ class Whole:
         check_degradation(self.data.degradation)
         self._folder = Folder(data)
         self._enlarge: Enlarge | None = None
-        self._factor = 1.0
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the DCM: processes that draw samples need none."""
@@ -123,9 +125,12 @@ class Whole:
             )
         return weights
 
+    @cached_property
+    def _factor(self) -> float:
+        return factor_of(self.base())
+
     def build(self) -> nn.Module:
         weights = self.base()
-        self._factor = factor_of(weights)
         svd = build_svd(weights, torch.device("cpu"), torch.float32)
         unet, vae = cast(nn.Module, svd.unet), cast(Any, svd.vae)
         refiner, shape = load_refiner(weights_of(self.shape.refiner, REFINER)), self.shape
@@ -148,6 +153,7 @@ class Whole:
             "sigma": (2 * torch.randn((), generator=rng)).exp().clamp(0.002, 700),
             "steps": torch.tensor(pick(rng, data.steps)),
             "true": torch.tensor(float(uniform(rng, 0, 1) < data.true_share)),
+            "kept": torch.tensor(float(uniform(rng, 0, 1) >= self.weights.drop)),
         }
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -163,7 +169,7 @@ class Whole:
         guide, lr, clean = self._encoded(model, clip)
         noise, unet = clip["noise"], cast(Any, model)["unet"]
         context = noise.new_zeros(1, 1, unet.config.cross_attention_dim)
-        edm = edm_loss(unet, clean.detach()[None], lr[None], context, clip["sigma"][None], noise[:1])
+        edm = edm_loss(unet, clean.detach()[None], clip["kept"] * lr[None], context, clip["sigma"][None], noise[:1])
         z = clean + 0.1 * noise[1] if clip["true"] else self._sampled(model, lr, clip)
         decoded, refined = decode_refined(model, z[None], guide[None])
         result, motion = refined[0], motion_of(truth)
@@ -215,10 +221,7 @@ class Whole:
 
     def export(self, model: nn.Module, path: Path, trained_on: str) -> None:
         weights, parts = self.base(), cast(Any, model)
-        decoder = parts["decoder"].state_dict()
-        decoder[CONV_IN] = decoder[CONV_IN] * factor_of(weights)
-        halves = {"encoder": parts["encoder"].state_dict(), "decoder": decoder}
-        learnt = {f"{half}.{name}": value for half, state in halves.items() for name, value in state.items()}
-        state = {**weights.vae, **learnt}
+        encoder = {f"encoder.{name}": value for name, value in parts["encoder"].state_dict().items()}
+        state = {**weights.vae, **encoder, **decoder_state(parts["decoder"], weights)}
         write_svd(path, replace(weights, unet=parts["unet"].state_dict(), vae=state, metadata={}), trained_on)
         write_refiner(beside(path), cast(Refiner, parts["refiner"]), trained_on)

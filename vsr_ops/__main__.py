@@ -17,19 +17,15 @@ import torch
 from tqdm import tqdm
 
 from . import cost
-from .align import MODES as ALIGN_MODES
-from .color import COLOR
-from .dcm import load_dcm
 from .demo import run_demo
 from .errors import SettingError, VSRError
 from .evaluate import evaluate
-from .guidance import GUIDANCE
+from .job import Job, scene_cuts
 from .metrics import METRICS
-from .pipeline import Job, Parts, Settings, make_plan, scene_cuts, upscale
-from .propagation import PROPAGATION, SAP_MODES, Propagation
+from .options import add_sampling, model_of, parts_of, settings_of
+from .pipeline import Settings, make_plan, upscale
 from .published import PUBLISHED
-from .refiner import load_refiner
-from .svd import DTYPES, SVD, load_svd, pick_device, pick_dtype
+from .svd import Backbone, pick_device
 from .tiling import TilePlan, TileSize, plan_tiles
 from .video import CODECS, VideoInfo, check_output, probe
 
@@ -58,43 +54,6 @@ class Bars:
             self._bar = None
 
 
-#: What the bundled weights are sampled with: they learnt from the results of few steps without guidance.
-LITE_STEPS, LITE_GUIDANCE = 4, "none"
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--model",
-        default="lite",
-        metavar="lite|PATH",
-        help="bundled weights, an SVD .safetensors or a diffusers folder",
-    )
-    add("--steps", type=int, help=f"{LITE_STEPS} with the bundled weights, else {Settings.steps}; 0 is no diffusion")
-    auto = f"auto ({LITE_GUIDANCE} with the bundled weights unless a strength is given, else {Settings.guidance})"
-    add("--guidance", default="auto", help=", ".join([auto, *GUIDANCE]))
-    add("--cfg", type=float, help="classifier-free guidance; 1 is off. With dssag it is equation 9's 1 + s")
-    add("--guidance-scale", type=float, help="the s of dssag, pag and sag; 0 is off")
-    add("--tile", metavar="HxWxT", help="in latents (8 pixels each) and frames; the model's own by default")
-    add("--overlap", type=float, default=0.5, help="share of a tile, 0 to 0.75")
-    add("--propagation", default="sap+tap", help=", ".join(PROPAGATION))
-    add("--sap-mode", default="auto", help=", ".join(SAP_MODES))
-    add("--sap-rate", type=int, help="every s-th token in y and x; by default 4, more where tiles are many")
-    add("--tap-frames", type=int, default=4)
-    add("--tap-rate", type=int, default=1, help="1 is the paper's setting, 4 is cheaper")
-    add("--upscaler", default="dcm", metavar="dcm|bicubic|PATH", help="enlarges the input; PATH: a SwinIR, say")
-    add("--refiner", default="auto", metavar="auto|none|PATH", help="auto: the bundled one with the bundled weights")
-    add("--refiner-w", type=float, default=0.0, help="0: as refined, 1: the upscaled input as it is")
-    add("--color", default="auto", help=", ".join(["auto (none after a refiner, else detail)", *COLOR]))
-    add("--align", type=float, default=0.0, metavar="LAMBDA", help="along the input's motion; 0 is off, try 0.05")
-    add("--align-mode", default="gradient", help=", ".join(ALIGN_MODES))
-    add("--seed", type=int, default=0)
-    add("--denoise", type=float, default=1.0, help="below 1: start from the LR latent at partial noise")
-    add("--batch", type=int, default=1, help="spatial tiles through the UNet together")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:0 ..., mps")
-    add("--dtype", default="auto", help=", ".join(["auto", *DTYPES]))
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m vsr_ops", description="Diffusion video super-resolution (DC-VSR).")
     commands = parser.add_subparsers(required=True, metavar="upscale|plan|demo|evaluate")
@@ -112,11 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--scale", type=float, default=4.0)
         sub.add_argument("--frames", metavar="A:B", help="only these frames, counted from 0, B not included")
         sub.add_argument("--cuts", default="auto", help="auto, none, or first frames of new scenes such as 24,50")
-        _add_sampling(sub)
+        add_sampling(sub)
     demo = commands.add_parser("demo", help="upscale a bundled clip and compare it with the truth")
     demo.set_defaults(run=_demo)
     demo.add_argument("--out", type=Path, default=Path("demo_output"))
-    _add_sampling(demo)
+    add_sampling(demo)
     _add_evaluate(commands.add_parser("evaluate", help="measure results against the truth: table, CSV and curves"))
     return parser
 
@@ -142,78 +101,6 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="auto, cpu, cuda, cuda:0 ..., mps")
 
 
-def _settings(args: argparse.Namespace, scale: float) -> Settings:
-    if args.sap_mode not in SAP_MODES:
-        raise SettingError(f"SAP mode is {args.sap_mode!r}: expected one of {', '.join(SAP_MODES)}")
-    propagation = Propagation.named(
-        args.propagation,
-        sap_lagged=args.sap_mode == "lagged",
-        sap_rate=args.sap_rate,
-        tap_frames=args.tap_frames,
-        tap_rate=args.tap_rate,
-    )
-    return Settings(
-        scale=scale,
-        steps=_steps(args),
-        guidance=_guidance(args),
-        cfg=args.cfg,
-        guidance_scale=args.guidance_scale,
-        tile=None if args.tile is None else TileSize.parse(args.tile),
-        overlap=args.overlap,
-        propagation=propagation,
-        color=_color(args),
-        seed=args.seed,
-        denoise=args.denoise,
-        batch=args.batch,
-        align=args.align,
-        align_mode=args.align_mode,
-    )
-
-
-def _steps(args: argparse.Namespace) -> int:
-    if args.steps is not None:
-        return int(args.steps)
-    return LITE_STEPS if args.model == "lite" else Settings.steps
-
-
-def _guidance(args: argparse.Namespace) -> str:
-    """The guidance asked for; a strength alone asks for the paper's."""
-    if args.guidance != "auto":
-        return str(args.guidance)
-    plain = args.model == "lite" and args.cfg is None and args.guidance_scale is None
-    return LITE_GUIDANCE if plain else Settings.guidance
-
-
-def _refiner_name(args: argparse.Namespace) -> str:
-    """The refiner asked for; auto is the bundled one with the bundled weights, which it was made for."""
-    if args.refiner == "auto":
-        return "lite" if args.model == "lite" else "none"
-    return str(args.refiner)
-
-
-def _color(args: argparse.Namespace) -> str:
-    """The colour correction asked for; a refiner has put the input's colours back already."""
-    if args.color != "auto":
-        return str(args.color)
-    return Settings.color if _refiner_name(args) == "none" else "none"
-
-
-def _parts(args: argparse.Namespace) -> Parts:
-    """The upscaler and the refiner, loaded."""
-    if not 0 <= args.refiner_w <= 1:
-        raise SettingError(f"refiner w is {args.refiner_w}: expected a share from 0 to 1")
-    device = pick_device(args.device)
-    upscaler = "lite" if args.upscaler == "dcm" else args.upscaler
-    enlarge = None if upscaler == "bicubic" else load_dcm(upscaler, device)
-    refiner = _refiner_name(args)
-    return Parts(enlarge, None if refiner == "none" else load_refiner(refiner, device), args.refiner_w)
-
-
-def _model(args: argparse.Namespace) -> SVD:
-    device = pick_device(args.device)
-    return load_svd(args.model, device, pick_dtype(args.dtype, device))
-
-
 def _job(args: argparse.Namespace) -> Job:
     info = probe(args.input)
     start, stop = 0, info.frames
@@ -234,10 +121,10 @@ def _cuts(args: argparse.Namespace, job: Job) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _prepared(args: argparse.Namespace, job: Job) -> tuple[SVD, Settings, TilePlan, tuple[int, ...]]:
+def _prepared(args: argparse.Namespace, job: Job) -> tuple[Backbone, Settings, TilePlan, tuple[int, ...]]:
     """Everything that can be refused is refused here, before anything is spent."""
-    settings = _settings(args, args.scale)
-    model = _model(args)
+    settings = settings_of(args, args.scale)
+    model = model_of(args)
     cuts = _cuts(args, job)
     plan = make_plan(job, settings, model.tile, model.factor, cuts)
     return model, cost.resolve_sap(model, plan, settings, args.sap_mode), plan, cuts
@@ -252,11 +139,11 @@ def _codec_for(output: Path, name: str | None) -> str:
 
 
 def _upscale(args: argparse.Namespace) -> None:
-    _settings(args, args.scale)
+    settings_of(args, args.scale)
     job = _job(args)
     codec = _codec_for(args.output, args.codec)
     check_output(args.output, args.overwrite, codec, job.info, job.frames)
-    parts = _parts(args)
+    parts = parts_of(args)
     model, settings, _, cuts = _prepared(args, job)
     bars = Bars(job.frames)
     try:
@@ -273,8 +160,8 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    settings = _settings(args, 4.0)
-    model, parts = _model(args), _parts(args)
+    settings = settings_of(args, 4.0)
+    model, parts = model_of(args), parts_of(args)
     start = time.monotonic()
     bars = Bars(24)
     try:

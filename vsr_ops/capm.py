@@ -21,16 +21,23 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from .compression import level_of
 from .errors import CheckpointError, SettingError
 from .module_file import fill, read_module, write_module
 
 KIND = "capm"
-#: The weights that come with the pack, made for its lite SVD.
+#: The weights that come with the pack, made for its lite SVD: both halves.
 LITE_CAPM = Path(__file__).parent / "weights" / "capm_lite.safetensors"
+#: Those made for its lite Stable Diffusion with its control.
+LITE_CAPM_SD = LITE_CAPM.with_name("capm_sd_lite.safetensors")
+#: What the pack itself has, by the names that `load_capms` takes.
+BUNDLED = {"lite": LITE_CAPM, "sd_lite": LITE_CAPM_SD}
 #: Backbones by name, as files have them: the same widths do not mean the same features.
-SVD_UNET, SVD_VAE = "svd-unet", "svd-vae"
+SVD_UNET, SVD_VAE, SD_UNET, SD_VAE = "svd-unet", "svd-vae", "sd-unet", "sd-vae"
 #: Side of the windows that attention is confined to, in the level's own pixels.
 WINDOW = 8
+#: Pixels of a level between the places that d is the mean over.
+CODE_STRIDE = 4
 HEAD = 16
 STRONGEST = 2.0
 _GRID = 103
@@ -131,10 +138,9 @@ class _Level(nn.Module):
         if self.leave.bias is not None:
             nn.init.zeros_(self.leave.bias)
 
-    def code(self, features: Tensor) -> Tensor:
+    def codes(self, features: Tensor) -> Tensor:
         seen = self.norm(rearrange(self.look(features), "n c h w -> n h w c"))
-        seen = F.gelu(self.look_again(rearrange(F.gelu(seen), "n h w c -> n c h w")))
-        return seen.mean((2, 3))
+        return F.gelu(self.look_again(rearrange(F.gelu(seen), "n h w c -> n c h w")))
 
     def forward(self, features: Tensor, weights: Tensor, place: Place) -> Tensor:
         """What is added to the features."""
@@ -167,8 +173,12 @@ class CAPM(nn.Module):
 
     def code(self, level: str, features: Tensor) -> Tensor:
         """d `(n, code)` of features `(n, width, h, w)`, a mean over the picture."""
+        return self.codes(level, features).mean((2, 3))
+
+    def codes(self, level: str, features: Tensor) -> Tensor:
+        """What d is the mean of: `(n, code, places, places)`, a place at every `CODE_STRIDE`-th pixel."""
         block = self._block(level, features)
-        return block.code(features.to(block.enter.weight.dtype))
+        return block.codes(features.to(block.enter.weight.dtype))
 
     def embedded(self, level: str, hint: Tensor) -> Tensor:
         """What stands in for d `(n, code)` where the compression level `(n,)` is known."""
@@ -186,13 +196,40 @@ class CAPM(nn.Module):
         Tiles must have those of their frame. A hint gives all tiles the same; without one, take the features of the
         whole frame, or the mean over tiles that cover it (`shared_weights`): w is linear in d, which is a mean.
         """
+        if hint is not None:
+            hint = spread(hint, features.shape[0])
+        return self.weigh(level, self.told(level, hint, lambda: self.code(level, features)))
+
+    def told(self, level: str, hint: Tensor | None, code: Callable[[], Tensor]) -> Tensor:
+        """d `(n, code)`: what stands for the hint `(n,)`, and `code`, which is asked only then, where it is unknown."""
         if hint is None:
-            return self.weigh(level, self.code(level, features))
-        hint = spread(hint, features.shape[0]).to(features.device)
-        known, told = ~hint.isnan(), self.embedded(level, hint.nan_to_num())
-        if known.all():
-            return self.weigh(level, told)
-        return self.weigh(level, torch.where(known[:, None], told, self.code(level, features)))
+            return code()
+        if not (unknown := hint.isnan()).any():
+            return self.embedded(level, hint)
+        seen = code()
+        return torch.where(unknown.to(seen.device)[:, None], seen, self.embedded(level, hint.nan_to_num()))
+
+    def acts(self, level: str) -> bool:
+        """Whether it can change a level's features: a fresh one does not."""
+        leave = self._block(level).leave
+        return any(bool(value.any()) for value in leave.parameters())
+
+    def part(self, level: str) -> nn.Module:
+        """The block of one level; it moves between devices with this module."""
+        return self._block(level)
+
+    def check_fits(self, backbone: str, widths: Mapping[str, int]) -> None:
+        """Raises SettingError unless the model is of its backbone and `widths` by level are its own."""
+        own = self.shape
+        if backbone != own.backbone:
+            raise SettingError(
+                f"CAPM is made for backbone {own.backbone}, this model is {backbone}: give the model it was trained on"
+            )
+        if any(widths.get(level) != width for level, width in own.widths.items()):
+            raise SettingError(
+                f"CAPM is made for levels {dict(own.widths)}, this model has {dict(widths)}: give the model it was"
+                " trained on"
+            )
 
     def forward(
         self,
@@ -272,10 +309,40 @@ def spread(hint: Tensor, count: int) -> Tensor:
     return hint.repeat(count // hint.shape[0])
 
 
+def levels_or_crf(levels: Tensor | None, crf: float) -> Tensor | None:
+    """Levels as they are; for a `crf` from 0 on its level, one for every frame `()`. Raises SettingError."""
+    if crf >= 0:
+        return torch.tensor(level_of(crf))
+    if levels is not None:
+        check_hint(levels)
+    return levels
+
+
 def shared_weights(weights: Tensor, tiles: int) -> Tensor:
     """Weights `(tiles * frames, components)` with every tile's replaced by their mean over the tiles."""
     mean = rearrange(weights, "(m t) k -> m t k", m=tiles).mean(0)
     return repeat(mean, "t k -> (m t) k", m=tiles)
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A decoder's CAPM (None: the file has none for it), the compression levels it is told, one a frame, or one for all
+    of them, and its strength."""
+
+    model: CAPM | None
+    levels: Tensor | None
+    strength: float
+
+    def hint(self, frames: int) -> Tensor | None:
+        """The levels of so many frames. Raises SettingError where there are others."""
+        if self.levels is None or self.levels.ndim == 0:
+            return None if self.levels is None else self.levels.expand(frames)
+        if (count := self.levels.shape[0]) != frames:
+            raise SettingError(
+                f"CAPM has {count} compression levels for {frames} frames: expected one a frame; estimate them on the"
+                " video that is upscaled"
+            )
+        return self.levels
 
 
 @contextmanager
@@ -310,36 +377,48 @@ def attached(
             handle.remove()
 
 
-def load_capm(
-    path: Path | str,
-    backbone: str | None = None,
-    widths: Mapping[str, int] | None = None,
-    device: torch.device | str = "cpu",
-) -> CAPM:
-    """The CAPM at `path` ("lite": the bundled one), in float32. Raises CheckpointError, also for one that was made for
-    another `backbone` or for levels of other `widths`."""
-    file = LITE_CAPM if str(path) == "lite" else Path(path)
+@dataclass(frozen=True)
+class CAPMs:
+    """The halves of a file: for the decoders of a UNet and of a VAE."""
+
+    unet: CAPM | None = None
+    vae: CAPM | None = None
+
+    def halves(self) -> dict[str, CAPM]:
+        """Those that are there, by name."""
+        return {name: half for name, half in (("unet", self.unet), ("vae", self.vae)) if half is not None}
+
+
+def load_capms(path: Path | str, device: torch.device | str = "cpu") -> CAPMs:
+    """The CAPMs at `path`, or of a name in BUNDLED, float32; what they fit says `check_fits`. Raises CheckpointError
+    for a file that is missing, damaged or of another kind, or holds no half."""
+    file = BUNDLED.get(str(path), Path(path))
     stored = read_module(file, KIND)
     try:
-        shape = CAPMShape(**stored.config)
-        model = CAPM(replace(shape, widths={str(name): int(width) for name, width in shape.widths.items()}))
+        halves = {name: _built(name, config) for name, config in stored.config.items()}
+        both = CAPMs(**halves)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{file}: its configuration {stored.config} is no CAPM's; get it again") from error
-    if backbone is not None and shape.backbone != backbone:
-        raise CheckpointError(
-            f"{file}: a CAPM for the backbone {shape.backbone!r}, expected one for {backbone!r}; give that model's"
-        )
-    if widths is not None and (own := dict(model.shape.widths)) != dict(widths):
-        raise CheckpointError(
-            f"{file}: a CAPM for levels {own}, expected {dict(widths)}; give one of this model's size"
-        )
-    fill(file, model, KIND, stored.tensors)
-    return model.to(device).eval().requires_grad_(False)
+    if not halves:
+        raise CheckpointError(f"{file}: holds neither a UNet's nor a VAE's CAPM; get it again")
+    fill(file, nn.ModuleDict(halves), KIND, stored.tensors)
+    for half in halves.values():
+        half.to(device).eval().requires_grad_(False)
+    return both
 
 
-def write_capm(path: Path, model: CAPM, trained_on: str) -> None:
-    """Writes `model` as a file that `load_capm` reads, float16. Raises CheckpointError."""
-    write_module(path, KIND, asdict(model.shape), model.state_dict(), trained_on)
+def write_capms(path: Path, capms: CAPMs, trained_on: str) -> None:
+    """Writes a file that `load_capms` reads, float16. Raises CheckpointError."""
+    halves = capms.halves()
+    tensors = nn.ModuleDict(halves).state_dict()
+    write_module(path, KIND, {name: asdict(half.shape) for name, half in halves.items()}, tensors, trained_on)
+
+
+def _built(half: str, config: Mapping[str, Any]) -> CAPM:
+    shape = CAPMShape(**config)
+    if not shape.backbone.endswith(f"-{half}"):
+        raise ValueError(shape.backbone)
+    return CAPM(replace(shape, widths={str(name): int(width) for name, width in shape.widths.items()}))
 
 
 def _key(level: str) -> str:

@@ -22,6 +22,8 @@ from .module_file import fill, read_module, write_module
 from .safefile import PICKLE_SUFFIXES, open_safely, read_pickle
 
 KIND = "cfw"
+#: The weights that come with the pack, made for its lite SVD's VAE.
+LITE_CFW = Path(__file__).parent / "weights" / "cfw_lite.safetensors"
 _KEY = re.compile(r"(?:^|\.)fusion_layer_(\d+)\.(.+)$")
 
 
@@ -145,12 +147,12 @@ def check_w(w: float) -> None:
 
 
 def load_cfw(path: Path | str, device: torch.device | str = "cpu") -> CFW:
-    """The CFW at `path`, float32: a file of this pack, or StableSR's, alone or in a whole autoencoder.
+    """The CFW at `path` ("lite": the bundled one), float32: this pack's, or StableSR's, alone or in an autoencoder.
 
     StableSR's may be a pickle, which is read as tensors only. Raises CheckpointError for a file that is missing,
     damaged, of another kind, or has no or no whole fuse layers.
     """
-    file = Path(path)
+    file = LITE_CFW if str(path) == "lite" else Path(path)
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; give a CFW's .safetensors, or StableSR's file")
     if file.suffix.lower() in PICKLE_SUFFIXES:

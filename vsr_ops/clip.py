@@ -8,18 +8,20 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .codec import h264
 from .resize import quantize8, resize_bicubic
 from .video import Frame, made_info, open_writer, probe, read_frames
 
 HEIGHT, WIDTH, SCALE, RATE = 256, 384, 4, Fraction(12)
 FRAMES_PER_SCENE = 12
+#: x264's constant rate factor, 0 (lossless) to 51: little compressed.
+CRF = 16
 SCENES = ("coffee", "chelsea")
 FRAMES = FRAMES_PER_SCENE * len(SCENES)
 
@@ -71,9 +73,6 @@ def shrunk(truth: Tensor) -> Tensor:
     return quantize8(resize_bicubic(truth, (HEIGHT // SCALE, WIDTH // SCALE)))
 
 
-def degraded() -> Tensor:
-    """The small clip as H.264 leaves it, `(frames, 3, 64, 96)`."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.mp4"
-        write_video(path, shrunk(ground_truth()[0]))
-        return load_frames(path)
+def degraded(crf: int = CRF) -> Tensor:
+    """The small clip as H.264 leaves it at a constant rate factor, `(frames, 3, 64, 96)`."""
+    return h264(shrunk(ground_truth()[0]), crf)

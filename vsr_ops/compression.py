@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from .blocks import ResidualBlock
 from .chart import Panel, draw_panels
 from .errors import CheckpointError, SettingError
 from .module_file import fill, read_module, write_module
@@ -37,16 +38,6 @@ class HeadShape:
     blocks: tuple[int, ...] = (2, 2, 1)
 
 
-class _Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(torch.relu(self.conv1(x)))
-
-
 class CompressionHead(nn.Module):
     """Sees a level, and how sure it is of it, at every place of a picture: skies show little of a codec, edges much."""
 
@@ -57,7 +48,7 @@ class CompressionHead(nn.Module):
         before = 4 * SEEN
         for index, (width, blocks) in enumerate(zip(self.shape.widths, self.shape.blocks, strict=True)):
             layers += [nn.Conv2d(before, width, 3, stride=2 if index else 1, padding=1), nn.ReLU()]
-            layers += [_Block(width) for _ in range(blocks)]
+            layers += [ResidualBlock(width) for _ in range(blocks)]
             before = width
         self.body = nn.Sequential(*layers)
         self.leave = nn.Conv2d(before, 2, 1)
@@ -139,6 +130,12 @@ def levels_or_given(
 def mean_crf(levels: Tensor) -> float:
     """The mean of compression levels `(frames,)`, as a constant rate factor."""
     return float(levels.mean()) * COARSEST
+
+
+def describe_levels(levels: Tensor) -> str:
+    """Compression levels `(frames,)` in one line, as constant rate factors."""
+    low, high = (float(level) * COARSEST for level in levels.aminmax())
+    return f"CRF {mean_crf(levels):.1f} on average, {low:.1f} to {high:.1f}, over {len(levels)} frames"
 
 
 def plot_levels(levels: Tensor, cuts: Sequence[int] = (), width: int = 960, height: int = 260) -> Tensor:

@@ -5,6 +5,7 @@ Counts are exact; bytes of banks are exact for the plan; activation memory and t
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -14,10 +15,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .guidance import COND, guide
-from .pipeline import Job, Settings, strengths, unet_calls
+from .job import Job
+from .pipeline import Noise, Settings, strengths, unet_calls
 from .plan_cost import EFFICIENCY, Bank, lagged_bytes, matmul_speed, readable, tap_bytes
 from .propagation import calls, step_at
-from .svd import SVD, find_layers, spatial_self_attention
+from .sd import SD
+from .svd import Backbone, find_layers, spatial_self_attention
 from .tiling import TilePlan, TileSize
 
 #: Live copies of the widest activation at the peak of a UNet call: rough, good to a factor of about 2.
@@ -38,7 +41,7 @@ class Estimate:
     seconds: float
 
 
-def banks(model: SVD, tile: TileSize, layers: str = "ends") -> list[Bank]:
+def banks(model: Backbone, tile: TileSize, layers: str = "ends") -> list[Bank]:
     """The layers of a choice of LAYERS, for tiles of one size."""
     chosen = {name for name, layer in find_layers(model.unet).items() if layers in layer.places}
     found: list[Bank] = []
@@ -57,7 +60,7 @@ def _depth(name: str, levels: int) -> int:
     return int(number) if stage == "down_blocks" else levels - 1 - int(number)
 
 
-def activation_bytes(model: SVD, tile: TileSize, tiles: int) -> int:
+def activation_bytes(model: Backbone, tile: TileSize, tiles: int) -> int:
     """Roughly what one UNet call of `tiles` tiles needs beside the weights."""
     width = model.unet.config["block_out_channels"][0]
     return ACTIVATION_COPIES * tiles * tile.frames * tile.height * tile.width * width * model.dtype.itemsize
@@ -68,7 +71,7 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def resolve_sap(model: SVD, plan: TilePlan, settings: Settings, mode: str) -> Settings:
+def resolve_sap(model: Backbone, plan: TilePlan, settings: Settings, mode: str) -> Settings:
     """Settings with SAP's mode decided: "auto" is synchronous where a window's tiles fit in half the free memory."""
     if mode == "auto":
         needed = activation_bytes(model, plan.tile_size(0), len(plan.spatial))
@@ -78,23 +81,30 @@ def resolve_sap(model: SVD, plan: TilePlan, settings: Settings, mode: str) -> Se
     return replace(settings, propagation=replace(settings.propagation, sap_lagged=lagged))
 
 
-def tile_flops(model: SVD, tile: TileSize) -> float:
-    """Operations of one tile's UNet call, counted on a copy without data."""
+def tile_flops(model: Backbone, tile: TileSize) -> float:
+    """Operations of one tile's UNet call, a control's among them, counted on copies without data."""
+    frames, width = tile.frames, model.context(None).shape[-1]
     with torch.device("meta"):
         unet = type(model.unet)(**dict(model.unet.config))
-    cast(nn.Module, unet).to("meta")  # the mixers' factors ignore the line above
-    sample = torch.empty(1, tile.frames, 8, tile.height, tile.width, device="meta")
-    context = torch.empty(1, 1, model.context(None).shape[-1], device="meta")
+        x, time = torch.empty(frames, 4, tile.height, tile.width), torch.empty(())
+        context, micro = torch.empty(1, 1, width), torch.empty(1, 3)
+    cast(nn.Module, unet).to("meta")  # the mixers' factors ignore the lines above
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(sample, torch.empty((), device="meta"), context, torch.empty(1, 3, device="meta"))
+        if not isinstance(model, SD):
+            unet(torch.cat([x, x], 1)[None], time, context, micro)
+        else:
+            tokens = context.expand(frames, -1, -1)
+            unet(x, time, tokens)
+            if model.control is not None:
+                deepcopy(model.control).to("meta")(x, time, tokens, x)
     return float(counter.get_total_flops())
 
 
-def estimate(model: SVD, plan: TilePlan, settings: Settings) -> Estimate:
+def estimate(model: Backbone, plan: TilePlan, settings: Settings) -> Estimate:
     """Numbers for a plan whose SAP mode is decided (`resolve_sap`). Measures the device for a tenth of a second."""
     tile = max((plan.tile_size(n) for n in range(len(plan.windows))), key=lambda t: t.frames)
     layers, kinds = banks(model, tile, settings.propagation.layers), settings.propagation.kinds
-    guidance, powers = guide(settings.guidance), strengths(settings)
+    guidance, powers = guide(settings.guidance), strengths(settings, Noise.of(model))
     tile_passes = sum(guidance.passes(power) for power in powers) * plan.tiles
     together = max(
         len(call.tiles)
@@ -105,11 +115,12 @@ def estimate(model: SVD, plan: TilePlan, settings: Settings) -> Estimate:
     )
     flops = tile_flops(model, tile)
     seconds = tile_passes * flops / (EFFICIENCY * matmul_speed(model.device, model.dtype))
-    weights = sum(p.nbytes for module in (model.unet, model.vae) for p in module.parameters())
+    held = [model.unet, model.vae, *([model.control] if isinstance(model, SD) and model.control is not None else [])]
+    weights = sum(p.nbytes for module in held for p in module.parameters())
     size = model.dtype.itemsize
     branches = guidance.passes(powers[0])
     return Estimate(
-        unet_calls=unet_calls(plan, settings),
+        unet_calls=unet_calls(plan, settings, Noise.of(model)),
         tile_passes=tile_passes,
         weights_bytes=weights,
         lagged_bytes=lagged_bytes(plan, settings.propagation, branches, layers, size),

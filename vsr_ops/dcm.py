@@ -5,6 +5,7 @@ The paper's is a SwinIR; any upscaler of one picture that spandrel knows will do
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
-from .safefile import Source, open_safely
+from .safefile import PICKLE_SUFFIXES, Source, open_safely, read_pickle
 from .tiling import Merger, TileSize, cut_tile, plan_tiles
 
 Enlarge = Callable[[Tensor], Tensor]
@@ -24,13 +25,14 @@ Enlarge = Callable[[Tensor], Tensor]
 LITE_DCM = Path(__file__).parent / "weights" / "dcm_lite.safetensors"
 #: Larger pictures go through in tiles of this many LR pixels a side: memory is flat in area.
 TILE, OVERLAP = 192, 0.25
+_ANY = re.compile("")
 
 
 def read_dcm(path: Path | str) -> Any:
     """spandrel's descriptor of the upscale model at `path` ("lite": the bundled one), float32 on the CPU.
 
-    Raises CheckpointError for a file that is missing, a pickle, damaged, or no model of one picture in and out that
-    spandrel knows.
+    A pickle (SwinIR's .pth) is read as tensors alone. Raises CheckpointError for a file that is missing, damaged, or no
+    model of one picture in and out that spandrel knows.
     """
     import spandrel as library  # type: ignore[import-untyped]  # imports every architecture it knows
 
@@ -38,9 +40,8 @@ def read_dcm(path: Path | str) -> Any:
 
     file = LITE_DCM if str(path) == "lite" else Path(path)
     if not file.is_file():
-        raise CheckpointError(f"{file}: no such file; give lite, or the .safetensors of a SwinIR or another upscaler")
-    with open_safely(file) as source:
-        state = {key: _tensor(source, key) for key in source.shapes}
+        raise CheckpointError(f"{file}: no such file; give lite, or the file of a SwinIR or another upscaler")
+    state = _state(file)
     try:
         with warnings.catch_warnings():
             # SwinIR's own, about torch.meshgrid: nothing that an artist could change.
@@ -60,6 +61,14 @@ def read_dcm(path: Path | str) -> Any:
             f"{file}: takes {channels[0]} channels and gives {channels[1]}; expected 3 (RGB), use a colour model"
         )
     return model.eval()
+
+
+def _state(file: Path) -> dict[str, Tensor]:
+    """The state dict of a file. Of a pickle it is the whole content, or what BasicSR puts the weights under."""
+    if file.suffix.lower() in PICKLE_SUFFIXES:
+        return read_pickle(file, _ANY, ("params_ema", "params", "state_dict"))
+    with open_safely(file) as source:
+        return {key: _tensor(source, key) for key in source.shapes}
 
 
 def _tensor(source: Source, key: str) -> Tensor:

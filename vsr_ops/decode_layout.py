@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .capm import Place
 from .errors import SettingError
 from .tiling import Span
 
+Box = tuple[Span, Span]
+"""Rows and columns."""
 #: The mosaic is made of so many runs of latents along each axis.
 RUNS = 4
 
@@ -27,6 +30,8 @@ class Step:
     """One stage of an encoder or decoder, on frames `(t, c, h, w)` of one scene.
 
     `modules` are those whose reach and norms count; `resize` is 1 where it doubles the picture, -1 where it halves it.
+    With a `window`, values matter in whole windows of so many pixels of the frame's grid. `placed` takes the place of
+    `run` where it must be known where the features lie, and which part of the picture is theirs to gather from.
     """
 
     name: str
@@ -36,6 +41,8 @@ class Step:
     resize: int = 0
     residual: bool = False
     fuse: Callable[[Tensor, Tensor], Tensor] | None = None
+    window: int = 1
+    placed: Callable[[Tensor, Place, Box | None], Tensor] | None = None
 
     @property
     def reach(self) -> int:
@@ -181,6 +188,17 @@ def backbone_of(vae: Any) -> str:
     return "svd" if is_temporal(vae.decoder) else "sd"
 
 
+def output_widths(vae: Any) -> dict[str, int]:
+    """Channels that each level of the decoder gives, by the names that CAPM has for them, deepest first."""
+    steps = [step for step in layout_of(vae).decoder(vae.decoder) if step.residual]
+    return {output_name(steps[0].level, step): _width(step) for step in steps if step.name.startswith("up_")}
+
+
+def output_name(top: int, step: Step) -> str:
+    """CAPM's name of a decoder's level, which is diffusers', by any step of it; `top` is the deepest."""
+    return f"up_blocks.{top - step.level}"
+
+
 def residual_widths(vae: Any) -> dict[str, int]:
     """Channels that each residual block of the decoder gives, by the names of STAM's blocks, in running order."""
     return {step.name: _width(step) for step in layout_of(vae).decoder(vae.decoder) if step.residual}
@@ -197,9 +215,6 @@ def _width(step: Step) -> int:
 
 # --- Where tiles lie ------------------------------------------------------------------------------------------------
 
-Box = tuple[Span, Span]
-"""Rows and columns."""
-
 
 def _needed(step: Step, out: Span, extent: int) -> Span:
     """What part of a step's input, `extent` long, `out` of its output depends on."""
@@ -210,6 +225,7 @@ def _needed(step: Step, out: Span, extent: int) -> Span:
         start, stop = 2 * out.start, 2 * out.stop + 1
     else:
         start, stop = out.start - step.reach, out.stop + step.reach
+        start, stop = start // step.window * step.window, -(-stop // step.window) * step.window
     return Span(max(start, 0), min(stop, extent))
 
 

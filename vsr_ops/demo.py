@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from .clip import FRAMES_PER_SCENE, HEIGHT, RATE, SCALE, SCENES, WIDTH, ground_truth, load_frames, shrunk, write_video
+from .job import Job
 from .metrics import color_drift, measure, table
-from .pipeline import Job, Parts, Progress, Settings, silent, upscale
+from .parts import Parts
+from .pipeline import Progress, Settings, silent, upscale
 from .resize import quantize8, resize_bicubic
-from .svd import SVD
+from .svd import Backbone
 from .video import Frame, made_info, open_writer, probe
 
 
@@ -23,7 +25,7 @@ def side_by_side(frames: list[Tensor]) -> Tensor:
 
 
 def run_demo(
-    model: SVD, folder: Path, settings: Settings, progress: Progress = silent, parts: Parts | None = None
+    model: Backbone, folder: Path, settings: Settings, progress: Progress = silent, parts: Parts | None = None
 ) -> str:
     """Writes input, result and comparisons into `folder`; returns the table of results against bicubic."""
     folder.mkdir(parents=True, exist_ok=True)

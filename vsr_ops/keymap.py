@@ -13,7 +13,7 @@ The original VAE has no `quant_conv`: its encoder's last convolution carries it,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ QUANT = VAE + "quant_conv."
 
 Config = Mapping[str, Any]
 Names = dict[str, str]
+#: Names in one residual block, by whether it has a shortcut, and in one transformer, by its depth.
+Resnet = Callable[[bool], Names]
+Transformer = Callable[[int], Names]
 
 _CONV_ATTENTION = re.compile(r"\.attn_1\.(q|k|v|proj_out)\.weight$")
 _WITH_ATTENTION = {
@@ -43,12 +46,12 @@ def has_attention(block_type: str) -> bool:
     return _WITH_ATTENTION[block_type]
 
 
-def _pairs(modules: Mapping[str, str]) -> Names:
+def pairs(modules: Mapping[str, str]) -> Names:
     """Weight and bias of each module."""
     return {f"{old}.{p}": f"{new}.{p}" for old, new in modules.items() for p in ("weight", "bias")}
 
 
-def _below(old: str, new: str, names: Mapping[str, str]) -> Names:
+def below(old: str, new: str, names: Mapping[str, str]) -> Names:
     return {f"{old}.{a}": f"{new}.{b}" for a, b in names.items()}
 
 
@@ -59,47 +62,53 @@ def _per_level(value: int | Sequence[int], levels: int) -> list[int]:
 # --- UNet ---------------------------------------------------------------------------------------------------
 
 _RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "out_layers.0": "norm2", "out_layers.3": "conv2"}
-_TIMED_RESNET = {**_RESNET, "emb_layers.1": "time_emb_proj"}
-_ATTENTIONS = [f"attn{n}.to_{p}.weight" for n in (1, 2) for p in "qkv"]
-_TRANSFORMER = ["norm1", "norm2", "norm3", "attn1.to_out.0", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2"]
+TIMED_RESNET = {**_RESNET, "emb_layers.1": "time_emb_proj"}
+ATTENTIONS = [f"attn{n}.to_{p}.weight" for n in (1, 2) for p in "qkv"]
+TRANSFORMER = ["norm1", "norm2", "norm3", "attn1.to_out.0", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 
 def _spatio_temporal_resnet(shortcut: bool) -> Names:
-    spatial = {**_TIMED_RESNET, **({"skip_connection": "conv_shortcut"} if shortcut else {})}
+    spatial = {**TIMED_RESNET, **({"skip_connection": "conv_shortcut"} if shortcut else {})}
     return {
-        **_pairs({old: f"spatial_res_block.{new}" for old, new in spatial.items()}),
-        **_pairs({f"time_stack.{old}": f"temporal_res_block.{new}" for old, new in _TIMED_RESNET.items()}),
+        **pairs({old: f"spatial_res_block.{new}" for old, new in spatial.items()}),
+        **pairs({f"time_stack.{old}": f"temporal_res_block.{new}" for old, new in TIMED_RESNET.items()}),
         "time_mixer.mix_factor": "time_mixer.mix_factor",
     }
 
 
 def _spatio_temporal_transformer(depth: int) -> Names:
-    names = _pairs({n: n for n in ("norm", "proj_in", "proj_out")})
-    names |= _pairs({"time_pos_embed.0": "time_pos_embed.linear_1", "time_pos_embed.2": "time_pos_embed.linear_2"})
+    names = pairs({n: n for n in ("norm", "proj_in", "proj_out")})
+    names |= pairs({"time_pos_embed.0": "time_pos_embed.linear_1", "time_pos_embed.2": "time_pos_embed.linear_2"})
     names["time_mixer.mix_factor"] = "time_mixer.mix_factor"
-    temporal = [*_TRANSFORMER, "norm_in", "ff_in.net.0.proj", "ff_in.net.2"]
+    temporal = [*TRANSFORMER, "norm_in", "ff_in.net.0.proj", "ff_in.net.2"]
     for layer in range(depth):
         for old, new, modules in (
-            ("transformer_blocks", "transformer_blocks", _TRANSFORMER),
+            ("transformer_blocks", "transformer_blocks", TRANSFORMER),
             ("time_stack", "temporal_transformer_blocks", temporal),
         ):
-            block = {**_pairs({n: n for n in modules}), **{n: n for n in _ATTENTIONS}}
-            names |= _below(f"{old}.{layer}", f"{new}.{layer}", block)
+            block = {**pairs({n: n for n in modules}), **{n: n for n in ATTENTIONS}}
+            names |= below(f"{old}.{layer}", f"{new}.{layer}", block)
     return names
 
 
 def unet_map(config: Config) -> Names:
     """Original names, with their prefix, to those of diffusers' UNetSpatioTemporalConditionModel."""
+    names = unet_names(config, has_attention, _spatio_temporal_resnet, _spatio_temporal_transformer)
+    embeddings = pairs({"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"})
+    return names | {UNET + old: new for old, new in embeddings.items()}
+
+
+def unet_names(config: Config, attends: Callable[[str], bool], resnet: Resnet, transformer: Transformer) -> Names:
+    """Original names, with their prefix, to diffusers', of a UNet made of such residual blocks and, in the blocks of
+    the types that `attends`, such transformers."""
     widths: list[int] = list(config["block_out_channels"])
     levels = len(widths)
     layers = _per_level(config["layers_per_block"], levels)
     depths = _per_level(config["transformer_layers_per_block"], levels)
-    names = _pairs(
+    names = pairs(
         {
             "time_embed.0": "time_embedding.linear_1",
             "time_embed.2": "time_embedding.linear_2",
-            "label_emb.0.0": "add_embedding.linear_1",
-            "label_emb.0.2": "add_embedding.linear_2",
             "input_blocks.0.0": "conv_in",
             "out.0": "conv_norm_out",
             "out.2": "conv_out",
@@ -110,41 +119,49 @@ def unet_map(config: Config) -> Names:
         new = f"down_blocks.{level}"
         for layer in range(layers[level]):
             shortcut = layer == 0 and widths[max(level - 1, 0)] != widths[level]
-            names |= _below(f"input_blocks.{index}.0", f"{new}.resnets.{layer}", _spatio_temporal_resnet(shortcut))
-            if has_attention(block_type):
-                block = _spatio_temporal_transformer(depths[level])
-                names |= _below(f"input_blocks.{index}.1", f"{new}.attentions.{layer}", block)
+            names |= below(f"input_blocks.{index}.0", f"{new}.resnets.{layer}", resnet(shortcut))
+            if attends(block_type):
+                block = transformer(depths[level])
+                names |= below(f"input_blocks.{index}.1", f"{new}.attentions.{layer}", block)
             index += 1
         if level < levels - 1:
-            names |= _pairs({f"input_blocks.{index}.0.op": f"{new}.downsamplers.0.conv"})
+            names |= pairs({f"input_blocks.{index}.0.op": f"{new}.downsamplers.0.conv"})
             index += 1
     for old, layer in ((0, 0), (2, 1)):
-        names |= _below(f"middle_block.{old}", f"mid_block.resnets.{layer}", _spatio_temporal_resnet(False))
-    names |= _below("middle_block.1", "mid_block.attentions.0", _spatio_temporal_transformer(depths[-1]))
-    names |= _up_blocks(widths, layers, depths, list(config["up_block_types"]))
+        names |= below(f"middle_block.{old}", f"mid_block.resnets.{layer}", resnet(False))
+    names |= below("middle_block.1", "mid_block.attentions.0", transformer(depths[-1]))
+    names |= _up_blocks(widths, layers, depths, list(config["up_block_types"]), attends, resnet, transformer)
     return {UNET + old: new for old, new in names.items()}
 
 
-def _up_blocks(widths: list[int], layers: list[int], depths: list[int], block_types: list[str]) -> Names:
+def _up_blocks(
+    widths: list[int],
+    layers: list[int],
+    depths: list[int],
+    block_types: list[str],
+    attends: Callable[[str], bool],
+    resnet: Resnet,
+    transformer: Transformer,
+) -> Names:
     names: Names = {}
     index = 0
-    below = widths[-1]
+    lower = widths[-1]
     for up, block_type in enumerate(block_types):
         level = len(widths) - 1 - up
         new = f"up_blocks.{up}"
         for layer in range(layers[level] + 1):
             last = layer == layers[level]
             skip = widths[max(level - 1, 0)] if last else widths[level]
-            shortcut = (below if layer == 0 else widths[level]) + skip != widths[level]
-            names |= _below(f"output_blocks.{index}.0", f"{new}.resnets.{layer}", _spatio_temporal_resnet(shortcut))
-            if has_attention(block_type):
-                block = _spatio_temporal_transformer(depths[level])
-                names |= _below(f"output_blocks.{index}.1", f"{new}.attentions.{layer}", block)
+            shortcut = (lower if layer == 0 else widths[level]) + skip != widths[level]
+            names |= below(f"output_blocks.{index}.0", f"{new}.resnets.{layer}", resnet(shortcut))
+            if attends(block_type):
+                block = transformer(depths[level])
+                names |= below(f"output_blocks.{index}.1", f"{new}.attentions.{layer}", block)
             if last and level > 0:
-                place = 2 if has_attention(block_type) else 1
-                names |= _pairs({f"output_blocks.{index}.{place}.conv": f"{new}.upsamplers.0.conv"})
+                place = 2 if attends(block_type) else 1
+                names |= pairs({f"output_blocks.{index}.{place}.conv": f"{new}.upsamplers.0.conv"})
             index += 1
-        below = widths[level]
+        lower = widths[level]
     return names
 
 
@@ -153,48 +170,52 @@ def _up_blocks(widths: list[int], layers: list[int], depths: list[int], block_ty
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
-def _vae_resnet(shortcut: bool) -> Names:
+def vae_resnet(shortcut: bool) -> Names:
+    """Names in a residual block of a picture VAE."""
     modules = {n: n for n in ("norm1", "conv1", "norm2", "conv2")}
-    return _pairs({**modules, **({"nin_shortcut": "conv_shortcut"} if shortcut else {})})
+    return pairs({**modules, **({"nin_shortcut": "conv_shortcut"} if shortcut else {})})
 
 
 def _vae_temporal_resnet(shortcut: bool) -> Names:
     return {
-        **{old: f"spatial_res_block.{new}" for old, new in _vae_resnet(shortcut).items()},
-        **_pairs({f"time_stack.{old}": f"temporal_res_block.{new}" for old, new in _RESNET.items()}),
+        **{old: f"spatial_res_block.{new}" for old, new in vae_resnet(shortcut).items()},
+        **pairs({f"time_stack.{old}": f"temporal_res_block.{new}" for old, new in _RESNET.items()}),
         "mix_factor": "time_mixer.mix_factor",
     }
 
 
 def vae_map(config: Config) -> Names:
     """Original names, with their prefix, to those of diffusers' AutoencoderKLTemporalDecoder."""
+    names = vae_names(config, _vae_temporal_resnet, config["layers_per_block"])
+    time = pairs({"decoder.conv_out.time_mix_conv": "decoder.time_conv_out"})
+    return names | {VAE + old: new for old, new in time.items()}
+
+
+def vae_names(config: Config, decoder_resnet: Resnet, decoder_middle: int) -> Names:
+    """Original names, with their prefix, to diffusers', of a VAE whose decoder has such residual blocks, and
+    `decoder_middle` of them in its middle."""
     widths: list[int] = list(config["block_out_channels"])
     layers: int = config["layers_per_block"]
     names: Names = {}
-    for side in ("encoder", "decoder"):
-        names |= _pairs({f"{side}.{n}": f"{side}.{n}" for n in ("conv_in", "conv_out")})
-        names |= _pairs({f"{side}.norm_out": f"{side}.conv_norm_out"})
-        names |= _below(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", _pairs(_VAE_ATTENTION))
-    names |= _pairs({"decoder.conv_out.time_mix_conv": "decoder.time_conv_out"})
-    for layer in range(2):
-        block = _vae_resnet(False)
-        names |= _below(f"encoder.mid.block_{layer + 1}", f"encoder.mid_block.resnets.{layer}", block)
-    for layer in range(layers):
-        block = _vae_temporal_resnet(False)
-        names |= _below(f"decoder.mid.block_{layer + 1}", f"decoder.mid_block.resnets.{layer}", block)
+    for side, resnet, middle in (("encoder", vae_resnet, 2), ("decoder", decoder_resnet, decoder_middle)):
+        names |= pairs({f"{side}.{n}": f"{side}.{n}" for n in ("conv_in", "conv_out")})
+        names |= pairs({f"{side}.norm_out": f"{side}.conv_norm_out"})
+        names |= below(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", pairs(_VAE_ATTENTION))
+        for layer in range(middle):
+            names |= below(f"{side}.mid.block_{layer + 1}", f"{side}.mid_block.resnets.{layer}", resnet(False))
     top = len(widths) - 1
     for level, width in enumerate(widths):
         down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{top - level}"
         for layer in range(layers):
-            block = _vae_resnet(layer == 0 and widths[max(level - 1, 0)] != width)
-            names |= _below(f"encoder.down.{level}.block.{layer}", f"{down}.resnets.{layer}", block)
+            block = vae_resnet(layer == 0 and widths[max(level - 1, 0)] != width)
+            names |= below(f"encoder.down.{level}.block.{layer}", f"{down}.resnets.{layer}", block)
         for layer in range(layers + 1):
-            block = _vae_temporal_resnet(layer == 0 and widths[min(level + 1, top)] != width)
-            names |= _below(f"decoder.up.{level}.block.{layer}", f"{up}.resnets.{layer}", block)
+            block = decoder_resnet(layer == 0 and widths[min(level + 1, top)] != width)
+            names |= below(f"decoder.up.{level}.block.{layer}", f"{up}.resnets.{layer}", block)
         if level < top:
-            names |= _pairs({f"encoder.down.{level}.downsample.conv": f"{down}.downsamplers.0.conv"})
+            names |= pairs({f"encoder.down.{level}.downsample.conv": f"{down}.downsamplers.0.conv"})
         if level > 0:
-            names |= _pairs({f"decoder.up.{level}.upsample.conv": f"{up}.upsamplers.0.conv"})
+            names |= pairs({f"decoder.up.{level}.upsample.conv": f"{up}.upsamplers.0.conv"})
     return {VAE + old: new for old, new in names.items()}
 
 
@@ -209,16 +230,16 @@ def clip_map(config: Config) -> Names:
         "positional_embedding": f"{embeddings}.position_embedding.weight",
         "conv1.weight": f"{embeddings}.patch_embedding.weight",
         "proj": "visual_projection.weight",
-        **_pairs({"ln_pre": "vision_model.pre_layrnorm", "ln_post": "vision_model.post_layernorm"}),
+        **pairs({"ln_pre": "vision_model.pre_layrnorm", "ln_post": "vision_model.post_layernorm"}),
     }
     layer_names = {
         "attn.in_proj_weight": "self_attn.*_proj.weight",
         "attn.in_proj_bias": "self_attn.*_proj.bias",
-        **_pairs({"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}),
-        **_pairs({"ln_1": "layer_norm1", "ln_2": "layer_norm2"}),
+        **pairs({"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}),
+        **pairs({"ln_1": "layer_norm1", "ln_2": "layer_norm2"}),
     }
     for layer in range(config["num_hidden_layers"]):
-        names |= _below(f"transformer.resblocks.{layer}", f"vision_model.encoder.layers.{layer}", layer_names)
+        names |= below(f"transformer.resblocks.{layer}", f"vision_model.encoder.layers.{layer}", layer_names)
     return {CLIP + old: new for old, new in names.items()}
 
 

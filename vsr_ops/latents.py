@@ -118,19 +118,30 @@ def decode_video(
     """
     if latents.ndim != 4 or latents.shape[0] == 0:
         raise SettingError(f"the latent has shape {tuple(latents.shape)}: expected (frames, 4, height, width)")
-    whole = (latents.shape[-2] * CELL, latents.shape[-1] * CELL)
+    return collect(decode_frames(vae, latents, chunk, cuts), latents, CELL, size, tick)
+
+
+def collect(
+    frames: Iterable[Tensor], latents: Tensor, cell: int, size: tuple[int, int] | None, tick: Callable[[int], None]
+) -> Tensor:
+    """The video `(n, c, height, width)` in [0, 1] of the frames that `latents` `(n, 4, h, w)` are decoded to, cropped
+    to `size`; a latent is `cell` pixels a side, and `tick` is told of every frame done.
+
+    Raises SettingError for a size that the latents do not cover, and for frames that hold NaN.
+    """
+    whole = (latents.shape[-2] * cell, latents.shape[-1] * cell)
     height, width = size or whole
-    if not (whole[0] - CELL * 8 < height <= whole[0] and whole[1] - CELL * 8 < width <= whole[1]):
+    if not all(max(side - cell * 8, 0) < wanted <= side for side, wanted in zip(whole, (height, width), strict=True)):
         raise SettingError(
             f"the latent is {whole[1]}x{whole[0]} pixels (width x height), the size to crop to {width}x{height}:"
             " expected the size that was encoded; give the reference that went into the conditioning"
         )
     out: Tensor | None = None
-    for i, frame in enumerate(decode_frames(vae, latents, chunk, cuts)):
+    for i, frame in enumerate(frames):
         if not bool(torch.isfinite(frame).all()):
             raise SettingError(f"frame {i + 1} decoded to NaN or infinity: run the VAE in float32, or check the latent")
         if out is None:
-            out = frame.new_empty((latents.shape[0], 3, height, width))
+            out = frame.new_empty((latents.shape[0], frame.shape[0], height, width))
         out[i] = frame[:, :height, :width].clamp(0, 1)
         tick(1)
     assert out is not None

@@ -71,13 +71,21 @@ def flicker(result: Tensor, truth: Tensor) -> Tensor:
     values: list[Tensor] = []
     for i in range(len(result) - 1):
         y, frames = luma(truth[i : i + 2].float()), result[i : i + 2].float()
-        change = (y[1:] - y[:1]).abs()
-        # Half a level more, since luma of 8-bit colours is not rounded.
-        static = F.max_pool2d(change, 5, stride=1, padding=2) <= STILL + 0.5 / 255
+        static = static_pixels(y)
         moved = (frames[1:] - frames[:1]).abs().mean(1, keepdim=True)
         enough = bool(static.float().mean() >= STATIC_SHARE)
         values.append(255 * moved[static].mean() if enough else moved.new_tensor(torch.nan))
     return _exact(torch.stack(values))
+
+
+def static_pixels(luma: Tensor) -> Tensor:
+    """Where nothing moves from each frame of `luma` (n, 1, h, w) to the next: (n - 1, 1, h, w), True or False.
+
+    In the 5x5 neighbourhood of such a pixel no value changes by more than STILL.
+    """
+    change = F.max_pool2d((luma[1:] - luma[:-1]).abs(), 5, stride=1, padding=2)
+    # Half a level more, since luma of 8-bit colours is not rounded.
+    return change <= STILL + 0.5 / 255
 
 
 def _check(result: Tensor, truth: Tensor) -> None:

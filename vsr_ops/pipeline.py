@@ -1,13 +1,14 @@
 """The main job without a host: a video in, DC-VSR's sampling over tiles, a larger video out.
 
-The input is read twice (to encode it, and as the colour reference), so that only its latents are ever held whole.
+The enlarged input is read several times (to encode it, and as the reference), from the disk: only its latents are ever
+held whole.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -17,19 +18,16 @@ from torch import Tensor
 
 from .align import ROUNDS, SHARE, align, check_strength
 from .color import COLOR, correct
-from .dcm import Enlarge
 from .errors import SettingError
 from .flow_field import Flow, check_fits, streamed_flow
 from .guidance import COND, Branch, Strength, gamma_at, guide, strength
-from .latents import CELL, decode_frames, encode_frames
+from .job import Enlarged, Job, scene_cuts
+from .latents import CELL, encode_frames
+from .parts import Parts, decoded, prompted, refined
 from .propagation import Call, Propagation, Step, TileRun, calls, gather_tiles, run_pass, step_at
-from .refiner import Refiner, refine_frames
-from .resize import resize_bicubic
-from .scenes import find_cuts
-from .svd import SIGMA_MAX, SIGMA_MIN, SVD, sigmas
+from .svd import SIGMA_MAX, SIGMA_MIN, Backbone, sigmas
 from .tiling import TilePlan, TileSize, plan_tiles
-from .upscale import upscale_frames
-from .video import Frame, VideoInfo, check_output, open_writer, read_frames
+from .video import Frame, check_output, open_writer
 
 #: (stage, done, total): called after every unit of work; raising stops the run.
 Progress = Callable[[str, int, int], None]
@@ -81,98 +79,60 @@ class Settings:
         check_strength(self.align, self.align_mode)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What stands around the diffusion: `enlarge` (a DCM; None is bicubic) before it, a refiner with its `w` after."""
-
-    enlarge: Enlarge | None = None
-    refiner: Refiner | None = None
-    w: float = 0.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """An input, the frames [start, stop) of it, and the sizes that follow."""
-
-    info: VideoInfo
-    start: int
-    stop: int
-    scale: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop <= self.info.frames:
-            raise SettingError(
-                f"frames {self.start}:{self.stop} of '{self.info.path}': it has {self.info.frames} frames;"
-                " expected A < B within them"
-            )
-
-    @property
-    def frames(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the result, in pixels."""
-        return max(1, round(self.info.height * self.scale)), max(1, round(self.info.width * self.scale))
-
-    def latent_size(self, factor: int) -> tuple[int, int]:
-        """Height and width of the padded latent, multiples of the UNet's factor."""
-        cell = CELL * factor
-        return (-(-self.size[0] // cell) * factor, -(-self.size[1] // cell) * factor)
-
-    def upscaled(self, enlarge: Enlarge | None = None) -> Iterator[Frame]:
-        """The LR frames at the result's size: by `enlarge`, if there is one, then bicubic; clamped, unpadded."""
-        for frame in read_frames(self.info, self.start, self.stop):
-            image = upscale_frames(frame.image[None], self.size, enlarge=enlarge)[0]
-            alpha = frame.alpha
-            if alpha is not None:
-                alpha = resize_bicubic(alpha[None], self.size)[0].clamp(0, 1)
-            yield Frame(image, alpha, frame.pts)
-
-
 def make_plan(job: Job, settings: Settings, tile: TileSize, factor: int, cuts: Sequence[int] = ()) -> TilePlan:
     """The tiles of a job; `tile` is the model's, used where the settings name none."""
     return plan_tiles(job.frames, *job.latent_size(factor), settings.tile or tile, settings.overlap, cuts, factor)
 
 
-def scene_cuts(job: Job) -> tuple[int, ...]:
-    """First frames of new scenes, counted from the job's first frame."""
-    return find_cuts(frame.image for frame in read_frames(job.info, job.start, job.stop))
+@dataclass(frozen=True)
+class Noise:
+    """A model's noise levels: `sigmas` of a number of steps, falling, with a final 0; `most` and `least` it knows."""
+
+    sigmas: Callable[[int], list[float]]
+    most: float
+    least: float
+
+    @classmethod
+    def of(cls, model: Backbone) -> Noise:
+        return cls(model.sigmas, model.sigma_max, model.sigma_min)
 
 
-def noise_schedule(settings: Settings) -> list[float]:
+SVD_NOISE = Noise(sigmas, SIGMA_MAX, SIGMA_MIN)
+
+
+def noise_schedule(settings: Settings, noise: Noise = SVD_NOISE) -> list[float]:
     """Falling sigmas with a final 0: all of them, or the last `steps` of a longer schedule at partial denoise."""
     if settings.steps == 0:
         return [0.0]
     total = max(settings.steps, int(settings.steps / settings.denoise))
-    return sigmas(total)[-(settings.steps + 1) :]
+    return noise.sigmas(total)[-(settings.steps + 1) :]
 
 
-def unet_calls(plan: TilePlan, settings: Settings) -> int:
+def unet_calls(plan: TilePlan, settings: Settings, noise: Noise = SVD_NOISE) -> int:
     """How many UNet calls `sample` makes: branches of each step's guidance times the batches of its tiles."""
     chosen = guide(settings.guidance)
     lagged, kinds = settings.propagation.sap_lagged, settings.propagation.kinds
     total = 0
-    for index, power in enumerate(strengths(settings)):
+    for index, power in enumerate(strengths(settings, noise)):
         batches = sum(1 for _ in calls(plan, step_at(index, kinds), COND, settings.batch, synchronous=not lagged))
         total += chosen.passes(power) * batches
     return total
 
 
-def strengths(settings: Settings) -> list[Strength]:
+def strengths(settings: Settings, noise: Noise = SVD_NOISE) -> list[Strength]:
     """The guidance's strengths at each step, gamma included."""
     power = strength(settings.guidance, settings.cfg, settings.guidance_scale)
-    schedule = noise_schedule(settings)
+    schedule = noise_schedule(settings, noise)
     if settings.steps == 0:
         return []
     # A partial schedule is a part of the model's own, so gamma starts lower there.
-    ends = (schedule[0], schedule[-2]) if settings.denoise == 1 else (SIGMA_MAX, SIGMA_MIN)
+    ends = (schedule[0], schedule[-2]) if settings.denoise == 1 else (noise.most, noise.least)
     return [replace(power, gamma=gamma_at(sigma, *ends, settings.rho)) for sigma in schedule[:-1]]
 
 
 @torch.no_grad()
 def sample(
-    model: SVD,
+    model: Backbone,
     lr: Tensor,
     plan: TilePlan,
     settings: Settings,
@@ -193,15 +153,16 @@ def sample(
     flow = _fitting(flow, lr, settings)
     # Older MPS cannot repeat a border in `grid_sample`.
     where = model.device if model.device.type == "cuda" else lr.device
-    chosen, schedule = guide(settings.guidance), noise_schedule(settings)
+    levels = Noise.of(model)
+    chosen, schedule, powers = guide(settings.guidance), noise_schedule(settings, levels), strengths(settings, levels)
     contexts = {True: model.context(None) if context is None else context, False: model.context(None)}
-    concats = {True: lr, False: torch.zeros_like(lr)}
+    concats = {True: lr, False: lr if model.always_sees_lr else torch.zeros_like(lr)}
     if noise is None:
         noise = torch.randn(lr.shape, generator=torch.Generator().manual_seed(settings.seed)).to(lr.device)
     first = schedule[0]
     x = noise * (first**2 + 1) ** 0.5 if settings.denoise == 1 else lr * model.scaling_factor + noise * first
     run = TileRun(plan, settings.propagation)
-    for index, ((sigma, following), power) in enumerate(zip(pairwise(schedule), strengths(settings), strict=True)):
+    for index, ((sigma, following), power) in enumerate(zip(pairwise(schedule), powers, strict=True)):
         step = step_at(index, settings.propagation.kinds)
 
         def evaluate(x: Tensor, branch: Branch, call: Call, sigma: float = sigma) -> Tensor:
@@ -222,7 +183,7 @@ def sample(
 
 
 def upscale(
-    model: SVD,
+    model: Backbone,
     job: Job,
     output: Path,
     settings: Settings,
@@ -240,31 +201,37 @@ def upscale(
     parts = parts or Parts()
     cuts = scene_cuts(job) if cuts is None else cuts
     plan = make_plan(job, settings, model.tile, model.factor, cuts)
-    flow = _latent_flow(job, settings, plan, parts, cuts, progress)
-    lr = torch.empty(job.frames, 4, plan.height, plan.width)
-    pictures = (frame.image for frame in job.upscaled(parts.enlarge))
-    progress("encode", 0, job.frames)
-    for i, z in enumerate(encode_frames(model, pictures, plan.height, plan.width)):
-        lr[i] = z
-        progress("encode", i + 1, job.frames)
-    calls_done = count(1)
-    total = unet_calls(plan, settings)
-    context = model.context(next(job.upscaled(parts.enlarge)).image[None]) if model.image_encoder is not None else None
-    result = sample(
-        model, lr, plan, settings, context, tick=lambda _: progress("sample", next(calls_done), total), flow=flow
-    )
-    height, width = job.size
-    progress("decode", 0, job.frames)
-    decoded = decode_frames(model, result / model.scaling_factor, model.tile.frames, cuts)
-    pairs = (
-        (frame[:, :height, :width].clamp(0, 1), reference)
-        for frame, reference in zip(decoded, job.upscaled(parts.enlarge), strict=True)
-    )
-    with open_writer(output, job.info, size=job.size, codec=codec, overwrite=overwrite) as writer:
-        for i, (frame, reference) in enumerate(_refined(parts, pairs, cuts)):
-            image = correct(settings.color, frame[None], reference.image[None])[0].clamp(0, 1)
-            writer.write(Frame(image, reference.alpha, reference.pts))
-            progress("decode", i + 1, job.frames)
+    with closing(Enlarged(job, parts.enlarge, output.parent)) as upscaled:
+        flow = _latent_flow(job, settings, plan, upscaled, cuts, progress)
+        lr = torch.empty(job.frames, 4, plan.height, plan.width)
+        progress("encode", 0, job.frames)
+        for i, z in enumerate(encode_frames(model, (frame.image for frame in upscaled()), plan.height, plan.width)):
+            lr[i] = z
+            progress("encode", i + 1, job.frames)
+        levels = None if parts.prompts is None else parts.prompts.levels(job)
+        context = model.context(next(upscaled()).image[None]) if model.image_encoder is not None else None
+        calls_done, total = count(1), unet_calls(plan, settings, Noise.of(model))
+        with prompted(model, parts.prompts, levels):
+            result = sample(
+                model,
+                lr,
+                plan,
+                settings,
+                context,
+                tick=lambda _: progress("sample", next(calls_done), total),
+                flow=flow,
+            )
+        progress("decode", 0, job.frames)
+        pictures = decoded(model, result / model.scaling_factor, parts, levels, upscaled, job.size, cuts)
+        pairs = (
+            (frame[:, : job.size[0], : job.size[1]].clamp(0, 1), reference)
+            for frame, reference in zip(pictures, upscaled(), strict=True)
+        )
+        with open_writer(output, job.info, size=job.size, codec=codec, overwrite=overwrite) as writer:
+            for i, (frame, reference) in enumerate(refined(parts, pairs, cuts)):
+                image = correct(settings.color, frame[None], reference.image[None])[0].clamp(0, 1)
+                writer.write(Frame(image, reference.alpha, reference.pts))
+                progress("decode", i + 1, job.frames)
 
 
 def _fitting(flow: Flow | None, lr: Tensor, settings: Settings) -> Flow | None:
@@ -280,7 +247,7 @@ def _fitting(flow: Flow | None, lr: Tensor, settings: Settings) -> Flow | None:
 
 
 def _latent_flow(
-    job: Job, settings: Settings, plan: TilePlan, parts: Parts, cuts: Sequence[int], progress: Progress
+    job: Job, settings: Settings, plan: TilePlan, upscaled: Enlarged, cuts: Sequence[int], progress: Progress
 ) -> Flow | None:
     """The flow of the upscaled input at the latents' size, where alignment asks for it."""
     if settings.align == 0 or settings.steps == 0:
@@ -290,7 +257,7 @@ def _latent_flow(
         return None
     pairs, done = job.frames - 1, count(1)
     progress("flow", 0, pairs)
-    pictures = (frame.image for frame in job.upscaled(parts.enlarge))
+    pictures = (frame.image for frame in upscaled())
     return streamed_flow(
         pictures,
         job.frames,
@@ -300,20 +267,3 @@ def _latent_flow(
         SHARE,
         lambda _: progress("flow", next(done), pairs),
     )
-
-
-def _refined(
-    parts: Parts, pairs: Iterator[tuple[Tensor, Frame]], cuts: Sequence[int]
-) -> Iterator[tuple[Tensor, Frame]]:
-    """Decoded frames refined, each with its reference; as they are without a refiner."""
-    if parts.refiner is None:
-        return pairs
-    waiting: deque[Frame] = deque()
-
-    def noted() -> Iterator[tuple[Tensor, Tensor]]:
-        for frame, reference in pairs:
-            waiting.append(reference)
-            yield frame, reference.image
-
-    frames = refine_frames(parts.refiner, noted(), parts.w, cuts)
-    return ((frame, waiting.popleft()) for frame in frames)

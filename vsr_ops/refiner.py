@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from .blocks import ResidualBlock
 from .errors import CheckpointError, SettingError
 from .flow import SMALLEST, dis_flow, visibility, warp
 from .module_file import fill, read_module, write_module
@@ -23,8 +24,6 @@ KIND = "refiner"
 LITE_REFINER = Path(__file__).parent / "weights" / "refiner_lite.safetensors"
 #: Pixels a side of what goes through at once; a margin of the network's reach makes the seams exact.
 TILE = 512
-
-
 #: Frames that are refined together, beside their neighbours.
 CHUNK = 8
 
@@ -39,16 +38,6 @@ class RefinerShape:
     blocks: int = 5
     mixes: int = 2
     follows: bool = False
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(torch.relu(self.conv1(x)))
 
 
 class _Mix(nn.Module):
@@ -74,7 +63,7 @@ class Refiner(nn.Module):
         self.shape = shape or RefinerShape()
         width = self.shape.width
         self.enter = nn.Conv2d(48 if self.shape.follows else 24, width, 3, padding=1)
-        self.body = nn.ModuleList(_Block(width) for _ in range(self.shape.blocks))
+        self.body = nn.ModuleList(ResidualBlock(width) for _ in range(self.shape.blocks))
         self.mix = nn.ModuleList(_Mix(width) for _ in range(self.shape.mixes))
         self.leave = nn.Conv2d(width, 12, 3, padding=1)
         nn.init.zeros_(self.leave.weight)
@@ -112,14 +101,30 @@ def neighbours(video: Tensor) -> Tensor:
     Both are brought onto the frame along DIS flow, and the frame is taken away; 0 where they do not show what it shows,
     at the scene's ends, and for frames too small for a flow.
     """
-    around = torch.zeros(video.shape[0], 6, *video.shape[-2:], device=video.device)
+    return _around(_between(video))
+
+
+def _between(video: Tensor) -> Tensor:
+    """Of frames `(n, 3, h, w)` and those after them, `(n - 1, 6, h, w)`: what the first adds to the second, and what
+    the second adds to the first. As `neighbours`, but frame pair by frame pair."""
     if video.shape[0] < 2 or min(video.shape[-2:]) < SMALLEST:
-        return around.to(video.dtype)
+        return video.new_zeros(max(video.shape[0] - 1, 0), 6, *video.shape[-2:])
     now, after = video[:-1].float(), video[1:].float()
     forward, backward = dis_flow(now, after), dis_flow(after, now)
-    around[1:, :3] = (warp(now, backward) - after) * visibility(backward, forward)
-    around[:-1, 3:] = (warp(after, forward) - now) * visibility(forward, backward)
-    return around.to(video.dtype)
+    to_after = (warp(now, backward) - after) * visibility(backward, forward)
+    to_now = (warp(after, forward) - now) * visibility(forward, backward)
+    return torch.cat([to_after, to_now], 1).to(video.dtype)
+
+
+def _continued(between: Tensor, video: Tensor) -> Tensor:
+    """`_between(video)`, of which the first pairs are known."""
+    return torch.cat([between, _between(video[len(between) :])])
+
+
+def _around(between: Tensor) -> Tensor:
+    """Frame by frame what `_between` says pair by pair: `(n - 1, 6, h, w)` to `(n, 6, h, w)`."""
+    nothing = between.new_zeros(1, 3, *between.shape[-2:])
+    return torch.cat([torch.cat([nothing, between[:, :3]]), torch.cat([between[:, 3:], nothing])], 1)
 
 
 def check_w(w: float) -> None:
@@ -134,40 +139,46 @@ def refine_frames(
 ) -> Iterator[Tensor]:
     """Refined frames `(3, h, w)` in [0, 1] of pairs (decoded, upscaled), one by one; no frame sees past a cut.
 
-    Holds a chunk of frames and the neighbours it needs; the result does not depend on the chunks. Raises SettingError
-    for `w` outside [0, 1].
+    Holds a chunk of frames and the neighbours it needs; the result does not depend on the chunks. The flow between two
+    frames is estimated once. Raises SettingError for `w` outside [0, 1].
     """
     check_w(w)
     margin, starts = model.frames, {0, *cuts}
     held: list[tuple[Tensor, Tensor]] = []
+    between: Tensor | None = None
     lead = 0
 
     def flush(last: bool) -> Iterator[Tensor]:
+        nonlocal between
         stop = len(held) if last else len(held) - margin
         if stop > lead:
             decoded, upscaled = (torch.stack(list(side)) for side in zip(*held, strict=True))
-            yield from _in_tiles(model, decoded, upscaled, w)[lead:stop]
+            if model.shape.follows:
+                between = _between(upscaled) if between is None else _continued(between, upscaled)
+            yield from _in_tiles(model, decoded, upscaled, between, w)[lead:stop]
 
     for index, pair in enumerate(pairs):
         if index in starts and held:
             yield from flush(last=True)
-            held, lead = [], 0
+            held, between, lead = [], None, 0
         held.append(pair)
         if len(held) == lead + CHUNK + margin:
             yield from flush(last=False)
-            held = held[CHUNK + lead - min(margin, lead + CHUNK) :]
-            lead = min(margin, lead + CHUNK)
+            gone = CHUNK + lead - min(margin, lead + CHUNK)
+            held, lead = held[gone:], min(margin, lead + CHUNK)
+            between = None if between is None else between[gone:].clone()
     yield from flush(last=True)
 
 
-def _in_tiles(model: Refiner, decoded: Tensor, upscaled: Tensor, w: float) -> Tensor:
-    """Frames of one scene `(frames, 3, h, w)`, refined tile by tile."""
+def _in_tiles(model: Refiner, decoded: Tensor, upscaled: Tensor, between: Tensor | None, w: float) -> Tensor:
+    """Frames of one scene `(frames, 3, h, w)`, refined tile by tile; `between` as `_between`, for one that follows."""
     out = torch.empty_like(upscaled)
     parameter = next(model.parameters())
-    given = [decoded, upscaled, neighbours(upscaled)] if model.shape.follows else [decoded, upscaled]
     for rows in cores(out.shape[-2], TILE, model.reach):
         for cols in cores(out.shape[-1], TILE, model.reach):
-            part = [x[..., rows.outer, cols.outer] for x in given]
+            part = [x[..., rows.outer, cols.outer] for x in (decoded, upscaled)]
+            if between is not None:
+                part.append(_around(between[..., rows.outer, cols.outer]))
             pad = (0, part[0].shape[-1] % 2, 0, part[0].shape[-2] % 2)
             even = [nn.functional.pad(x, pad, mode="replicate").to(parameter) for x in part]
             added = model(*even)[..., rows.inner, cols.inner].to(out)

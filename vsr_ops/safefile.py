@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -100,12 +100,12 @@ def _stand_ins() -> list[Any]:
     return [type(name, (_Nothing,), {"__module__": module}) for module, _, name in named]
 
 
-def read_pickle(path: Path, wanted: re.Pattern[str]) -> dict[str, Tensor]:
-    """Those tensors of a pickled state dict, float32 on the CPU, in whose keys `wanted` is found.
+def read_pickle(path: Path, wanted: re.Pattern[str], under: Sequence[str] = ("state_dict",)) -> dict[str, Tensor]:
+    """Those tensors of a pickled state dict on the CPU in whose keys `wanted` is found; floating ones in float32.
 
-    The state dict may be the file's whole content or its `state_dict`. It is read with weights_only=True, always:
-    nothing in it can run. Raises CheckpointError for a file that would need to run something, is damaged, holds no
-    state dict, or whose wanted tensors are not finite.
+    The state dict may be the file's whole content, or stand there `under` a name: the first of these that there is. It
+    is read with weights_only=True, always: nothing in it can run. Raises CheckpointError for a file that would need to
+    run something, is damaged, holds no state dict, or whose wanted tensors are not finite.
     """
     try:
         with torch.serialization.safe_globals(_stand_ins()):
@@ -114,14 +114,15 @@ def read_pickle(path: Path, wanted: re.Pattern[str]) -> dict[str, Tensor]:
         what = f"{path}: not a pickle of tensors alone: {first_line(error)}"
         raise CheckpointError(f"{what}; expected a state dict, get the file again, or as .safetensors") from error
     if isinstance(stored, dict):
-        stored = cast("dict[str, Any]", stored).get("state_dict", stored)
+        names = cast("dict[str, Any]", stored)
+        stored = next((names[name] for name in under if name in names), names)
     if not isinstance(stored, dict):
         what = f"{path}: a pickled {type(stored).__name__}, expected a state dict"
         raise CheckpointError(f"{what}; give the file of the module")
     tensors: dict[str, Tensor] = {}
     for key, value in cast("dict[Any, Any]", stored).items():
         if isinstance(key, str) and isinstance(value, Tensor) and wanted.search(key):
-            tensors[key] = value.float()
+            tensors[key] = value.float() if value.is_floating_point() else value
             refuse_not_finite(path, key, tensors[key], value)
     return tensors
 

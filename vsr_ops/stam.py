@@ -20,6 +20,8 @@ from .errors import CheckpointError, SettingError
 from .module_file import fill, read_module, write_module
 
 KIND = "stam"
+#: The weights that come with the pack, made for its lite SVD's VAE.
+LITE_STAM = Path(__file__).parent / "weights" / "stam_lite.safetensors"
 #: Positions that attend at once: CUDA's kernels take no more than 65535 sequences, and memory stays flat.
 POSITIONS = 8192
 
@@ -100,8 +102,8 @@ class STAM(nn.Module):
 
 
 def load_stam(path: Path | str, device: torch.device | str = "cpu") -> STAM:
-    """The STAM at `path`, float32. Raises CheckpointError."""
-    file = Path(path)
+    """The STAM at `path` ("lite": the bundled one), float32. Raises CheckpointError."""
+    file = LITE_STAM if str(path) == "lite" else Path(path)
     stored = read_module(file, KIND)
     try:
         config: dict[str, Any] = dict(stored.config)

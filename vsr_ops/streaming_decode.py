@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, product
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from .capm import CAPM, Place, check_hint, check_strength
 from .cfw import CFW, check_w
 from .decode_layout import (
     Box,
@@ -39,13 +40,16 @@ from .decode_layout import (
     magnified,
     mosaic_index,
     needed_boxes,
+    output_name,
+    output_widths,
     pick,
     residual_widths,
     resized,
 )
+from .decode_prompts import Prompts
 from .decode_statistics import Statistics
 from .errors import SettingError
-from .latents import VAE_OVERLAP, VAE_TILE, pad_to
+from .latents import VAE_OVERLAP, VAE_TILE, collect, pad_to
 from .stam import STAM
 from .tiling import Span, spans
 
@@ -54,6 +58,15 @@ CHUNK = 14
 #: Passes end when no group's mean or deviation moves by more than this share of the deviation: 4 or 5 passes, and a
 #: picture within 1e-3 of that of one pass. At 1e-2 it is about a pass less, and within 2/255.
 TOLERANCE = 1e-3
+
+class Video(Protocol):
+    """Frames `(n, 3, H, W)` in [0, 1], asked for by slices in their order: a tensor, or what reads them by then."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __getitem__(self, frames: slice, /) -> Tensor: ...
+
 
 Features = Mapping[int, Tensor]
 """What the encoder makes of the reference, by level: 0 is the picture's resolution, 1 half of it ..."""
@@ -65,12 +78,14 @@ def _walk(
     boxes: Sequence[Box],
     features: Features,
     statistics: Statistics,
+    extent: tuple[int, int],
     own: Box | None = None,
     taps: Mapping[int, Box] | None = None,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """One tile through `steps`: what comes out over the last of `boxes`, and the features over `taps`.
 
-    `own` is the part of the picture that is this tile's alone, for the statistics to be gathered from.
+    `extent` is the whole picture's size, `own` the part of it that is this tile's alone, for the statistics to be
+    gathered from.
     """
     tapped: dict[int, Tensor] = {}
     for index, step in enumerate(steps):
@@ -83,7 +98,11 @@ def _walk(
                 slice(o.start - h.start, o.stop - h.start) for o, h in zip(at_level(own, step.level), have, strict=True)
             )
             statistics.inner = (rows, cols)
-        x = step.run(x) if step.fuse is None else step.fuse(features[step.level], x)
+        if step.placed is not None:
+            place = Place(have[0].start, have[1].start, extent[0] >> step.level, extent[1] >> step.level)
+            x = step.placed(x, place, None if own is None else at_level(own, step.level))
+        else:
+            x = step.run(x) if step.fuse is None else step.fuse(features[step.level], x)
         rows, cols = (resized(span, step.resize) for span in have)
         x = crop(x, (rows, cols), boxes[index + 1])
     return x, tapped
@@ -100,6 +119,7 @@ class _Decoder:
     tile: int
     tolerance: float
     alive: Callable[[], None]
+    prompts: Prompts | None = None
 
     def __post_init__(self) -> None:
         self.of_tail, self.of_encoder = Statistics(self.tail), Statistics(self.encoder)
@@ -109,6 +129,8 @@ class _Decoder:
     def forget(self) -> None:
         """A new scene: nothing is known of its statistics."""
         self.of_tail.offset, self.of_encoder.offset = {}, {}
+        if self.prompts is not None:
+            self.prompts.offset = {}
 
     def _begin(self, latents: Tensor) -> Tensor:
         """All frames through `head`, kept where the latents are."""
@@ -145,24 +167,36 @@ class _Decoder:
                 self.of_tail,
                 lambda: self._tile(mosaic, seen, (rows, cols), size),
                 lambda: [self._put(out, tile, self._tile(z, reference, tile, extent)) for tile in tiles],
+                self.prompts,
             )
-        self.of_tail.lend()
-        self.of_encoder.lend()
+        for known in (self.of_tail, self.of_encoder, self.prompts):
+            if known is not None:
+                known.lend()
         return out
 
     @property
     def _channels(self) -> int:
         return next(int(part.out_channels) for part in self.tail[-1].modules if isinstance(part, nn.Conv2d))
 
-    def _passes(self, statistics: Statistics, sketch: Callable[[], object], run: Callable[[], object]) -> None:
+    def _passes(
+        self,
+        statistics: Statistics,
+        sketch: Callable[[], object],
+        run: Callable[[], object],
+        prompts: Prompts | None = None,
+    ) -> None:
         """Runs until the statistics stand still; at the latest when the last norm's are exact."""
+        gathered: list[Statistics | Prompts] = [statistics] if prompts is None else [statistics, prompts]
+        unknown = len(statistics.norms) + (0 if prompts is None else len(prompts.model.shape.widths))
         with statistics.applied():
-            for _ in range(len(statistics.norms) + 1):
-                statistics.sketching = True
+            for _ in range(unknown + 1):
+                for part in gathered:
+                    part.sketching = True
                 sketch()
-                statistics.sketching = False
+                for part in gathered:
+                    part.sketching = False
                 run()
-                if statistics.settle() <= self.tolerance:
+                if max([part.settle() for part in gathered]) <= self.tolerance:
                     return
 
     def _put(self, out: Tensor, tile: Box, x: Tensor) -> None:
@@ -180,18 +214,19 @@ class _Decoder:
             features = self._features(reference, fused, extent)
         rows, cols = boxes[0]
         x = z[..., rows.slice, cols.slice].to(self.parameter)
-        return _walk(self.tail, x, boxes, features, self.of_tail, tile if gather else None)[0]
+        return _walk(self.tail, x, boxes, features, self.of_tail, extent, tile if gather else None)[0]
 
     def _see(self, reference: Tensor, tile: Box, extent: tuple[int, int]) -> None:
         """One tile of the reference, for the encoder's statistics."""
         self.alive()
         boxes = needed_boxes(self.encoder, at_level(tile, self.encoder[-1].level), extent)
-        _walk(self.encoder, self._cut(reference, boxes[0]), boxes, {}, self.of_encoder, tile)
+        _walk(self.encoder, self._cut(reference, boxes[0]), boxes, {}, self.of_encoder, extent, tile)
 
     def _features(self, reference: Tensor, taps: Mapping[int, Box], extent: tuple[int, int]) -> Features:
         deepest = self.encoder[-1].level
         boxes = needed_boxes(self.encoder, taps[deepest], extent, taps)
-        last, features = _walk(self.encoder, self._cut(reference, boxes[0]), boxes, {}, self.of_encoder, taps=taps)
+        x = self._cut(reference, boxes[0])
+        last, features = _walk(self.encoder, x, boxes, {}, self.of_encoder, extent, taps=taps)
         return {**features, deepest: last}
 
     def _cut(self, reference: Tensor, box: Box) -> Tensor:
@@ -199,7 +234,14 @@ class _Decoder:
 
 
 def _assemble(
-    vae: Any, tile: int, stam: STAM | None, cfw: CFW | None, w: float, tolerance: float, alive: Callable[[], None]
+    vae: Any,
+    tile: int,
+    stam: STAM | None,
+    cfw: CFW | None,
+    w: float,
+    prompts: Prompts | None,
+    tolerance: float,
+    alive: Callable[[], None],
 ) -> _Decoder:
     layout = layout_of(vae)
     steps: list[Step] = []
@@ -213,6 +255,11 @@ def _assemble(
             fuse = partial(cfw.fuse, step.level, w=w)
             modules = (cfw.layer(step.level),)
             steps.append(Step(f"fuse_{step.level}", modules, lambda x: x, step.level, fuse=fuse))
+        if prompts is not None and (step.resize or index == len(plain) - 2):
+            name = output_name(plain[0].level, step)
+            # One that does not act would only widen the margins, and so the rounding.
+            if name in prompts.model.shape.widths and prompts.model.acts(name):
+                steps.append(prompts.step(name, step.level - step.resize))
     split = next((index for index, step in enumerate(steps) if step.resize), len(steps) - 1)
     encoder: list[Step] = []
     if cfw is not None:
@@ -220,7 +267,7 @@ def _assemble(
         all_steps = layout.encoder(vae.encoder)
         last = max(index for index, step in enumerate(all_steps) if step.residual and step.level == deepest)
         encoder = all_steps[: last + 1]
-    return _Decoder(vae, steps[:split], steps[split:], encoder, tile, tolerance, alive)
+    return _Decoder(vae, steps[:split], steps[split:], encoder, tile, tolerance, alive, prompts)
 
 
 def stream_decode(
@@ -228,10 +275,13 @@ def stream_decode(
     latents: Tensor,
     cuts: Sequence[int] = (),
     *,
-    reference: Tensor | None = None,
+    reference: Video | None = None,
     cfw: CFW | None = None,
     w: float = 0.75,
     stam: STAM | None = None,
+    capm: CAPM | None = None,
+    levels: Tensor | None = None,
+    strength: float = 1.0,
     chunk: int = CHUNK,
     tile: int = VAE_TILE,
     tolerance: float = TOLERANCE,
@@ -242,13 +292,15 @@ def stream_decode(
     `vae` is diffusers' or a host's autoencoder module. Where frames see each other (SVD's decoder, or `stam`), they go
     in fixed chunks of `chunk` that overlap by a quarter and are blended, none across a cut; else one by one. Tiles are
     of at most `tile` latents a side. `cfw` mixes in what the encoder makes of `reference`, a video `(n, 3, H, W)` in
-    [0, 1] of the picture's size or up to one latent smaller; w = 0 is the decoder without it. `alive` is called before
-    every tile and may raise to end the work.
+    [0, 1] of the picture's size or up to one latent smaller; w = 0 is the decoder without it. `capm` is told the
+    frames' compression `levels` `(n,)`, NaN where unknown: there it reads them in the whole frame's features; strength
+    0 is the decoder without it. `alive` is called before every tile and may raise to end the work.
 
-    Raises SettingError for a `w` outside [0, 1], a missing or unfitting reference, modules made for another backbone
-    or other widths, and a VAE of no known layout.
+    Raises SettingError for a `w` outside [0, 1], a `strength` outside [0, 2], a missing or unfitting reference, levels
+    that are not one a frame, modules made for another backbone or other widths, and a VAE of no known layout.
     """
     check_w(w)
+    check_strength(strength)
     if latents.ndim != 4 or latents.shape[0] == 0:
         raise SettingError(f"the latent has shape {tuple(latents.shape)}: expected (frames, 4, height, width)")
     if tile < 1 or chunk < 1:
@@ -259,11 +311,16 @@ def stream_decode(
         cfw = reference = None
     else:
         cfw.check_fits(backbone_of(vae), level_widths(vae))
-    decoder = _assemble(vae, tile, stam, cfw, w, tolerance, alive)
+    prompts: Prompts | None = None
+    if capm is not None and strength != 0:
+        capm.check_fits(f"{backbone_of(vae)}-vae", output_widths(vae))
+        _check_levels(latents, levels)
+        prompts = Prompts(capm, strength)
+    decoder = _assemble(vae, tile, stam, cfw, w, prompts, tolerance, alive)
     if cfw is not None:
         _check_reference(latents, reference, decoder.cell)
     together = stam is not None or is_temporal(vae.decoder)
-    return _stream(decoder, latents, reference, cuts, chunk if together else 1)
+    return _stream(decoder, latents, reference, levels, cuts, chunk if together else 1)
 
 
 def stream_video(
@@ -278,27 +335,21 @@ def stream_video(
 
     Raises SettingError as `stream_decode`, for latents that hold NaN, and for a size that they do not cover.
     """
-    frames, cell = stream_decode(vae, latents, cuts, **settings), cell_of(vae)
-    whole = (latents.shape[-2] * cell, latents.shape[-1] * cell)
-    height, width = size or whole
-    if not all(max(side - cell * 8, 0) < wanted <= side for side, wanted in zip(whole, (height, width), strict=True)):
+    return collect(stream_decode(vae, latents, cuts, **settings), latents, cell_of(vae), size, tick)
+
+
+def _check_levels(latents: Tensor, levels: Tensor | None) -> None:
+    if levels is None:
+        return
+    check_hint(levels)
+    if levels.shape[0] != latents.shape[0]:
         raise SettingError(
-            f"the latent is {whole[1]}x{whole[0]} pixels (width x height), the size to crop to {width}x{height}:"
-            " expected the size that was encoded; give the reference that went into the conditioning"
+            f"levels are {levels.shape[0]} compression levels, the latent is of {latents.shape[0]} frames: expected one"
+            " a frame; estimate them on the video that was upscaled"
         )
-    out: Tensor | None = None
-    for i, frame in enumerate(frames):
-        if not bool(torch.isfinite(frame).all()):
-            raise SettingError(f"frame {i + 1} decoded to NaN or infinity: run the VAE in float32, or check the latent")
-        if out is None:
-            out = frame.new_empty((latents.shape[0], frame.shape[0], height, width))
-        out[i] = frame[:, :height, :width].clamp(0, 1)
-        tick(1)
-    assert out is not None
-    return out
 
 
-def _check_reference(latents: Tensor, reference: Tensor | None, cell: int) -> None:
+def _check_reference(latents: Tensor, reference: Video | None, cell: int) -> None:
     if reference is None:
         raise SettingError("CFW needs a reference: give the upscaled video that was encoded, or set w to 0")
     sides = [(cell * (z - 1), cell * z) for z in latents.shape[-2:]]
@@ -312,7 +363,12 @@ def _check_reference(latents: Tensor, reference: Tensor | None, cell: int) -> No
 
 @torch.no_grad()
 def _stream(
-    decoder: _Decoder, latents: Tensor, reference: Tensor | None, cuts: Sequence[int], chunk: int
+    decoder: _Decoder,
+    latents: Tensor,
+    reference: Video | None,
+    levels: Tensor | None,
+    cuts: Sequence[int],
+    chunk: int,
 ) -> Iterator[Tensor]:
     for first, end in pairwise([0, *cuts, latents.shape[0]]):
         decoder.forget()
@@ -322,6 +378,8 @@ def _stream(
             frames = slice(first + window.start, first + window.stop)
             z = latents[frames]
             seen = None if reference is None else _padded(reference[frames], z, decoder.cell)
+            if decoder.prompts is not None:
+                decoder.prompts.hint = None if levels is None else levels[frames]
             out = decoder(z, seen)
             if held is not None:
                 # Linear cross-fade over the frames both chunks hold.

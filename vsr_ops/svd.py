@@ -1,15 +1,17 @@
 """Stable Video Diffusion without a host, on diffusers' own classes, with our self-attention in its spatial layers.
 
-Frames are `(frames, 3, h, w)` RGB in [0, 1], latents `(frames, 4, h/8, w/8)`; noise levels are EDM sigmas.
+`Backbone` is what it shares with Stable Diffusion (sd.py). Frames are `(frames, 3, h, w)` RGB in [0, 1], latents
+`(frames, 4, h/8, w/8)`; noise levels are EDM sigmas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -56,7 +58,7 @@ def find_layers(unet: nn.Module) -> dict[str, Layer]:
 class PatchedAttention:
     """diffusers' attention processor for one spatial self-attention layer: projections, then `attend`."""
 
-    def __init__(self, model: SVD, layer: Layer) -> None:
+    def __init__(self, model: Backbone, layer: Layer) -> None:
         self._model = model
         self._layer = layer
 
@@ -65,13 +67,15 @@ class PatchedAttention:
             rearrange(project(hidden_states), "b n (h d) -> b h n d", h=attn.heads)
             for project in (attn.to_q, attn.to_k, attn.to_v)
         )
+        if attn.upcast_attention:  # SD 2.1's logits overflow float16
+            q, k, v = q.float(), k.float(), v.float()
         active = self._model.active
         if active is None:
             out = plain(q, k, v, None, 1)
         else:
             run, call = active
             out = run.attend(call, self._layer, q, k, v)
-        return attn.to_out[1](attn.to_out[0](rearrange(out, "b h n d -> b n (h d)")))
+        return attn.to_out[1](attn.to_out[0](rearrange(out, "b h n d -> b n (h d)").to(hidden_states.dtype)))
 
 
 class OneTokenAttention:
@@ -92,19 +96,22 @@ class OneTokenAttention:
 
 
 @dataclass
-class SVD:
-    """A loaded model. `active` is the run and call that the attention layers serve; None outside `serving`.
+class Backbone(ABC):
+    """A loaded UNet and VAE. `active` is the run and call that the attention layers serve; None outside `serving`.
 
-    Takes over the UNet's attention processors: one UNet belongs to one SVD.
+    Takes over the UNet's attention processors: one UNet belongs to one Backbone.
     """
 
-    unet: UNetSpatioTemporalConditionModel
-    vae: AutoencoderKLTemporalDecoder
+    unet: Any
+    vae: Any
     image_encoder: Any
     tile: TileSize
     device: torch.device
     dtype: torch.dtype
     active: tuple[TileRun, Call] | None = None
+
+    #: Whether CFG's branch without a condition sees the LR latents too.
+    always_sees_lr: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         layers = find_layers(self.unet)
@@ -123,6 +130,25 @@ class SVD:
         """By how much the UNet shrinks a latent: tiles and frames must be multiples of it."""
         return 2 ** (len(self.unet.config["block_out_channels"]) - 1)
 
+    @property
+    @abstractmethod
+    def sigma_max(self) -> float:
+        """The most noise that the model was trained on."""
+
+    @property
+    @abstractmethod
+    def sigma_min(self) -> float:
+        """The least."""
+
+    @abstractmethod
+    def sigmas(self, steps: int) -> list[float]:
+        """`steps` falling noise levels and a final 0, spaced as the model's own sampler has them."""
+
+    @abstractmethod
+    def denoise(self, x: Tensor, sigma: float, concat: Tensor, context: Tensor, frames: int) -> Tensor:
+        """Denoised estimate of tiles `(videos*frames, 4, h, w)` float32 at noise level `sigma`; `concat` holds the LR
+        latents (unscaled), `context` `(1, tokens, dim)`."""
+
     @contextmanager
     def serving(self, run: TileRun, call: Call) -> Generator[None]:
         """Lets the attention layers know what is being evaluated."""
@@ -136,10 +162,40 @@ class SVD:
         """Cross-attention tokens `(1, 1, dim)`: CLIP's embedding of one frame `(1, 3, h, w)`, or zeros without an
         encoder or an image."""
         if self.image_encoder is None or image is None:
-            return torch.zeros(1, 1, _context_width(self.unet), device=self.device, dtype=self.dtype)
+            return torch.zeros(1, 1, context_width(self.unet), device=self.device, dtype=self.dtype)
         return rearrange(
             self.image_encoder(clip_pixels(image).to(self.device, self.dtype)).image_embeds, "b d -> b 1 d"
         )
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Unscaled latents `(n, 4, h/8, w/8)` float32 (the distribution's mode) of frames; h, w multiples of 8."""
+        moments = self.vae.quant_conv(self.vae.encoder((frames * 2 - 1).to(self.device, self.vae.dtype)))
+        return moments[:, :4].float().to(frames.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames of one chunk of unscaled latents; not clamped."""
+        z = latents.to(self.device, self.vae.dtype)
+        if isinstance(self.vae, AutoencoderKLTemporalDecoder):
+            indicator = torch.zeros(1, z.shape[0], device=z.device, dtype=z.dtype)
+            out = self.vae.decoder(z, num_frames=z.shape[0], image_only_indicator=indicator)
+        else:
+            out = self.vae.decoder(self.vae.post_quant_conv(z))
+        return (out.float() / 2 + 0.5).to(latents.device)
+
+
+class SVD(Backbone):
+    """Stable Video Diffusion."""
+
+    @property
+    def sigma_max(self) -> float:
+        return SIGMA_MAX
+
+    @property
+    def sigma_min(self) -> float:
+        return SIGMA_MIN
+
+    def sigmas(self, steps: int) -> list[float]:
+        return sigmas(steps)
 
     def denoise(self, x: Tensor, sigma: float, concat: Tensor, context: Tensor, frames: int) -> Tensor:
         """Denoised estimate of tiles `(videos*frames, 4, h, w)` float32: EDM preconditioning of a v-prediction UNet.
@@ -162,20 +218,9 @@ class SVD:
         v = rearrange(v, "b t c h w -> (b t) c h w").float().to(x.device)
         return x.float() / (sigma**2 + 1) - v * (sigma / (sigma**2 + 1) ** 0.5)
 
-    def encode(self, frames: Tensor) -> Tensor:
-        """Unscaled latents `(n, 4, h/8, w/8)` float32 (the distribution's mode) of frames; h, w multiples of 8."""
-        moments = self.vae.quant_conv(self.vae.encoder((frames * 2 - 1).to(self.device, self.vae.dtype)))
-        return moments[:, :4].float().to(frames.device)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Frames of one chunk of unscaled latents; not clamped."""
-        z = latents.to(self.device, self.vae.dtype)
-        indicator = torch.zeros(1, z.shape[0], device=z.device, dtype=z.dtype)
-        out = self.vae.decoder(z, num_frames=z.shape[0], image_only_indicator=indicator)
-        return (out.float() / 2 + 0.5).to(latents.device)
-
-
-def _context_width(unet: UNetSpatioTemporalConditionModel) -> int:
+def context_width(unet: Any) -> int:
+    """Width of the tokens that a UNet's cross-attention takes."""
     width = unet.config["cross_attention_dim"]
     return width if isinstance(width, int) else width[0]
 
@@ -237,19 +282,31 @@ def build_svd(weights: SVDWeights, device: torch.device, dtype: torch.dtype) -> 
     """The models of `weights` (which are `dtype` already), built without a second copy of the tensors."""
     with torch.device("meta"):
         unet = UNetSpatioTemporalConditionModel(**weights.unet_config)
-        vae = AutoencoderKLTemporalDecoder(**weights.vae_config)
     unet.load_state_dict(weights.unet, assign=True)
-    vae.load_state_dict(weights.vae, assign=True)
     match_host_epsilon(unet)
     image_encoder = None
     if weights.image_encoder is not None:
         image_encoder = _build_image_encoder(weights).to(device).eval().requires_grad_(False)
+    cast(nn.Module, unet).to(device).eval().requires_grad_(False)
+    vae = build_vae(AutoencoderKLTemporalDecoder, weights.vae_config, weights.vae, device, dtype)
+    return SVD(unet, vae, image_encoder, TileSize(*weights.tile), device, dtype)
+
+
+def build_vae(
+    kind: Callable[..., Any],
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Any:
+    """A VAE of diffusers' class `kind`, frozen; wider than `dtype` where it must be."""
+    with torch.device("meta"):
+        vae = kind(**config)
+    vae.load_state_dict(state, assign=True)
     if dtype == torch.float16:
         # SVD's encoder overflows float16; diffusers widens it too.
-        cast(nn.Module, vae).float()
-    for model in (unet, vae):
-        cast(nn.Module, model).to(device).eval().requires_grad_(False)
-    return SVD(unet, vae, image_encoder, TileSize(*weights.tile), device, dtype)
+        vae.float()
+    return vae.to(device).eval().requires_grad_(False)
 
 
 def _build_image_encoder(weights: SVDWeights) -> nn.Module:

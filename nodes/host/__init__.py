@@ -1,13 +1,15 @@
 """The room of everything in the pack that touches ComfyUI's internals (seen in 0.3.64 where nothing else is said)."""
 
 from ..run import Tiles
+from .capm import patch_capm
+from .control import load_host_control
 from .cost import describe, latent_picture, preview_plan
 from .hooks import patch_perturbed, patch_tiles
 from .load import load_lite, weights_file, weights_files
 from .model import require_svd
 from .motion import estimated_flow, patch_alignment
 from .picture import HostVAE, decoded, progress, refined, upscaler
-from .sampling import SAMPLERS, SCHEDULERS, context_tokens, dssag_guider, fps_key, guider, sample
+from .sampling import SAMPLERS, SCHEDULERS, context_tokens, dssag_guider, fps_key, guider, null_prompt, sample
 
 __all__ = [
     "SAMPLERS",
@@ -22,8 +24,11 @@ __all__ = [
     "fps_key",
     "guider",
     "latent_picture",
+    "load_host_control",
     "load_lite",
+    "null_prompt",
     "patch_alignment",
+    "patch_capm",
     "patch_perturbed",
     "patch_tiles",
     "preview_plan",

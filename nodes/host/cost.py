@@ -18,7 +18,7 @@ from ...vsr_ops.latents import CELL
 from ...vsr_ops.plan_cost import Bank, describe_plan, lagged_bytes, matmul_speed, tap_bytes
 from ...vsr_ops.tiling import TilePlan, TileSize
 from ..run import sap_lagged
-from .model import plan_for, spatial_layers, tiles_of, together
+from .model import context_tokens_of, plan_for, spatial_layers, tiles_of, together
 
 
 def latent_picture(model: Any, samples: Tensor) -> Tensor:
@@ -63,11 +63,9 @@ def tile_flops(model: Any, tile: TileSize) -> float:
     config = {**model.model.model_config.unet_config, "device": "meta", "dtype": torch.float32}
     with torch.device("meta"):
         unet = type(model.model.diffusion_model)(**config, operations=comfy.ops.disable_weight_init)
-        x = torch.empty(tile.frames, 8, tile.height, tile.width)
-        context, y = (
-            torch.empty(tile.frames, 1, config["context_dim"]),
-            torch.empty(tile.frames, config["adm_in_channels"]),
-        )
+        x = torch.empty(tile.frames, config["in_channels"], tile.height, tile.width)
+        context = torch.empty(tile.frames, context_tokens_of(model), config["context_dim"])
+        y = torch.empty(tile.frames, config["adm_in_channels"]) if config.get("num_classes") is not None else None
 
     def attention(_: object, q: Tensor, k: Tensor, v: Tensor, heads: int, *rest: object, **more: object) -> Tensor:
         q, k, v = (rearrange(z, "b n (h d) -> b h n d", h=heads) for z in (q, k, v))

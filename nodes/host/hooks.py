@@ -6,6 +6,7 @@ every patch and installed once: wiring order cannot matter. What a run remembers
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from ...vsr_ops.attention import Tempered, identity
 from ...vsr_ops.errors import SettingError
 from ...vsr_ops.guidance import COND, UNCOND, Branch, push, sag_degrade, sag_renoise
+from ...vsr_ops.latents import CELL
 from ...vsr_ops.layers import check_layers
 from ...vsr_ops.propagation import Call, Propagation, TileRun, run_pass
 from ...vsr_ops.tiling import TileSize, plan_tiles
@@ -35,7 +37,10 @@ from ..run import (
     pack_settings,
     sap_lagged,
 )
-from .model import is_svd, plan_for, require_svd, spatial_layers, together
+from .control import CONTROLS, merged
+from .model import context_width, factor, is_svd, plan_for, require_unet, spatial_layers, together
+
+log = logging.getLogger(__name__)
 
 
 def make_run(model: Any, settings: Mapping[str, Any], shape: Sequence[int], sigmas: Tensor, cuts: Sequence[int]) -> Run:
@@ -88,7 +93,7 @@ def patch_perturbed(model: Any, name: str, scale: float, layers: str, rho: float
 
 def patch_tiles(model: Any, tiles: Tiles) -> Any:
     """A MODEL that samples in tiles. Raises SettingError for a MODEL or tiles that cannot."""
-    require_svd(model, "Tiled Diffusion (VSR)")
+    require_unet(model, "Tiled Diffusion (VSR)")
     check_layers(tiles.propagation.layers)
     plan_for(model, tiles, 1, 8, 8)
     return patch(model, "tiles", tiles)
@@ -100,7 +105,7 @@ def outer_sample(
     """Makes the run's memory; it goes when the run's options go."""
     guider = executor.class_obj
     settings = pack_settings(guider.model_options)
-    check_run(guider, noise.shape, latent, is_svd(guider.model_patcher))
+    check_run(guider, noise.shape, latent, context_width(guider.model_patcher), is_svd(guider.model_patcher))
     cuts = next((cond["vsr_cuts"] for conds in guider.conds.values() for cond in conds if "vsr_cuts" in cond), ())
     run = make_run(guider.model_patcher, settings, noise.shape, sigmas, cuts)
     guider.model_options = changed(guider.model_options, run=run)
@@ -194,9 +199,9 @@ def apply_model(
             " SamplerCustomAdvanced); take the unpatched MODEL for other uses"
         )
     if control is not None:
-        raise SettingError("a ControlNet is wired into the conditioning: VSR's patches cannot cut it; remove it")
+        _warn_between(run)
     numbers, uuids = options["cond_or_uncond"], options["uuids"]
-    everything = Inputs(x, t, c_concat, c_crossattn, rest)
+    everything = Inputs(x, t, c_concat, c_crossattn, rest, control)
     size = x.shape[0] // len(numbers)
     if (size, *x.shape[-2:]) != (run.plan.frames, run.plan.height, run.plan.width):
         raise SettingError(
@@ -211,6 +216,18 @@ def apply_model(
     return torch.cat(outputs)
 
 
+def _warn_between(run: Run) -> None:
+    """Tells once that a ControlNet's features must be interpolated, where that is so."""
+    k = factor(run.model)
+    if not run.warned and any(span.start % k for span in (*run.plan.rows, *run.plan.cols)):
+        log.warning(
+            "Tiles of %dx%d latents do not all start at multiples of %d: a ControlNet's coarse features are"
+            " interpolated between their cells; sizes in multiples of %d pixels and an overlap of 0.5 avoid it",
+            *(run.plan.width, run.plan.height, k, k * CELL),
+        )
+    run.warned = True
+
+
 def _branch(executor: Any, run: Run, branch: Branch, inputs: Inputs, options: dict[str, Any]) -> Tensor:
     """One branch of the whole video."""
     tile_run = run.passes.setdefault((branch.name, options["uuids"][0]), TileRun(run.plan, run.propagation))
@@ -220,7 +237,14 @@ def _branch(executor: Any, run: Run, branch: Branch, inputs: Inputs, options: di
         comfy.model_management.throw_exception_if_processing_interrupted()
         override = attention_override(tile_run, call, run.layers, inner)
         part = inputs.tiles(run.plan, call)
-        own = {**options, "optimized_attention_override": override}
-        return executor(part.x, part.t, part.concat, part.context, None, own, **part.rest)
+        frames = run.plan.windows[call.window].span.slice
+        # For patches that know of the pack's tiles: the frames of this call, and how many tiles it holds.
+        settings = {**options[KEY], "call": (frames, len(call.tiles))}
+        own = {**options, KEY: settings, "optimized_attention_override": override}
+        control = part.control
+        if controls := options.get(CONTROLS):
+            tiles = [(row.slice, col.slice) for row, col in (run.plan.spatial[m] for m in call.tiles)]
+            control = merged(controls, control, part.x, part.t, part.context, tiles, frames)
+        return executor(part.x, part.t, part.concat, part.context, control, own, **part.rest)
 
     return run_pass(tile_run, run.step(float(inputs.t.max())), branch, evaluate, run.batch)

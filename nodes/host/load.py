@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
@@ -15,6 +16,7 @@ import comfy.utils
 import folder_paths
 from comfy.ldm.models.autoencoder import AutoencoderKL, AutoencodingEngine
 from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
+from comfy.model_base import ModelType
 from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
@@ -24,33 +26,74 @@ from ...vsr_ops.tiling import TileSize
 NO_FILE = "no file found"
 
 
-def load_lite(path: Path) -> tuple[Any, Any]:
-    """The bundled SVD as the host's own MODEL and VAE: its memory management, precision and LoRA apply."""
+def load_lite(path: Path, vae_path: Path) -> tuple[Any, Any]:
+    """Bundled weights as the host's own MODEL and VAE: its memory management, precision and LoRA apply. `path` holds an
+    SVD, or a Stable Diffusion, whose VAE is that of the SVD in `vae_path`. Raises SettingError for a missing file."""
+    weights, config = _read(path)
+    build = _svd if "vae" in config else _stable_diffusion
+    model = _placed(*build(config), TileSize(*config["tile"]), weights)
+    if "vae" not in config:
+        weights, config = _read(vae_path)
+    return model, _build_vae(weights, config["vae"], TileSize(*config["tile"]))
+
+
+def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise SettingError(
+            f"{path.stem}: {path} is missing: expected it in the pack's folder; install the pack again, or choose"
+            " another in which"
+        )
     weights, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
-    config = json.loads(metadata["vsr.config"])
-    tile = TileSize(*config["tile"])
-    return _build_model(weights, config["unet"], tile), _build_vae(weights, config["vae"], tile)
+    return weights, json.loads(metadata["vsr.config"])
 
 
-def _build_model(weights: Mapping[str, Tensor], config: Mapping[str, Any], tile: TileSize) -> Any:
+#: A model's configuration, and what makes it of that on a device.
+Architecture = tuple[Any, Callable[[Any], Any]]
+
+
+def _placed(kind: Any, make: Callable[[Any], Any], tile: TileSize, weights: Mapping[str, Tensor]) -> Any:
+    """The host's MODEL of a configuration and weights, in the precision and on the device that the host chooses."""
+    manage = comfy.model_management
+    device, offload = manage.get_torch_device(), manage.unet_offload_device()
+    dtype = manage.unet_dtype(supported_dtypes=kind.supported_inference_dtypes)
+    kind.set_inference_dtype(dtype, manage.unet_manual_cast(dtype, device, kind.supported_inference_dtypes))
+    base = make(offload)
+    prefix = "model.diffusion_model."
+    base.diffusion_model.load_state_dict(
+        {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    )
+    patcher = comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=offload)
+    patcher.set_attachments("vsr_tile", tile)
+    return patcher
+
+
+def _levels(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the host's UNet is told of diffusers' levels."""
     widths, layers = config["block_out_channels"], config["layers_per_block"]
     depths = [int("CrossAttn" in name) for name in config["down_block_types"]]
+    return {
+        "image_size": 32,
+        "in_channels": config["in_channels"],
+        "out_channels": config["out_channels"],
+        "model_channels": widths[0],
+        "channel_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": [layers] * len(widths),
+        "transformer_depth": [depth for depth in depths for _ in range(layers)],
+        "transformer_depth_output": [depth for depth in depths for _ in range(layers + 1)],
+        "transformer_depth_middle": 1,
+        "context_dim": config["cross_attention_dim"],
+        "legacy": False,
+        "use_spatial_transformer": True,
+    }
+
+
+def _svd(stored: Mapping[str, Any]) -> Architecture:
+    config = stored["unet"]
     svd = comfy.supported_models.SVD_img2vid(
         {
-            "image_size": 32,
-            "in_channels": config["in_channels"],
-            "out_channels": config["out_channels"],
-            "model_channels": widths[0],
-            "channel_mult": [width // widths[0] for width in widths],
-            "num_res_blocks": [layers] * len(widths),
-            "transformer_depth": [depth for depth in depths for _ in range(layers)],
-            "transformer_depth_output": [depth for depth in depths for _ in range(layers + 1)],
-            "transformer_depth_middle": 1,
-            "context_dim": config["cross_attention_dim"],
+            **_levels(config),
             "num_classes": "sequential",
             "adm_in_channels": config["projection_class_embeddings_input_dim"],
-            "legacy": False,
-            "use_spatial_transformer": True,
             "use_linear_in_transformer": True,
             "use_temporal_attention": True,
             "use_temporal_resblock": True,
@@ -61,21 +104,44 @@ def _build_model(weights: Mapping[str, Tensor], config: Mapping[str, Any], tile:
             "video_kernel_size": [3, 1, 1],
         }
     )
-    svd.unet_config["num_head_channels"] = widths[0] // config["num_attention_heads"][0]
-    manage = comfy.model_management
-    device = manage.get_torch_device()
-    dtype = manage.unet_dtype(supported_dtypes=svd.supported_inference_dtypes)
-    svd.set_inference_dtype(dtype, manage.unet_manual_cast(dtype, device, svd.supported_inference_dtypes))
-    offload = manage.unet_offload_device()
-    base = svd.get_model({}, device=offload)
-    base.embedder = Timestep(config["addition_time_embed_dim"])
-    prefix = "model.diffusion_model."
-    base.diffusion_model.load_state_dict(
-        {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    svd.unet_config["num_head_channels"] = config["block_out_channels"][0] // config["num_attention_heads"][0]
+
+    def make(device: Any) -> Any:
+        base = svd.get_model({}, device=device)
+        base.embedder = Timestep(config["addition_time_embed_dim"])
+        return base
+
+    return svd, make
+
+
+#: The host's names of what a Stable Diffusion predicts.
+PREDICTIONS = {"v_prediction": ModelType.V_PREDICTION, "epsilon": ModelType.EPS}
+
+
+def _stable_diffusion(stored: Mapping[str, Any]) -> Architecture:
+    config = stored["unet"]
+    widths = config["block_out_channels"]
+    # diffusers calls the number of heads so, for all levels or each
+    heads = config.get("attention_head_dim", 8)
+    each = heads if isinstance(heads, list) else [heads] * len(widths)
+    sizes = {width // count for width, count in zip(widths, each, strict=True)}
+    if len(set(each)) > 1 and len(sizes) > 1:
+        raise SettingError(f"attention_head_dim is {heads}: expected heads of one number or one width; get it again")
+    sd = comfy.supported_models.SD20(
+        {
+            **_levels(config),
+            "adm_in_channels": None,
+            "use_linear_in_transformer": config.get("use_linear_projection", False),
+            "use_temporal_attention": False,
+        }
     )
-    patcher = comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=offload)
-    patcher.set_attachments("vsr_tile", tile)
-    return patcher
+    sd.unet_config |= (
+        {"num_heads": each[0], "num_head_channels": -1}
+        if len(set(each)) == 1
+        else {"num_heads": -1, "num_head_channels": sizes.pop()}
+    )
+    predicts = PREDICTIONS[stored["prediction"]]
+    return sd, lambda device: comfy.model_base.BaseModel(sd, model_type=predicts, device=device)
 
 
 def _build_vae(weights: Mapping[str, Tensor], config: Mapping[str, Any], tile: TileSize) -> Any:

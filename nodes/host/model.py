@@ -8,14 +8,17 @@ from typing import Any
 import comfy.model_base
 import comfy.model_management
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from ...vsr_ops.errors import SettingError
 from ...vsr_ops.layers import Layer, place_layers
 from ...vsr_ops.tiling import TilePlan, TileSize, plan_tiles
 from ..run import KEY, Tiles, resolve_tile
 
-#: What SVD was published with.
+#: What SVD was published with; it suits Stable Diffusion too.
 STOCK_TILE = TileSize(64, 64, 14)
+#: Tokens of CLIP's text, and the widths in which SD 1.5, SD 2.1, SDXL's refiner and SDXL take them.
+CLIP_TOKENS, CLIP_WIDTHS = 77, (768, 1024, 1280, 2048)
 #: Share of the device's memory beside the weights that a window's tiles may take together.
 SYNCHRONOUS_SHARE = 0.7
 
@@ -34,19 +37,38 @@ def require_svd(model: Any, node: str) -> None:
         )
 
 
+def require_unet(model: Any, node: str) -> None:
+    """Raises SettingError for a MODEL whose UNet cannot run in tiles: its latents must be frames in a batch, and
+    spatial self-attention must be there for propagation to act in."""
+    unet = model.model.diffusion_model
+    flat = model.model.latent_format.latent_dimensions == 2
+    if not (isinstance(unet, UNetModel) and flat and spatial_layers(model)):
+        raise SettingError(
+            f"{node} got a {type(model.model).__name__} MODEL ({type(unet).__name__}): expected a UNet with spatial"
+            " self-attention, as Stable Video Diffusion and Stable Diffusion 1.5, 2.1 and XL have; wire one of these"
+        )
+
+
 def factor(model: Any) -> int:
     """By how much the UNet shrinks a latent."""
     return 2 ** (len(model.model.model_config.unet_config.get("channel_mult", (1, 2, 4, 4))) - 1)
 
 
 def own_tile(model: Any) -> TileSize:
-    """The tile a checkpoint was trained on: its metadata's, else SVD's."""
+    """The tile a checkpoint was trained on: its metadata's, else SVD's, whose frames are for Stable Diffusion how many
+    TAP sees as one."""
     return model.get_attachment("vsr_tile") or STOCK_TILE
 
 
-def context_width(model: Any) -> int:
-    """Width of the cross-attention tokens a MODEL takes."""
-    return model.model.model_config.unet_config["context_dim"]
+def context_width(model: Any) -> int | None:
+    """Width of the cross-attention tokens a MODEL takes; nothing for architectures that say it otherwise."""
+    return model.model.model_config.unet_config.get("context_dim")
+
+
+def context_tokens_of(model: Any) -> int:
+    """How many cross-attention tokens a MODEL is used to: one where it was trained on a picture's embedding or without
+    a text encoder, as SVD and the pack's own are, and else those of CLIP's text."""
+    return CLIP_TOKENS if context_width(model) in CLIP_WIDTHS and not is_svd(model) else 1
 
 
 def spatial_layers(model: Any) -> dict[str, Layer]:

@@ -11,8 +11,10 @@ import comfy.utils
 from einops import rearrange
 from torch import Tensor
 
+from ...vsr_ops.capm import CAPM, Prompted, check_strength
 from ...vsr_ops.cfw import CFW, check_w
 from ...vsr_ops.decode_layout import is_temporal
+from ...vsr_ops.errors import SettingError
 from ...vsr_ops.latents import CELL, VAE_TILE, decode_video
 from ...vsr_ops.refiner import Refiner, refine
 from ...vsr_ops.stam import STAM
@@ -21,6 +23,8 @@ from .model import STOCK_TILE
 
 #: How many latents around a streamed tile its convolutions reach, SD's and SVD's decoder.
 STREAM_MARGIN = 8
+#: How many more CAPM's windows do.
+CAPM_MARGIN = 6
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,21 @@ def refined(refiner: Refiner, decoded: Tensor, upscaled: Tensor, w: float, cuts:
         refiner.to(manage.unet_offload_device())
 
 
+def _prompts(capm: Prompted | None, frames: int) -> tuple[CAPM | None, Tensor | None]:
+    """What acts of a CAPM, and the frames' levels. Raises SettingError for one without a VAE's half."""
+    if capm is None:
+        return None, None
+    check_strength(capm.strength)
+    if capm.strength == 0:
+        return None, None
+    if capm.model is None:
+        raise SettingError(
+            "the CAPM holds no half for a VAE's decoder: expected one; take it off Decode Video (VSR), or give CAPM"
+            " (VSR) a file that has both"
+        )
+    return capm.model, capm.hint(frames)
+
+
 def decoded(
     vae: Any,
     latents: Tensor,
@@ -89,18 +108,21 @@ def decoded(
     stam: STAM | None,
     w: float,
     tile: int,
+    capm: Prompted | None = None,
 ) -> Tensor:
     """Frames `(n, 3, height, width)`: `decode_video` where no tile is asked for and no module acts, else `stream_video`
     on the host's device, with the node's progress bar; modules go back afterwards. `chunk` 0 is the VAE's own."""
     check_w(w)
+    prompts, levels = _prompts(capm, len(latents))
     adapter, manage = HostVAE(vae), comfy.model_management
     tick = progress(len(latents))
     cfw = None if w == 0 else cfw
-    if tile == 0 and cfw is None and stam is None:
+    if tile == 0 and cfw is None and stam is None and prompts is None:
         return decode_video(adapter, latents, chunk or adapter.chunk, cuts, size, tick)
-    modules = [module for module in (cfw, stam) if module is not None]
+    modules = [module for module in (cfw, stam, prompts) if module is not None]
     together = chunk or adapter.chunk
-    sides = [min(side, (tile or VAE_TILE) + 2 * STREAM_MARGIN) for side in latents.shape[-2:]]
+    margin = STREAM_MARGIN + (0 if prompts is None else CAPM_MARGIN)
+    sides = [min(side, (tile or VAE_TILE) + 2 * margin) for side in latents.shape[-2:]]
     at_once = min(len(latents), together) if stam is not None or is_temporal(vae.first_stage_model.decoder) else 1
     needed = at_once * vae.memory_used_decode((1, 4, *sides), vae.vae_dtype)
     if cfw is not None:
@@ -121,6 +143,9 @@ def decoded(
             cfw=cfw,
             w=w,
             stam=stam,
+            capm=prompts,
+            levels=levels,
+            strength=1.0 if capm is None else capm.strength,
             chunk=together,
             tile=tile or VAE_TILE,
             alive=manage.throw_exception_if_processing_interrupted,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
@@ -14,7 +15,10 @@ from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
 from .hooks import patch_perturbed
-from .model import context_width
+from .model import context_tokens_of, context_width
+
+#: Width of CLIP's pooled text where a UNet wants it beside the tokens, as SDXL's do.
+POOLED_WIDTH = 1280
 
 SAMPLERS, SCHEDULERS = list(comfy.samplers.SAMPLER_NAMES), list(comfy.samplers.SCHEDULER_NAMES)
 
@@ -32,6 +36,23 @@ def context_tokens(model: Any, clip_vision_output: Any) -> Tensor:
             " MODEL's own checkpoint; for Load Lite SVD leave it unwired"
         )
     return embeds
+
+
+def null_prompt(model: Any, cuts: Sequence[int] = ()) -> list[Any]:
+    """CONDITIONING of zeros in the shape that a MODEL takes: `(1, tokens, width)`, and a pooled text where it wants
+    one; `cuts` are where the video's scenes change. A UNet's attention gives zeros for zeros, so how many tokens there
+    are changes nothing but what the host can batch with another prompt. Raises SettingError for a MODEL that takes no
+    text in this shape."""
+    width = context_width(model)
+    if not isinstance(width, int):
+        raise SettingError(
+            f"Null Prompt (VSR) got a {type(model.model).__name__} MODEL: expected a UNet with cross-attention, as"
+            " Stable Diffusion 1.5, 2.1 and XL have; encode an empty text with the MODEL's own CLIP"
+        )
+    tokens = torch.zeros(1, context_tokens_of(model), width)
+    wanted = model.model.model_config.unet_config.get("adm_in_channels") is not None
+    pooled = {"pooled_output": torch.zeros(1, POOLED_WIDTH)} if wanted else {}
+    return [[tokens, {**pooled, **({"vsr_cuts": tuple(cuts)} if cuts else {})}]]
 
 
 def fps_key(fps: int) -> int:

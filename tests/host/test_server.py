@@ -22,16 +22,46 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "example_workflows"
 WIDTH, HEIGHT, FRAMES = 384, 256, 2
-#: The example graphs, and what their output nodes show of such a run: type, frames, parts across, parts down, and how
-#: much higher than that the picture may be (the tile preview has its windows drawn below).
+#: The example graphs, and what their output nodes show of such a run, the first of each type: type, frames,
+#: parts across, parts down, and how much higher than that the picture may be (the tile preview has its windows drawn
+#: below).
 OUTPUTS: dict[str, list[tuple[str, int, int, int, int]]] = {
     "quickstart": [("SaveAnimatedWEBP", FRAMES, 3, 1, 0)],
     "guidance_swap": [("SaveAnimatedWEBP", FRAMES, 2, 2, 0), ("PreviewImage", FRAMES, 1, 1, 0)],
     "tile_and_propagation_study": [("SaveAnimatedWEBP", FRAMES, 3, 1, 0), ("PreviewImage", FRAMES, 1, 1, HEIGHT // 4)],
     "stock_svd_detailer": [("SaveAnimatedWEBP", FRAMES, 1, 1, 0)],
+    "sdatc_full": [("SaveAnimatedWEBP", FRAMES, 3, 1, 0)],
+    "flow_alignment_on_svd": [("SaveAnimatedWEBP", FRAMES, 3, 1, 0), ("PreviewImage", FRAMES - 1, 1, 1, 0)],
+    "compressed_clip_three_crfs": [("SaveAnimatedWEBP", FRAMES, 2, 2, 0)],
+    "own_swinir_as_dcm": [("SaveAnimatedWEBP", FRAMES, 3, 1, 0), ("PreviewImage", FRAMES, 3, 1, 0)],
+}
+#: Plots and temporal profiles, of sizes of their own: their places among a graph's PreviewImages.
+PLOTS = {
+    "tile_and_propagation_study": (1,),
+    "sdatc_full": (0,),
+    "flow_alignment_on_svd": (2,),
+    "compressed_clip_three_crfs": (0, 1, 2),
 }
 #: Of the white lines between parts.
 LINES = 8
+
+
+@pytest.fixture(scope="session")
+def own_swinir(server: Server) -> None:
+    """Under the name of the official one that a graph asks for, a SwinIR of random weights and a thousandth its size,
+    in the host's folder and as the original's file is laid out."""
+    import torch
+    from spandrel.architectures.SwinIR import SwinIR  # type: ignore[import-untyped]
+
+    torch.manual_seed(0)
+    shape = {"depths": [1, 1], "num_heads": [2, 2], "embed_dim": 12, "window_size": 8, "img_size": 64, "mlp_ratio": 2}
+    module = SwinIR(**shape, upsampler="pixelshuffle", upscale=4)
+    graph = json.loads((EXAMPLES / "own_swinir_as_dcm.json").read_text(encoding="utf-8"))
+    (loader,) = [node for node in graph["nodes"] if node["type"] == "UpscaleModelLoader"]
+    (name,) = loader["widgets_values"]
+    folder = server.base / "models" / "upscale_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"params": module.state_dict()}, folder / name)
 
 
 def example(name: str, object_info: dict[str, Any]) -> Prompt:
@@ -122,6 +152,7 @@ def test_example_is_in_the_pages_format(name: str, object_info: dict[str, Any]) 
     assert [node for node in nodes.values() if node["type"] == "MarkdownNote" and node["type"] in PAGE_ONLY]
 
 
+@pytest.mark.usefixtures("own_swinir")
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_example_runs(name: str, server: Server, object_info: dict[str, Any]) -> None:
     """Outputs have the right size, and no part of them is constant, which is what NaN is saved as."""
@@ -137,6 +168,8 @@ def test_example_runs(name: str, server: Server, object_info: dict[str, Any]) ->
             for part in (p for row in np.array_split(frame, down) for p in np.array_split(row, across, axis=1)):
                 # Below the label, which would not be constant either. A difference map may be faint.
                 assert part[part.shape[0] // 2 :].std() > 0.005
+    for place in PLOTS.get(name, ()):
+        assert all(plot.std() > 0.005 for plot in pictures(server, history, of_type(prompt, "PreviewImage")[place]))
     assert "invalid value encountered in cast" not in server.tail(10**6)
 
 

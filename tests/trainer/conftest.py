@@ -41,7 +41,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vaes(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Runs of one step of a tiny picture VAE, and of the temporal VAE on top; beside them an untrained SVD on that."""
+    """Runs of one step of a tiny picture VAE, and of the temporal VAE on top; beside them an untrained SVD on that,
+    and an untrained SD with its control."""
     folder = tmp_path_factory.mktemp("vaes")
     for recipe, sets in (
         ("lite_2_picture", []),
@@ -61,4 +62,8 @@ def vaes(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     both = folder / "lite_2_picture", folder / "vae_temporal_lite"
     svd = make_task(read_recipe(BUNDLED / "lite_4_svd.toml", settings_of("svd", both)), photos, folder)
     svd.export(svd.build(), folder / "svd.safetensors", "nothing")
+    sd = make_task(read_recipe(BUNDLED / "sd_lite.toml", settings_of("sd", both)), photos, folder)
+    sd.export(sd.build(), folder / "sd.safetensors", "nothing")
+    control = make_task(read_recipe(BUNDLED / "control_lite.toml", settings_of("control", both)), photos, folder)
+    control.export(control.build(), folder / "control.safetensors", "nothing")
     return both

@@ -40,6 +40,10 @@ RECIPE_OF = {
     "whole": "lite_6_whole",
     "compression": "compression_lite",
     "capm": "capm_lite",
+    "decoder": "cfw_lite",
+    "sd": "sd_lite",
+    "control": "control_lite",
+    "capm_sd": "capm_sd_lite",
 }
 
 

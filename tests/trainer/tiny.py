@@ -55,6 +55,17 @@ def settings_of(name: str, vaes: tuple[Path, Path]) -> list[str]:
     if name == "capm":
         svd = vaes[1].parent / "svd.safetensors"
         return [f"model.start={svd}", "data.size=64", "data.frames=2", "data.clips=2", BICUBIC]
+    if name == "decoder":
+        clips = ["data.size=64", "data.frames=3", "data.clips=2", "data.crop=32", "data.crop_frames=2"]
+        return [f"model.start={vaes[1].parent / 'svd.safetensors'}", *clips, "data.steps=[1]", BICUBIC]
+    if name in ("sd", "control"):
+        clips = ["data.size=64", "data.frames=2", "data.clips=2", "data.crop=8", BICUBIC]
+        own = ["model.block_out_channels=[32,32]", "model.layers_per_block=[1,1]", "model.attends=[0,1]"]
+        start = [f"model.start={vaes[1].parent / 'sd.safetensors'}"]
+        return [*(own if name == "sd" else start), f"model.vae={vaes[1].parent / 'svd.safetensors'}", *clips]
+    if name == "capm_sd":
+        control = vaes[1].parent / "control.safetensors"
+        return [*settings_of("control", vaes), f"model.control={control}", "model.capm=", "model.code=8"]
     if name == "whole":
         svd = vaes[1].parent / "svd.safetensors"
         return [f"model.start={svd}", "data.size=64", "data.frames=2", "data.steps=[2,3]"]

@@ -106,3 +106,21 @@ def part(wired: tuple[Any, Any, Any], frames: int, height: int, width: int, **ex
 
     positive, negative, latent = wired
     return cut(positive, **extra), cut(negative), {"samples": latent["samples"][:frames, :, :height, :width]}
+
+
+@pytest.fixture(scope="session")
+def models(nodes: dict[str, Any]) -> dict[str, Any]:
+    """Small MODELs of the published Stable Diffusions, by family."""
+    from .small_sd import build
+
+    return {kind: build(kind) for kind in ("SD 1.5", "SD 2.1", "SDXL")}
+
+
+@pytest.fixture(params=["SD 1.5", "SD 2.1"])
+def sd(models: dict[str, Any], request: pytest.FixtureRequest) -> Any:
+    return models[request.param]
+
+
+@pytest.fixture(scope="session")
+def sd21(models: dict[str, Any]) -> Any:
+    return models["SD 2.1"]

@@ -44,6 +44,32 @@ def tiny_sd(depth: int, middle: int) -> Any:
     return patcher(made.get_model({}, device=cpu), load_device=cpu, offload_device=cpu)
 
 
+def tiny_flux() -> Any:
+    """A MODEL of Flux's kind, without weights."""
+    config = {
+        "image_model": "flux",
+        "in_channels": 16,
+        "out_channels": 16,
+        "vec_in_dim": 8,
+        "context_in_dim": 8,
+        "hidden_size": 32,
+        "mlp_ratio": 2.0,
+        "num_heads": 2,
+        "depth": 1,
+        "depth_single_blocks": 1,
+        "axes_dim": [4, 6, 6],
+        "theta": 10000,
+        "patch_size": 2,
+        "qkv_bias": True,
+        "guidance_embed": False,
+    }
+    made = importlib.import_module("comfy.supported_models").Flux(config)
+    made.set_inference_dtype(torch.float32, None)
+    cpu = torch.device("cpu")
+    patcher = importlib.import_module("comfy.model_patcher").ModelPatcher
+    return patcher(made.get_model({}, device=cpu), load_device=cpu, offload_device=cpu)
+
+
 def tiled(nodes: dict[str, Any], model: Any, *values: Any) -> Any:
     return nodes["VSRTiledDiffusion"].execute(model, *(values or TILES)).args[0]
 
@@ -69,8 +95,13 @@ def changed(conditioning: Any, **values: Any) -> Any:
 
 def test_a_model_of_another_kind(nodes: dict[str, Any], lite: Any) -> None:
     picture = torch.zeros(1, 16, 16, 3)
-    with refused("BaseModel", "Stable Video Diffusion", "wire"):
-        tiled(nodes, tiny_sd(1, 1))
+    with refused("Flux MODEL", "UNet with spatial self-attention", "Stable Video Diffusion", "wire"):
+        tiled(nodes, tiny_flux())
+    with refused("BaseModel MODEL", "UNet with spatial self-attention", "wire"):
+        tiled(nodes, tiny_sd(0, -1))
+    prompt = importlib.import_module(f"{NAME}.nodes.prompt").NullPrompt
+    with refused("Flux MODEL", "UNet with cross-attention", "empty text"):
+        prompt.execute(tiny_flux())
     with refused("BaseModel", "Stable Video Diffusion", "wire"):
         nodes["VSRSVDConditioning"].execute(tiny_sd(1, 1), lite[1], picture, 127, 8, 0.0, "noise", "one scene")
 
@@ -269,6 +300,8 @@ def values_for(node: Any, lite: Any, small: Any) -> dict[str, Any]:
             found[item.id] = sockets[item.io_type]
         elif getattr(item, "default", None) is not None:
             found[item.id] = item.default
+        elif item.io_type == "COMBO" and not item.optional:
+            found[item.id] = item.options[0]
     return found
 
 
@@ -282,6 +315,10 @@ COMBOS = {
     "VSRLoadRefiner": ["which"],
     "VSRLoadCFW": ["which"],
     "VSRLoadSTAM": ["which"],
+    "VSRLoadControl": ["which"],
+    "VSRCAPM": ["which"],
+    "VSRCompressionEstimate": ["which"],
+    "VSREncode": ["start", "scene_cuts"],
     "VSREstimateFlow": ["estimator", "scene_cuts"],
     "VSRFlowGuidedLatents": ["mode"],
     "VSRUpscaleLR": ["method"],
@@ -300,19 +337,21 @@ IMAGES = {
     "VSRTiledSVDSampler": ["image"],
     "VSRRefine": ["decoded", "upscaled"],
     "VSRColorMatch": ["image", "reference"],
-    "VSRCompare": ["a", "b"],
+    "VSRCompare": ["a", "b", "c"],
     "VSRMetrics": ["image", "reference"],
     "VSREstimateFlow": ["image"],
+    "VSREncode": ["image"],
+    "VSRCompressionEstimate": ["image"],
+    "VSRDecode": ["reference"],
+    "VSRTilePreview": ["image"],
+    "VSRNullPrompt": ["image"],
 }
 
 
 def test_the_tables_below_are_complete(nodes: dict[str, Any]) -> None:
     combos = {id: inputs_of(node, "COMBO") for id, node in nodes.items()}
     assert {id: names for id, names in combos.items() if names} == COMBOS
-    images = {
-        id: [item.id for item in node.define_schema().inputs if item.io_type == "IMAGE" and not item.optional]
-        for id, node in nodes.items()
-    }
+    images = {id: inputs_of(node, "IMAGE") for id, node in nodes.items()}
     assert {id: names for id, names in images.items() if names} == IMAGES
 
 

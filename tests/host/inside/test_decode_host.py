@@ -105,13 +105,14 @@ def test_fresh_modules_and_w_of_zero_change_nothing(decode: Any, frames: Tensor,
     assert torch.equal(decode(reference=frames, cfw=filled(cfw), w=0.0), decode())
 
 
-def test_modules_act_and_are_taken_back(host: ModuleType, decode: Any, frames: Tensor, cfw: Any, stam: Any) -> None:
+def test_modules_act_and_are_taken_back(decode: Any, frames: Tensor, cfw: Any, stam: Any) -> None:
     plain = decode()
     for named in ({"reference": frames, "cfw": filled(cfw), "w": 1.0}, {"stam": filled(stam)}):
         changed = decode(**named)
         assert changed.shape == plain.shape and float((changed - plain).abs().max()) > 1e-2
     devices = {parameter.device for made in (cfw, stam) for parameter in made.parameters()}
-    assert devices == {host.comfy.model_management.vae_offload_device()}
+    management = importlib.import_module("comfy.model_management")
+    assert devices == {management.vae_offload_device()}
 
 
 def test_what_does_not_fit_is_said_in_one_line(decode: Any, frames: Tensor, cfw: Any) -> None:
@@ -142,21 +143,23 @@ def test_it_stops_when_asked_and_the_vae_is_left_as_it_was(
 
 
 @pytest.mark.parametrize(("node", "kind"), [("VSRLoadCFW", "cfw"), ("VSRLoadSTAM", "stam")])
-def test_the_artists_files_are_found_and_an_empty_folder_says_so(
-    nodes: dict[str, Any], node: str, kind: str, request: pytest.FixtureRequest
+def test_the_bundled_one_and_the_artists_files_are_found(
+    nodes: dict[str, Any], lite: Any, node: str, kind: str, request: pytest.FixtureRequest
 ) -> None:
     def options() -> list[str]:
         return nodes[node].define_schema().inputs[0].options
 
-    (nothing,) = options()
-    with pytest.raises(ValueError, match=rf"models/vsr_{kind} holds no file.*\.safetensors"):
-        nodes[node].execute(nothing)
+    assert options() == ["lite"]
+    latent, reference = {"samples": torch.zeros(1, 4, 8, 8)}, torch.zeros(1, 64, 64, 3)
+    bundled = nodes[node].execute("lite").args[0]
+    decoded = nodes["VSRDecode"].execute(lite[1], latent, 0, reference, **{kind: bundled}).args[0]
+    assert decoded.shape == reference.shape and torch.isfinite(decoded).all()
     place = Path(importlib.import_module("folder_paths").models_dir) / f"vsr_{kind}"
     place.mkdir(parents=True, exist_ok=True)
     file, own = place / "own.safetensors", module(f"vsr_ops.{kind}")
     getattr(own, f"write_{kind}")(file, request.getfixturevalue(kind), "nothing")
     try:
-        assert options() == ["own.safetensors"]
+        assert options() == ["lite", "own.safetensors"]
         assert nodes[node].execute("own.safetensors").args[0].shape.backbone == "svd"
         taken = {item.id: item.io_type for item in nodes["VSRDecode"].define_schema().inputs}
         assert nodes[node].define_schema().outputs[0].io_type == taken[kind]
@@ -164,4 +167,4 @@ def test_the_artists_files_are_found_and_an_empty_folder_says_so(
             nodes[node].execute("../own.safetensors")
     finally:
         file.unlink()
-    assert options() == [nothing]
+    assert options() == ["lite"]

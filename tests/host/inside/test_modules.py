@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -101,10 +102,14 @@ def test_the_artists_own_files_are_found(nodes: dict[str, Any], node: str, folde
     weights = Path(module("vsr_ops").__file__ or "").parent / "weights"
     name = {"VSRLoadDCM": "dcm_lite", "VSRLoadRefiner": "refiner_lite"}[node]
     (place / "own.safetensors").write_bytes((weights / f"{name}.safetensors").read_bytes())
-    (place / "pickle.pth").write_bytes(b"")
+    (place / "pickle.pth").write_bytes(pickle.dumps(print))
     try:
-        assert [Path(option).as_posix() for option in options()] == ["lite", "mine/own.safetensors"]
+        pickles = ["mine/pickle.pth"] if node == "VSRLoadDCM" else []
+        assert [Path(option).as_posix() for option in options()] == ["lite", "mine/own.safetensors", *pickles]
         assert nodes[node].execute(options()[1]).args[0] is not None
+        for option in options()[2:]:
+            with pytest.raises(ValueError, match="not a pickle of tensors alone"):
+                nodes[node].execute(option)
         with pytest.raises(ValueError, match=rf"'\.\./own\.safetensors'.*lite.*models/{folder}"):
             nodes[node].execute("../own.safetensors")
     finally:

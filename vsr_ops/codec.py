@@ -18,10 +18,11 @@ from av.codec.context import CodecContext
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 from einops import rearrange
 from torch import Tensor
 
-from vsr_ops.errors import SettingError
+from .errors import SettingError
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 """RGB bytes, channels last."""
@@ -63,7 +64,7 @@ def compress(clip: Tensor, codec: Codec) -> Tensor:
     Raises SettingError for an unknown codec, one without an aim, and for a height or width that is odd.
     """
     decoded = np.stack(list(decode(encode(_pixels(clip), codec), codec)))
-    return rearrange(torch.from_numpy(decoded), "t h w c -> t c h w").float().div(255)
+    return rearrange(torch.tensor(decoded), "t h w c -> t c h w").float().div(255)
 
 
 def h264(clip: Tensor, crf: int) -> Tensor:
@@ -109,7 +110,7 @@ def encode(pixels: Pixels, codec: Codec) -> list[bytes]:
         encoder.bit_rate = codec.bit_rate * haste
         # FFmpeg's own tolerance, but for rates at which MPEG-4 refuses it.
         encoder.bit_rate_tolerance = max(codec.bit_rate * haste, 4_000_000)
-    step = cast(Callable[[VideoFrame | None], list[Packet]], cast(Any, encoder).encode)
+    step = cast("Callable[[VideoFrame | None], list[Packet[VideoStream]]]", cast(Any, encoder).encode)
     packets: list[bytes] = []
     for index, picture in enumerate(pixels):
         frame = VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
@@ -124,13 +125,13 @@ def decode(packets: list[bytes], codec: Codec) -> Iterator[Pixels]:
     assert isinstance(decoder, VideoCodecContext)
     decoder.thread_count = 1
     for packet in [*map(_padded, packets), None]:
-        for frame in decoder.decode(packet):
-            yield cast(Any, frame).to_ndarray(format="rgb24")
+        for frame in cast(Any, decoder).decode(packet):
+            yield frame.to_ndarray(format="rgb24")
 
 
-def _padded(data: bytes) -> Packet:
+def _padded(data: bytes) -> Packet[VideoStream]:
     """A packet with FFmpeg's zeros behind it: decoders read on a little, and `Packet(data)` has what lies there."""
-    packet = Packet(len(data))
+    packet: Packet[VideoStream] = cast(Any, Packet)(len(data))
     packet.update(data)
     return packet
 
