@@ -18,6 +18,7 @@ from training.task import Task, TaskMaker
 from training.vae import PictureVAE, TemporalVAE
 from training.vae_refined import RefinedVAE
 from training.whole import Whole
+from training.whole_dcm import WholeWithDCM
 from vsr_ops.errors import SettingError
 
 TASKS: dict[str, TaskMaker] = {
@@ -28,6 +29,7 @@ TASKS: dict[str, TaskMaker] = {
     "svd": SVDTask,
     "refiner": RefinerTask,
     "whole": Whole,
+    "whole_dcm": WholeWithDCM,
     "compression": CompressionTask,
     "capm": CAPMTask,
     "decoder": BesideTask,

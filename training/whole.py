@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,10 +87,12 @@ class Loss:
 class Whole:
     """Task "whole". A sample is lr `(frames, 3, h/4, w/4)`, truth `(frames, 3, h, w)`, and what sampling draws."""
 
+    losses: ClassVar[type[Loss]] = Loss
+
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
         self.shape = from_table(Shape, recipe.model, "model")
         self.data = from_table(Data, recipe.data, "data")
-        self.weights = from_table(Loss, recipe.loss, "loss")
+        self.weights = from_table(self.losses, recipe.loss, "loss")
         for key in ("start", "refiner"):
             if not getattr(self.shape, key):
                 raise SettingError(f"model.{key} is empty: expected a file or a run (--set model.{key}=lite)")
@@ -192,10 +194,14 @@ class Whole:
 
     def _encoded(self, model: nn.Module, clip: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(guide in [0, 1], LR latents as the UNet takes them, clean latents of deviation 1) of one clip."""
-        assert self._enlarge is not None, "prepare comes first"
-        guide = self._enlarge(clip["lr"]).clamp(0, 1)
+        guide = self._guide(model, clip["lr"])
         lr, clean = (encoded(model, 2 * video - 1).float() for video in (guide, clip["truth"]))
         return guide, lr, clean * self._factor
+
+    def _guide(self, model: nn.Module, lr: Tensor) -> Tensor:
+        """The enlarged input `(frames, 3, 4h, 4w)` in [0, 1]."""
+        assert self._enlarge is not None, "prepare comes first"
+        return self._enlarge(lr).clamp(0, 1)
 
     def _sampled(self, model: nn.Module, lr: Tensor, clip: Batch) -> Tensor:
         """Latents of deviation 1. Gradients go through the last step but one: the last, at sigma 0.002, adds nothing,

@@ -48,7 +48,7 @@ LINES = 8
 
 @pytest.fixture(scope="session")
 def own_swinir(server: Server) -> None:
-    """Under the name of the official one that a graph asks for, a SwinIR of random weights and a thousandth its size,
+    """Under the name of the official one that a graph asks for, a small SwinIR of random weights,
     in the host's folder and as the original's file is laid out."""
     import torch
     from spandrel.architectures.SwinIR import SwinIR  # type: ignore[import-untyped]

@@ -38,6 +38,7 @@ RECIPE_OF = {
     "vae_refined": "lite_3_refined",
     "vae_temporal": "vae_temporal_lite",
     "whole": "lite_6_whole",
+    "whole_dcm": "whole_dcm_lite",
     "compression": "compression_lite",
     "capm": "capm_lite",
     "decoder": "cfw_lite",
