@@ -105,7 +105,7 @@ class FlowGuidedLatents(io.ComfyNode):
                 FLOW.Input("flow", tooltip="From Estimate Flow (VSR), of the video at the size of the result."),
                 number(
                     "strength",
-                    0.05,
+                    0.5,
                     0.0,
                     100.0,
                     "Lambda; 0 is off, exactly. gradient: how far a step moves latents. propagate: the share, up to 1,"

@@ -191,7 +191,14 @@ class DemoClip(io.ComfyNode):
             ),
             inputs=[
                 count("frames", 8, 1, clip.FRAMES, "Frames to take from the start; a new scene begins at the 13th."),
-                count("crf", 16, 0, 51, "How hard H.264 compresses it: 0 nothing is lost, 51 little is left."),
+                count(
+                    "crf",
+                    16,
+                    0,
+                    51,
+                    "How hard H.264 compresses it: 0 nothing is lost, 51 little is left.",
+                    optional=True,
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="clip", tooltip="The small compressed clip, 96 x 64."),

@@ -124,17 +124,18 @@ def test_levels_may_be_several() -> None:
     assert float((tiled - whole).abs().max()) <= 1e-3
 
 
-def test_a_reference_of_the_size_before_padding_will_do() -> None:
-    vae, model, z, reference = picture_vae(), filled(), 3 * noise(2, 4, 4, 5), pictures(2, 3, 14, 17)
-    padded = nn.functional.pad(reference, (0, 3, 0, 2), mode="replicate")
+@pytest.mark.parametrize(("height", "width"), [(30, 29), (18, 25)], ids=["of latents", "of a UNet's factor"])
+def test_a_reference_of_the_size_before_padding_will_do(height: int, width: int) -> None:
+    vae, model, z, reference = picture_vae(), filled(), 3 * noise(2, 4, 8, 8), pictures(2, 3, height, width)
+    padded = nn.functional.pad(reference, (0, 32 - width, 0, 32 - height), mode="replicate")
     assert torch.equal(*(streamed(vae, z, cfw=model, reference=r) for r in (reference, padded)))
 
 
-@pytest.mark.parametrize("shape", [None, (1, 3, 16, 20), (2, 3, 12, 20), (2, 3, 16, 24)])
+@pytest.mark.parametrize("shape", [None, (1, 3, 48, 52), (2, 3, 16, 52), (2, 3, 48, 56)])
 def test_a_reference_of_another_video_is_refused(shape: tuple[int, ...] | None) -> None:
     reference = None if shape is None else pictures(*shape)
     with pytest.raises(SettingError, match="reference") as caught:
-        stream_decode(picture_vae(), noise(2, 4, 4, 5), cfw=filled(), reference=reference)
+        stream_decode(picture_vae(), noise(2, 4, 12, 13), cfw=filled(), reference=reference)
     assert "\n" not in str(caught.value) and (shape is None or str(shape) in str(caught.value))
 
 

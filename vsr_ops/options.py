@@ -60,7 +60,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--decode-w", type=float, default=0.0, metavar="W", help="CFW's weight in the decoder; 0 is off, try 0.75")
     add("--cfw", default="lite", metavar="lite|PATH", help="the CFW that --decode-w weighs: StableSR's, or this pack's")
     add("--stam", default="none", metavar="none|lite|PATH", help="attention over time in the decoder")
-    add("--align", type=float, default=0.0, metavar="LAMBDA", help="along the input's motion; 0 is off, try 0.05")
+    add(
+        "--align",
+        type=float,
+        default=0.0,
+        metavar="LAMBDA",
+        help="along the input's motion; 0 is off, try 0.5 (propagate: 0.1)",
+    )
     add("--align-mode", default="gradient", help=", ".join(ALIGN_MODES))
     add("--seed", type=int, default=0)
     add("--denoise", type=float, default=1.0, help="below 1: start from the LR latent at partial noise")

@@ -59,6 +59,7 @@ CHUNK = 14
 #: picture within 1e-3 of that of one pass. At 1e-2 it is about a pass less, and within 2/255.
 TOLERANCE = 1e-3
 
+
 class Video(Protocol):
     """Frames `(n, 3, H, W)` in [0, 1], asked for by slices in their order: a tensor, or what reads them by then."""
 
@@ -67,6 +68,9 @@ class Video(Protocol):
 
     def __getitem__(self, frames: slice, /) -> Tensor: ...
 
+
+#: A UNet's latents are whole multiples of at most so many, so the picture may be so many smaller than they are.
+FACTOR = 8
 
 Features = Mapping[int, Tensor]
 """What the encoder makes of the reference, by level: 0 is the picture's resolution, 1 half of it ..."""
@@ -292,7 +296,7 @@ def stream_decode(
     `vae` is diffusers' or a host's autoencoder module. Where frames see each other (SVD's decoder, or `stam`), they go
     in fixed chunks of `chunk` that overlap by a quarter and are blended, none across a cut; else one by one. Tiles are
     of at most `tile` latents a side. `cfw` mixes in what the encoder makes of `reference`, a video `(n, 3, H, W)` in
-    [0, 1] of the picture's size or up to one latent smaller; w = 0 is the decoder without it. `capm` is told the
+    [0, 1] of the picture's size, or under eight latents smaller; w = 0 is the decoder without it. `capm` is told the
     frames' compression `levels` `(n,)`, NaN where unknown: there it reads them in the whole frame's features; strength
     0 is the decoder without it. `alive` is called before every tile and may raise to end the work.
 
@@ -352,7 +356,7 @@ def _check_levels(latents: Tensor, levels: Tensor | None) -> None:
 def _check_reference(latents: Tensor, reference: Video | None, cell: int) -> None:
     if reference is None:
         raise SettingError("CFW needs a reference: give the upscaled video that was encoded, or set w to 0")
-    sides = [(cell * (z - 1), cell * z) for z in latents.shape[-2:]]
+    sides = [(cell * (z - FACTOR), cell * z) for z in latents.shape[-2:]]
     fits = all(low < side <= high for (low, high), side in zip(sides, reference.shape[-2:], strict=True))
     if not fits or reference.shape[0] != latents.shape[0]:
         raise SettingError(

@@ -70,6 +70,7 @@ def _placed(kind: Any, make: Callable[[Any], Any], tile: TileSize, weights: Mapp
 def _levels(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the host's UNet is told of diffusers' levels."""
     widths, layers = config["block_out_channels"], config["layers_per_block"]
+    each = layers if isinstance(layers, list) else [layers] * len(widths)
     depths = [int("CrossAttn" in name) for name in config["down_block_types"]]
     return {
         "image_size": 32,
@@ -77,9 +78,11 @@ def _levels(config: Mapping[str, Any]) -> dict[str, Any]:
         "out_channels": config["out_channels"],
         "model_channels": widths[0],
         "channel_mult": [width // widths[0] for width in widths],
-        "num_res_blocks": [layers] * len(widths),
-        "transformer_depth": [depth for depth in depths for _ in range(layers)],
-        "transformer_depth_output": [depth for depth in depths for _ in range(layers + 1)],
+        "num_res_blocks": each,
+        "transformer_depth": [depth for depth, count in zip(depths, each, strict=True) for _ in range(count)],
+        "transformer_depth_output": [
+            depth for depth, count in zip(depths, each, strict=True) for _ in range(count + 1)
+        ],
         "transformer_depth_middle": 1,
         "context_dim": config["cross_attention_dim"],
         "legacy": False,
