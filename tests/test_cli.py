@@ -92,6 +92,7 @@ def test_defaults_run_with_propagation_and_guidance(weights: Path, clip: Path, t
         (["--guidance-scale", "1.5"], "dssag", 4),
         (["--cfg", "2"], "dssag", 4),
         (["--model", "svd.safetensors"], "dssag", 10),
+        (["--control", "lite"], "none", 10),
     ],
 )
 def test_the_bundled_weights_run_as_they_were_trained(given: list[str], guidance: str, steps: int) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.data import halve
 from training.validation import SCALE, Clip, sharpened, shrunk, truths, whole
 from vsr_ops.capm import load_capms
 from vsr_ops.cfw import load_cfw
@@ -28,15 +29,17 @@ from vsr_ops.metrics_pixels import check_equal
 from vsr_ops.parts import Parts, Prompts
 from vsr_ops.pipeline import Settings
 from vsr_ops.refiner import load_refiner
-from vsr_ops.resize import resize_bicubic
+from vsr_ops.resize import quantize8, resize_bicubic
 from vsr_ops.scores import joined
 from vsr_ops.scoring import score
 from vsr_ops.sd import load_sd
 from vsr_ops.stam import load_stam
 from vsr_ops.svd import SVD, Backbone, load_svd, pick_device
+from vsr_ops.video import probe, read_frames
 
 METRICS = "psnr_y,ssim_y,vmaf,vmaf_neg,haarpsi,tof,warp_error,flicker"
 SD_STEPS = 10
+START = 40
 WINDOW = 7
 """Side of the neighbourhood that LDL's local variance is taken over."""
 
@@ -126,6 +129,11 @@ def rows(model: SVD, settings: Settings, base: Parts, named: Mapping[str, str]) 
             Row("+CAPM", run(told)),
             Row("+CAPM, untold", run(replace(base, prompts=replace(prompts, head=None)))),
         ],
+        "align": [
+            Row("Baseline, no refiner", run(bare, color="detail")),
+            Row("+gradient, lambda 0.5", run(bare, color="detail", align=0.5)),
+            Row("+propagate, lambda 0.1", run(bare, color="detail", align=0.1, align_mode="propagate")),
+        ],
         "VI": [Row("Baseline", run(base)), Row("+CAPM", run(told))],
         "VII": [
             Row("Baseline", run(base)),
@@ -140,6 +148,14 @@ def rows(model: SVD, settings: Settings, base: Parts, named: Mapping[str, str]) 
             ),
         ],
     }
+
+
+def filmed(path: Path, frames: int) -> Tensor:
+    """`frames` frames from the 40th on of a video file, halved against its own compression, as `truths` has clips."""
+    video = torch.stack([frame.image for frame in read_frames(probe(path), START, START + frames)])
+    small = halve((255 * video).round().to(torch.uint8)).float() / 255
+    height, width = (side // 8 * 8 for side in small.shape[-2:])
+    return quantize8(small[..., :height, :width])
 
 
 def measured(made: list[Row], clips: list[Clip]) -> str:
@@ -172,11 +188,12 @@ def main() -> None:
     parser.add_argument("--model", default="lite")
     for name in ("dcm", "refiner", "capm", "cfw", "stam", "compression", "sd", "control"):
         parser.add_argument(f"--{name}", default="lite")
-    parser.add_argument("--tables", nargs="*", default=["IV", "control", "V", "VI", "VII"])
+    parser.add_argument("--tables", nargs="*", default=["IV", "control", "V", "VI", "VII", "align"])
     parser.add_argument("--crf", type=int, nargs="*", default=[25], help="of all tables but VI, which takes 15, 25, 35")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--clips", nargs="*", help="only these")
+    parser.add_argument("--videos", type=Path, nargs="*", default=[], help="these files too")
     parser.add_argument("--small", action="store_true", help="leave the 1280x720 clip out")
     args = parser.parse_args()
     device = pick_device("auto")
@@ -185,6 +202,7 @@ def main() -> None:
     settings = Settings(steps=args.steps, guidance="none", color="none")
     clips = truths(args.data, args.frames, not args.small)
     clips = {name: clip for name, clip in clips.items() if args.clips is None or name in args.clips}
+    clips |= {path.stem: filmed(path, args.frames) for path in args.videos}
     made = rows(model, settings, base, vars(args))
     for table in args.tables:
         crfs = [15, 25, 35] if table == "VI" else args.crf

@@ -36,7 +36,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         metavar="lite|PATH",
         help="bundled weights, or an SVD .safetensors or diffusers folder; with --control a Stable Diffusion",
     )
-    add("--steps", type=int, help=f"{LITE_STEPS} with the bundled weights, else {Settings.steps}; 0 is no diffusion")
+    add("--steps", type=int, help=f"{LITE_STEPS} with the bundled SVD, else {Settings.steps}; 0 is no diffusion")
     auto = f"auto ({LITE_GUIDANCE} with the bundled weights unless a strength is given, else {Settings.guidance})"
     add("--guidance", default="auto", help=", ".join([auto, *GUIDANCE]))
     add("--cfg", type=float, help="classifier-free guidance; 1 is off. With dssag it is equation 9's 1 + s")
@@ -107,7 +107,7 @@ def settings_of(args: argparse.Namespace, scale: float) -> Settings:
 def _steps(args: argparse.Namespace) -> int:
     if args.steps is not None:
         return int(args.steps)
-    return LITE_STEPS if args.model == "lite" else Settings.steps
+    return LITE_STEPS if args.model == "lite" and args.control == "none" else Settings.steps
 
 
 def _guidance(args: argparse.Namespace) -> str:
