@@ -48,7 +48,7 @@ def test_a_wrong_recipe_is_one_line(
         (
             "missing.toml",
             [],
-            "missing.toml: no such recipe; those of the pack, in recipes/, are capm_lite.toml, compression_lite.toml",
+            "missing.toml: no such recipe; those of the pack, in recipes/, are capm_lite.toml, ",
         ),
         ("svd_stage1.toml", [], "model.start and model.vae are empty"),
         ("svd_stage1.toml", ["model.start=no.safetensors"], "no.safetensors: no such file or folder"),
