@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from vsr_ops.capm import CAPM, SVD_UNET, SVD_VAE, CAPMs, CAPMShape, decoder_widths
+from vsr_ops.cfw import CFW, CFWShape
 from vsr_ops.compression import CompressionHead, HeadShape
 from vsr_ops.errors import SettingError
 from vsr_ops.job import Enlarged, Job
 from vsr_ops.parts import Parts, Prompts, Rolling
 from vsr_ops.pipeline import Settings, upscale
 from vsr_ops.resize import resize_bicubic
+from vsr_ops.stam import STAM, STAMShape
 from vsr_ops.video import Frame, made_info, open_writer, probe, read_frames
 
 if TYPE_CHECKING:
@@ -153,7 +155,34 @@ def test_levels_are_the_heads_unless_told(job: Job) -> None:
     assert told is not None and torch.equal(told, torch.ones(5))
     assert Prompts(CAPMs()).levels(job) is None
     with pytest.raises(SettingError, match="crf is 60"):
-        Prompts(CAPMs(), crf=60).levels(job)
+        Prompts(CAPMs(), crf=60)
+
+
+def test_modules_of_another_model_are_refused_before_any_work(tiny: SVD, job: Job, tmp_path: Path) -> None:
+    unet = CAPM(CAPMShape(SVD_UNET, {"up_blocks.0": 8}, 2, 4, 4, 2))
+    vae = CAPM(CAPMShape(SVD_VAE, {"up_blocks.0": 8}, 2, 4, 4, 2))
+    wrong = {
+        "a UNet's CAPM": Parts(prompts=Prompts(CAPMs(unet))),
+        "a VAE's CAPM": Parts(prompts=Prompts(CAPMs(vae=vae))),
+        "STAM": Parts(stam=STAM(STAMShape((("mid_0", 8),), 8, backbone="sd"))),
+        "CFW": Parts(cfw=CFW(CFWShape((1,), (8,), 0, 4, backbone="sd"))),
+    }
+    for name, parts in wrong.items():
+        stages: list[str] = []
+        with pytest.raises(SettingError, match="made for"):
+            upscale(
+                tiny,
+                job,
+                tmp_path / "out",
+                QUICK,
+                "png",
+                cuts=(),
+                parts=parts,
+                progress=lambda stage, done, total, stages=stages: stages.append(stage),
+            )
+        assert not stages, name
+    with pytest.raises(SettingError, match="strength is 3"):
+        Prompts(CAPMs(), strength=3.0)
 
 
 def test_a_weight_outside_its_range_is_refused() -> None:

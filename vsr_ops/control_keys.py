@@ -7,12 +7,12 @@ block, `zero_convs.N.0` after each of its blocks and `middle_block_out.0`. A fir
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .keymap import UNET, Names, pairs
+from .original_unet import count, encoder_levels
 from .safefile import Shapes
 from .sd_keymap import sd_unet_map
 
@@ -64,21 +64,11 @@ def infer_config(shapes: Shapes) -> dict[str, Any]:
     Heads are not to be seen in tensors: 64 channels each where projections are linear (Stable Diffusion 2), 8 of them
     where they are convolutions (1.5). Raises KeyError for a tensor that is not there, ValueError for impossible sizes.
     """
-    widths, layers, depths = [0], [0], [0]
-    for index in itertools.count(1):
-        block = f"input_blocks.{index}."
-        if block + "0.op.weight" in shapes:
-            widths, layers, depths = [*widths, 0], [*layers, 0], [*depths, 0]
-        elif block + "0.out_layers.3.weight" in shapes:
-            widths[-1] = shapes[block + "0.out_layers.3.weight"][0]
-            layers[-1] += 1
-            depths[-1] = _count(shapes, block + "1.transformer_blocks.{}.norm1.weight")
-        else:
-            break
+    widths, layers, depths = encoder_levels(shapes, "")
     if 0 in layers:
         raise ValueError(f"its levels have {layers} residual blocks, expected at least one each")
     down = [_ATTENDS if depth else _PLAIN for depth in depths]
-    depths[-1] = _count(shapes, "middle_block.1.transformer_blocks.{}.norm1.weight")
+    depths[-1] = count(shapes, "middle_block.1.transformer_blocks.{}.norm1.weight")
     linear = len(shapes["middle_block.1.proj_in.weight"]) == 2
     attended = {width for width, kind in zip(widths, down, strict=True) if kind == _ATTENDS} | {widths[-1]}
     unit = HEAD_WIDTH if linear else HEADS
@@ -95,8 +85,3 @@ def infer_config(shapes: Shapes) -> dict[str, Any]:
         "cross_attention_dim": shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
         "use_linear_projection": linear,
     }
-
-
-def _count(shapes: Shapes, pattern: str) -> int:
-    """How many of the names pattern.format(0), pattern.format(1) ... there are before the first gap."""
-    return next(i for i in itertools.count() if pattern.format(i) not in shapes)

@@ -11,10 +11,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from .capm import SD_UNET, SVD_UNET, CAPMs, attached, decoder_widths
+from .capm import SD_UNET, SVD_UNET, CAPMs, attached, check_strength, decoder_widths
 from .cfw import CFW, check_w
 from .compression import CompressionHead, estimate_levels, level_of
 from .dcm import Enlarge
+from .decode_layout import backbone_of, level_widths, output_widths, residual_widths
 from .errors import SettingError
 from .job import Job
 from .latents import decode_frames
@@ -35,6 +36,11 @@ class Prompts:
     strength: float = 1.0
     head: CompressionHead | None = None
     crf: float = -1.0
+
+    def __post_init__(self) -> None:
+        check_strength(self.strength)
+        if self.crf >= 0:
+            level_of(self.crf)
 
     def levels(self, job: Job) -> Tensor | None:
         """Levels `(frames,)` of a job's frames, where they are known before."""
@@ -61,16 +67,27 @@ class Parts:
     def __post_init__(self) -> None:
         check_w(self.decode_w)
 
+    def check_fits(self, model: Backbone) -> None:
+        """Raises SettingError for a module that was made for another UNet or VAE, before any work."""
+        capms = CAPMs() if self.prompts is None else self.prompts.capms
+        if capms.unet is not None:
+            backbone = SD_UNET if isinstance(model, SD) else SVD_UNET
+            capms.unet.check_fits(backbone, decoder_widths(model.unet.config["block_out_channels"]))
+        if capms.vae is not None:
+            capms.vae.check_fits(f"{backbone_of(model.vae)}-vae", output_widths(model.vae))
+        if self.cfw is not None and self.decode_w > 0:
+            self.cfw.check_fits(backbone_of(model.vae), level_widths(model.vae))
+        if self.stam is not None:
+            self.stam.check_fits(backbone_of(model.vae), residual_widths(model.vae))
+
 
 @contextmanager
 def prompted(model: Backbone, prompts: Prompts | None, levels: Tensor | None) -> Generator[None, None, None]:
-    """Within, the levels of `model`'s UNet decoder go through CAPM. Raises SettingError for one of another UNet."""
+    """Within, the levels of `model`'s UNet decoder go through CAPM, which fits it."""
     capm = None if prompts is None else prompts.capms.unet
     if prompts is None or capm is None:
         yield
         return
-    backbone = SD_UNET if isinstance(model, SD) else SVD_UNET
-    capm.check_fits(backbone, decoder_widths(model.unet.config["block_out_channels"]))
 
     def hint() -> Tensor | None:
         """Of the frames of the call that is being evaluated."""

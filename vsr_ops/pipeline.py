@@ -199,6 +199,7 @@ def upscale(
     """
     check_output(output, overwrite, codec, job.info, job.frames)
     parts = parts or Parts()
+    parts.check_fits(model)
     cuts = scene_cuts(job) if cuts is None else cuts
     plan = make_plan(job, settings, model.tile, model.factor, cuts)
     with closing(Enlarged(job, parts.enlarge, output.parent)) as upscaled:

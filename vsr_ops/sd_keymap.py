@@ -18,6 +18,7 @@ from .keymap import (
     vae_names,
     vae_resnet,
 )
+from .original_unet import encoder_levels
 from .safefile import Shapes
 
 #: Stable Diffusion 1.x has this many attention heads at every level, 2.x heads of so many channels.
@@ -66,19 +67,8 @@ def infer_sd_unet(shapes: Shapes) -> dict[str, Any]:
         raise ValueError(f"it takes {first[1]} channels, expected 4: not an inpainting, depth or upscaling model")
     if UNET + "label_emb.0.0.weight" in shapes:
         raise ValueError("it takes a label, as SDXL does")
-    widths, layers, attends = [0], [0], [False]
-    index = 1
-    while True:
-        block = f"{UNET}input_blocks.{index}."
-        if block + "0.op.weight" in shapes:
-            widths, layers, attends = [*widths, 0], [*layers, 0], [*attends, False]
-        elif block + "0.out_layers.3.weight" in shapes:
-            widths[-1] = shapes[block + "0.out_layers.3.weight"][0]
-            layers[-1] += 1
-            attends[-1] = block + "1.norm.weight" in shapes
-        else:
-            break
-        index += 1
+    widths, layers, depths = encoder_levels(shapes, UNET)
+    attends = [depth > 0 for depth in depths]
     linear = len(shapes[UNET + "middle_block.1.proj_in.weight"]) == 2
     return {
         "in_channels": 4,

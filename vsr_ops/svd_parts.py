@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
@@ -15,15 +14,11 @@ from torch import Tensor, nn
 from . import keymap
 from .errors import CheckpointError
 from .keymap import CLIP, UNET, VAE, Names
+from .original_unet import count, encoder_levels
 from .safefile import Shapes, first_line
 
 HEAD_WIDTH = 64
 CLIP_HEADS = 16
-
-
-def _count(shapes: Shapes, pattern: str) -> int:
-    """How many of the names pattern.format(0), pattern.format(1) ... there are before the first gap."""
-    return next(i for i in itertools.count() if pattern.format(i) not in shapes)
 
 
 def _one_or_all(values: list[int]) -> int | tuple[int, ...]:
@@ -35,19 +30,9 @@ def infer_unet(shapes: Shapes) -> dict[str, Any]:
 
     Raises KeyError for a tensor that is not there and ValueError for a size that SVD cannot have.
     """
-    widths, layers, depths = [0], [0], [0]
-    for index in itertools.count(1):
-        block = f"{UNET}input_blocks.{index}."
-        if block + "0.op.weight" in shapes:
-            widths, layers, depths = [*widths, 0], [*layers, 0], [*depths, 0]
-        elif block + "0.out_layers.3.weight" in shapes:
-            widths[-1] = shapes[block + "0.out_layers.3.weight"][0]
-            layers[-1] += 1
-            depths[-1] = _count(shapes, block + "1.transformer_blocks.{}.norm1.weight")
-        else:
-            break
+    widths, layers, depths = encoder_levels(shapes, UNET)
     attends = [depth > 0 for depth in depths]
-    depths[-1] = _count(shapes, UNET + "middle_block.1.transformer_blocks.{}.norm1.weight")
+    depths[-1] = count(shapes, UNET + "middle_block.1.transformer_blocks.{}.norm1.weight")
     for width, attention in zip(widths, [*attends[:-1], True], strict=True):
         if attention and width % HEAD_WIDTH:
             raise ValueError(f"attention is {width} wide, expected a multiple of {HEAD_WIDTH}-channel heads")
@@ -72,7 +57,7 @@ def infer_unet(shapes: Shapes) -> dict[str, Any]:
 
 def infer_vae(shapes: Shapes) -> dict[str, Any]:
     """diffusers' keyword arguments for an original VAE with a temporal decoder. Raises as infer_unet does."""
-    levels = _count(shapes, VAE + "encoder.down.{}.block.0.conv1.weight")
+    levels = count(shapes, VAE + "encoder.down.{}.block.0.conv1.weight")
     return {
         "in_channels": shapes[VAE + "encoder.conv_in.weight"][1],
         "out_channels": shapes[VAE + "decoder.conv_out.weight"][0],
@@ -81,7 +66,7 @@ def infer_vae(shapes: Shapes) -> dict[str, Any]:
         "block_out_channels": tuple(
             shapes[f"{VAE}encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)
         ),
-        "layers_per_block": _count(shapes, VAE + "encoder.down.0.block.{}.conv1.weight"),
+        "layers_per_block": count(shapes, VAE + "encoder.down.0.block.{}.conv1.weight"),
     }
 
 
@@ -96,7 +81,7 @@ def infer_clip(shapes: Shapes) -> dict[str, Any]:
     Those are 16 heads and the exact GELU. Raises KeyError as infer_unet does.
     """
     if in_transformers_names(shapes):
-        layers = _count(shapes, CLIP + "vision_model.encoder.layers.{}.layer_norm1.weight")
+        layers = count(shapes, CLIP + "vision_model.encoder.layers.{}.layer_norm1.weight")
         names = keymap.clip_map({"num_hidden_layers": layers})
         shapes = {old: shapes[CLIP + new] for old, new in names.items() if "*" not in new}
         shapes[CLIP + "proj"] = shapes[CLIP + "proj"][::-1]
@@ -105,7 +90,7 @@ def infer_clip(shapes: Shapes) -> dict[str, Any]:
     return {
         "hidden_size": width,
         "intermediate_size": shapes[CLIP + "transformer.resblocks.0.mlp.c_fc.weight"][0],
-        "num_hidden_layers": _count(shapes, CLIP + "transformer.resblocks.{}.ln_1.weight"),
+        "num_hidden_layers": count(shapes, CLIP + "transformer.resblocks.{}.ln_1.weight"),
         "num_attention_heads": CLIP_HEADS,
         "num_channels": channels,
         "patch_size": patch,
