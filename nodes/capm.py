@@ -7,7 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..vsr_ops.capm import BUNDLED, Prompted, levels_or_crf, load_capms
+from ..vsr_ops.capm import Prompted
+from ..vsr_ops.capm_file import BUNDLED, load_capms
+from ..vsr_ops.capm_hints import levels_or_crf
 from . import host
 from .common import CATEGORY, number
 from .compression import COMPRESSION

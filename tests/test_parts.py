@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vsr_ops.capm import CAPM, SVD_UNET, SVD_VAE, CAPMs, CAPMShape, decoder_widths
+from vsr_ops.capm import CAPM, SVD_UNET, SVD_VAE, CAPMShape, decoder_widths
+from vsr_ops.capm_file import CAPMs
 from vsr_ops.cfw import CFW, CFWShape
 from vsr_ops.compression import CompressionHead, HeadShape
 from vsr_ops.errors import SettingError

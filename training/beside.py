@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from training.beside_modules import MODULES, nothing_further
 from training.curve import rows_of
-from training.draws import uniform
+from training.draws import generator_at, uniform
 from training.folder import Folder
 from training.losses import Motion, charbonnier, flicker, followed_change, motion_of, psnr, temporal_difference
-from training.perceived import haar_loss, neg_loss
+from training.perceived import haar_loss, neg_losses
 from training.recipe import Recipe, from_table
 from training.refiner import decode_refined, decoder_of
 from training.sampled import CompressedLatents, CompressedSettings
@@ -34,10 +34,10 @@ from vsr_ops.svd import build_svd
 
 @dataclass(frozen=True)
 class Loss:
-    """Weights, of the refined clip: Charbonnier's and the squared error, 1 - HaarPSI, what VMAF-NEG's features lack
-    (`neg`), the change of the error from frame to frame (`change`) and along the motion (`followed`), flicker where
-    nothing moves (`still`). The same of the decoded clip, but for `neg`, counts `decoded` times; `detail` weighs the
-    reconstruction loss of its detail alone, where the rest comes from the guide.
+    """Weights, of the refined clip: Charbonnier's and the squared error, 1 - HaarPSI, 1 - ADM and 1 - VIF (VMAF-NEG's
+    features), the change of the error from frame to frame (`change`) and along the motion (`followed`), flicker where
+    nothing moves (`still`). The same of the decoded clip, but for VMAF-NEG's, counts `decoded` times; `detail` weighs
+    the reconstruction loss of its detail alone, where the rest comes from the guide.
 
     CFW's w is drawn from `w` (lowest, highest); CAPM is not told the level of a share of samples (`untold`), and
     `agree` weighs how far what it reads in features lies from what it would have been told.
@@ -46,7 +46,8 @@ class Loss:
     charbonnier: float = 2.0
     squared: float = 20.0
     haar: float = 0.3
-    neg: float = 0.0
+    adm: float = 0.0
+    vif: float = 0.0
     change: float = 1.0
     followed: float = 0.1
     still: float = 4.0
@@ -86,6 +87,7 @@ class BesideTask:
         self._folder = Folder(data)
         self._latents = CompressedLatents(folder, settings, recipe.train.precision)
         self._held_out: dict[str, Batch] = {}
+        self._first: Batch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the held-out clips: processes that draw samples need none."""
@@ -99,6 +101,7 @@ class BesideTask:
         svd = build_svd(self.base(), device, torch.float32)
         self._latents.render(self._folder, svd)
         self._held_out = self._latents.held_out(self._folder.path, svd)
+        self._first = self.sample(generator_at(0, -1))
 
     def base(self) -> SVDWeights:
         """The SVD, float32."""
@@ -111,6 +114,8 @@ class BesideTask:
         refiner = load_refiner(weights_of(name, REFINER)) if name else Unrefined()
         parts = nn.ModuleDict({"encoder": encoder, "decoder": decoder_of(weights), "refiner": refiner})
         parts["beside"] = MODULES[self.kind].build(self.shape, parts)
+        if self._first is not None:
+            MODULES[self.kind].settle(parts, self._first)
         return parts
 
     def trains(self, name: str) -> bool:
@@ -144,8 +149,9 @@ class BesideTask:
             loss = loss + weights.decoded * self._video_loss(decoded, truth, motion)
         if weights.detail:
             loss = loss + weights.detail * reconstruction_loss(detail(2 * decoded - 1), detail(2 * truth - 1))
-        if weights.neg:
-            loss = loss + weights.neg * neg_loss(refined, truth)
+        if weights.adm or weights.vif:
+            adm, vif = neg_losses(refined, truth)
+            loss = loss + weights.adm * adm + weights.vif * vif
         numbers = {"psnr": psnr(refined, truth), "decoded": psnr(decoded, truth), "guide": psnr(clip["guide"], truth)}
         return loss + weights.agree * apart, {**numbers, "agree": float(apart.detach())}
 

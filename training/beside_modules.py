@@ -14,10 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from training.capm import watched
+from training.capm import settling, watched
 from training.state import weights_of
 from training.task import Batch
-from vsr_ops.capm import CAPM, SVD_VAE, CAPMs, CAPMShape, attached, load_capms, write_capms
+from vsr_ops.capm import CAPM, SVD_VAE, CAPMShape, attached
+from vsr_ops.capm_file import CAPMs, load_capms, write_capms
 from vsr_ops.cfw import CFW, CFWShape, write_cfw
 from vsr_ops.decode_layout import backbone_of, layout_of, level_widths, output_widths
 from vsr_ops.errors import SettingError
@@ -70,13 +71,15 @@ Further = Callable[[], Tensor]
 @dataclass(frozen=True)
 class Module:
     """How one kind of module is made by its settings for the VAE's encoder and decoder, set beside the decoder for one
-    clip, and written; `shown` are what it is tried with on held-out clips, by name: changes of the clip."""
+    clip, and written; `shown` are what it is tried with on held-out clips, by name: changes of the clip. `settle` sees
+    one clip before the first step."""
 
     settings: type[Shape]
     build: Callable[[Any, nn.Module], nn.Module]
     beside: Callable[[nn.Module, Batch], AbstractContextManager[Further]]
     write: Callable[[Path, Any, Any, str], None]
     shown: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    settle: Callable[[nn.Module, Batch], None] = lambda model, clip: None
 
 
 def nothing_further() -> Tensor:
@@ -180,6 +183,12 @@ def _beside_capm(model: nn.Module, clip: Batch) -> Generator[Further, None, None
         yield apart
 
 
+def _settle_capm(model: nn.Module, clip: Batch) -> None:
+    parts, z = cast(Any, model), clip["z"]
+    with settling(parts.beside, parts.decoder):
+        parts.decoder(z, torch.zeros(1, len(z), device=z.device), num_frames=len(z))
+
+
 def _write_capm(path: Path, settings: CAPMSettings, module: CAPM, trained_on: str) -> None:
     before = load_capms(weights_of(settings.capm)) if settings.capm else CAPMs()
     write_capms(path, replace(before, vae=module), trained_on)
@@ -189,7 +198,12 @@ MODULES: dict[str, Module] = {
     "cfw": Module(CFWSettings, _build_cfw, _beside_cfw, _write_cfw, {f"w {w:g}": {"w": w} for w in (0.5, 1.0)}),
     "stam": Module(STAMSettings, _build_stam, _beside_stam, _write_stam, {"with": {}}),
     "capm": Module(
-        CAPMSettings, _build_capm, _beside_capm, _write_capm, {"told": {}, "not told": {"hint": float("nan")}}
+        CAPMSettings,
+        _build_capm,
+        _beside_capm,
+        _write_capm,
+        {"told": {}, "not told": {"hint": float("nan")}},
+        _settle_capm,
     ),
 }
 """What can stand beside a decoder, by name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +15,13 @@ from training.curve import rows_of
 from training.degradation import h264, shrink
 from training.draws import generator_at, integer, uniform
 from training.folder import Folder
-from training.latents import SCALE, Latents, LatentSettings
+from training.latents import SCALE, Latents, LatentSettings, LatentsTask
 from training.recipe import Recipe, from_table
 from training.state import weights_of
 from training.svd import edm_loss, read_start, sampled
 from training.task import Batch
-from vsr_ops.capm import CAPM, SVD_UNET, CAPMs, CAPMShape, attached, decoder_widths, load_capms, write_capms
+from vsr_ops.capm import CAPM, SVD_UNET, CAPMShape, attached, decoder_widths
+from vsr_ops.capm_file import CAPMs, load_capms, write_capms
 from vsr_ops.checkpoint import SVDWeights
 from vsr_ops.compression import COARSEST, rank_correlation
 from vsr_ops.dcm import Enlarge
@@ -111,7 +112,7 @@ class CAPMLatents(Latents):
         return {**super()._encode(model, clean, upscaled, rng), "level": level}
 
 
-class CAPMTask:
+class CAPMTask(LatentsTask):
     """Task "capm". A sample is what CAPMLatents draws, a noise level, noise, and the hint (NaN: not told)."""
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
@@ -122,20 +123,15 @@ class CAPMTask:
             raise SettingError("model.start is empty: expected the SVD that stays as it is (--set model.start=lite)")
         if min(self.shape.components, self.shape.code, self.shape.prompt, self.shape.size) < 1:
             raise SettingError(f"the CAPM of {self.shape}: expected at least 1 of each; correct [model]")
-        self._folder = Folder(data)
-        self._latents = CAPMLatents(Path(settings.latents) if settings.latents else out / "latents", settings)
-        self._coder: Backbone | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the VAE: processes that draw samples need none."""
-        return {**self.__dict__, "_coder": None}
-
-    @property
-    def data_summary(self) -> str:
-        return self._latents.summary
+        super().__init__(data, out, CAPMLatents, settings)
+        self._first: Batch | None = None
 
     def prepare(self, device: torch.device) -> None:
-        self._latents.render(self._folder, build_svd(self.base(), device, torch.float32))
+        super().prepare(device)
+        self._first = one_batch(self.sample)
+
+    def make_coder(self) -> Backbone:
+        return build_svd(self.base(), torch.device("cpu"), torch.float32)
 
     def base(self) -> SVDWeights:
         """The SVD, float32."""
@@ -148,6 +144,9 @@ class CAPMTask:
         capm = self._before().unet
         if capm is None:
             capm = CAPM(CAPMShape(SVD_UNET, widths, shape.components, shape.code, shape.prompt, shape.size))
+            if self._first is not None:
+                with settling(capm, cast(nn.Module, svd.unet)):
+                    edm_loss(svd.unet, **of_edm(self._first))
         capm.check_fits(SVD_UNET, widths)
         return nn.ModuleDict({"unet": cast(nn.Module, svd.unet), "capm": capm})
 
@@ -177,10 +176,9 @@ class CAPMTask:
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         unet, capm = parts_of(model)
         frames = batch["clean"].shape[1]
-        given = {key: batch[key] for key in ("clean", "lr", "context", "sigma", "noise")}
         level, hint, kept = (batch[key].repeat_interleave(frames) for key in ("level", "hint", "kept"))
         with watched(capm, unet) as features, attached(capm, unet, hint):
-            edm = edm_loss(unet, **given)
+            edm = edm_loss(unet, **of_edm(batch))
         codes = {name: capm.code(name, value.detach()).float() for name, value in features.items()}
         meant = {name: capm.embedded(name, level).detach().float() for name in codes}
         apart = torch.stack([(codes[name] - meant[name]).square().mean(1) for name in codes])
@@ -200,19 +198,29 @@ class CAPMTask:
         plain = sampled(unet, lr, context, noise)
         with attached(capm, unet, batch["level"][:2].repeat_interleave(lr.shape[1])):
             prompted = sampled(unet, lr, context, noise)
-        if self._coder is None:
-            self._coder = build_svd(self.base(), torch.device("cpu"), torch.float32)
-        factor, middle = self._coder.scaling_factor, lr.shape[1] // 2
+        coder = self.coder(torch.device("cpu"))
+        factor, middle = coder.scaling_factor, lr.shape[1] // 2
         columns = {"LR": lr, "without": plain / factor, "CAPM": prompted / factor, "truth": truth / factor}
         pictures: list[tuple[str, Tensor]] = []
         with torch.autocast("cpu", enabled=False):
             for name, latents in columns.items():
-                frames = [self._coder.decode(clip[middle : middle + 1].float().cpu()) for clip in latents]
+                frames = [coder.decode(clip[middle : middle + 1].float().cpu()) for clip in latents]
                 pictures.append((name, torch.cat(frames)))
         return rows_of(pictures)
 
     def export(self, model: nn.Module, path: Path, trained_on: str) -> None:
         write_capms(path, replace(self._before(), unet=parts_of(model)[1]), trained_on)
+
+
+def of_edm(batch: Batch) -> dict[str, Tensor]:
+    """What `edm_loss` takes of a batch."""
+    return {key: batch[key] for key in ("clean", "lr", "context", "sigma", "noise")}
+
+
+def one_batch(sample: Callable[[torch.Generator], Batch], count: int = 4) -> Batch:
+    """`count` samples that no step of training draws."""
+    samples = [sample(generator_at(0, -1 - number)) for number in range(count)]
+    return {key: torch.stack([each[key] for each in samples]) for key in samples[0]}
 
 
 def parts_of(model: nn.Module) -> tuple[nn.Module, CAPM]:
@@ -238,3 +246,11 @@ def watched(capm: CAPM, unet: nn.Module) -> Generator[dict[str, Tensor], None, N
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def settling(capm: CAPM, decoder: nn.Module) -> Generator[None, None, None]:
+    """A CAPM takes the scale of its features from what `decoder` makes within, without gradients."""
+    with torch.no_grad(), watched(capm, decoder) as features:
+        yield
+    capm.settle(features)

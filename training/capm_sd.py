@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from training import control
 from training.capm import Loss as CAPMLoss
-from training.capm import parts_of, watched
+from training.capm import one_batch, parts_of, settling, watched
 from training.control import ControlTask, controlled
 from training.draws import uniform
 from training.recipe import Recipe, from_table
 from training.sd import decoded_rows
 from training.state import weights_of
 from training.task import Batch
-from vsr_ops.capm import CAPM, SD_UNET, CAPMs, CAPMShape, attached, decoder_widths, load_capms, write_capms
+from vsr_ops.capm import CAPM, SD_UNET, CAPMShape, attached, decoder_widths
+from vsr_ops.capm_file import CAPMs, load_capms, write_capms
 from vsr_ops.compression import rank_correlation
 from vsr_ops.errors import SettingError
 
@@ -70,6 +71,11 @@ class CAPMSDTask(ControlTask):
             raise SettingError(f"the CAPM of {shape}: expected at least 1 of each; correct [model]")
         if not 0 <= weights.untold <= 1:
             raise SettingError(f"loss.untold is {weights.untold}: expected a share from 0 to 1")
+        self._first: Batch | None = None
+
+    def prepare(self, device: torch.device) -> None:
+        super().prepare(device)
+        self._first = one_batch(self.sample)
 
     def build(self) -> nn.Module:
         unet, controls = control.parts_of(super().build())
@@ -77,6 +83,9 @@ class CAPMSDTask(ControlTask):
         shape, capm = self.shape, self._before().unet
         if capm is None or capm.shape.backbone != SD_UNET:
             capm = CAPM(CAPMShape(SD_UNET, widths, shape.components, shape.code, shape.prompt, shape.size))
+            if self._first is not None:
+                with settling(capm, unet):
+                    super().loss(nn.ModuleDict({"unet": unet, "control": controls}), self._first)
         capm.check_fits(SD_UNET, widths)
         return nn.ModuleDict({"unet": unet, "control": controls, "capm": capm})
 
@@ -119,9 +128,7 @@ class CAPMSDTask(ControlTask):
         for name, beside in (("control", nullcontext()), ("CAPM", attached(capm, unet, level))):
             with beside:
                 found[name] = self._sampled(predict, noise)
-        if self._coder is None:
-            self._coder = self._coder_on(torch.device("cpu"))
-        return decoded_rows(self._coder, {"LR": hint, **found, "truth": clean})
+        return decoded_rows(self.coder(torch.device("cpu")), {"LR": hint, **found, "truth": clean})
 
     def export(self, model: nn.Module, path: Path, trained_on: str) -> None:
         write_capms(path, CAPMs(parts_of(model)[1], self._before().vae), trained_on)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from training.draws import integer, uniform
-from training.folder import Folder
+from training.latents import LatentsTask
 from training.recipe import Recipe, from_table
 from training.sd import Data, FrameLatents, decoded_rows, noised, nothing, read_start_sd, sampled, unet_of, velocity
 from training.state import weights_of
@@ -43,7 +43,7 @@ class Loss:
     drop: float = 0.1
 
 
-class ControlTask:
+class ControlTask(LatentsTask):
     """Task "control". A sample is one frame's latents, its hint, a timestep and noise."""
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
@@ -54,30 +54,14 @@ class ControlTask:
             raise SettingError("model.start is empty: expected the SD that stays as it is (--set model.start=runs/sd)")
         if not 0 <= self.weights.drop <= 1:
             raise SettingError(f"loss.drop is {self.weights.drop}: expected a share from 0 to 1")
-        self._folder = Folder(data)
-        self._latents = FrameLatents(Path(settings.latents) if settings.latents else out / "latents", settings)
-        self._coder: Backbone | None = None
+        super().__init__(data, out, FrameLatents, settings)
         self._prediction = "v_prediction"
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the VAE: processes that draw samples need none."""
-        return {**self.__dict__, "_coder": None}
-
-    @property
-    def data_summary(self) -> str:
-        return self._latents.summary
-
-    def prepare(self, device: torch.device) -> None:
-        self._latents.render(self._folder, self._coder_on(device))
-
-    def _coder_on(self, device: torch.device) -> Backbone:
-        """What has the VAE; its UNet has no weights."""
-        if self.shape.vae:
-            coder: Backbone = build_svd(read_start(self.shape.vae), device, torch.float32)
-        else:
-            coder = build_sd(read_start_sd(self.shape.start), device, torch.float32)
-        coder.unet.to("meta")
-        return coder
+    def make_coder(self) -> Backbone:
+        cpu, shape = torch.device("cpu"), self.shape
+        if shape.vae:
+            return build_svd(read_start(shape.vae), cpu, torch.float32)
+        return build_sd(read_start_sd(shape.start), cpu, torch.float32)
 
     def build(self) -> nn.Module:
         weights = read_start_sd(self.shape.start)
@@ -115,9 +99,7 @@ class ControlTask:
             "control": self._sampled(partial(controlled, model, two["hint"]), two["noise"]),
             "truth": two["clean"],
         }
-        if self._coder is None:
-            self._coder = self._coder_on(torch.device("cpu"))
-        return decoded_rows(self._coder, columns)
+        return decoded_rows(self.coder(torch.device("cpu")), columns)
 
     def _sampled(self, predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor) -> Tensor:
         if self._prediction == "v_prediction":

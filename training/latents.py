@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,43 @@ class Latents:
     def _write(self, number: int, made: list[Batch]) -> None:
         shard = {key: torch.stack([clip[key] for clip in made]) for key in made[0] if key != "factor"}
         write_beside(self._path(number), {**shard, "factor": made[0]["factor"]}, "the shards before it are kept")
+
+
+class LatentsTask(ABC):
+    """What tasks on the latents of a frozen VAE share. Shards are rendered before the first step, in `data.latents` or
+    beside the run; afterwards the VAE waits on the CPU to decode sample pictures."""
+
+    def __init__(self, data: Path, out: Path, kind: Callable[[Path, Any], Latents], settings: LatentSettings) -> None:
+        self._folder = Folder(data)
+        self._latents = kind(Path(settings.latents) if settings.latents else out / "latents", settings)
+        self._coder: Backbone | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the VAE: processes that draw samples need none."""
+        return {**self.__dict__, "_coder": None}
+
+    @abstractmethod
+    def make_coder(self) -> Backbone:
+        """What has the VAE, on the CPU in float32."""
+
+    @property
+    def data_summary(self) -> str:
+        return self._latents.summary
+
+    def prepare(self, device: torch.device) -> None:
+        self._latents.render(self._folder, self.coder(device))
+        self.coder(torch.device("cpu"))  # what trains needs the room
+
+    def coder(self, device: torch.device) -> Backbone:
+        """The VAE, and the image encoder where there is one, on `device`; the UNet has no weights."""
+        if self._coder is None:
+            self._coder = self.make_coder()
+            self._coder.unet.to("meta")
+        for part in (self._coder.vae, self._coder.image_encoder):
+            if part is not None:
+                part.to(device)
+        self._coder.device = device
+        return self._coder
 
 
 def digest(model: Backbone) -> str:

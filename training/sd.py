@@ -20,7 +20,7 @@ from training.capm import CAPMLatents
 from training.capm import Data as ClipData
 from training.curve import rows_of
 from training.draws import integer
-from training.folder import Folder
+from training.latents import LatentsTask
 from training.recipe import Recipe, from_table
 from training.state import weights_of
 from training.svd import read_start
@@ -86,7 +86,7 @@ class FrameLatents(CAPMLatents):
         return {"clean": clean, "hint": hint, "level": shard["level"][index].float()}
 
 
-class SDTask:
+class SDTask(LatentsTask):
     """Task "sd". A sample is one frame's latents, a timestep and noise."""
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
@@ -94,20 +94,10 @@ class SDTask:
         self.data = from_table(Data, recipe.data, "data")
         from_table(Loss, recipe.loss, "loss")
         self._config = {} if self.shape.start else unet_shape(self.shape)
-        self._folder = Folder(data)
-        self._latents = FrameLatents(Path(self.data.latents) if self.data.latents else out / "latents", self.data)
-        self._coder: SVD | None = None
+        super().__init__(data, out, FrameLatents, self.data)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the VAE: processes that draw samples need none."""
-        return {**self.__dict__, "_coder": None}
-
-    @property
-    def data_summary(self) -> str:
-        return self._latents.summary
-
-    def prepare(self, device: torch.device) -> None:
-        self._latents.render(self._folder, build_svd(read_start(self.shape.vae), device, torch.float32))
+    def make_coder(self) -> SVD:
+        return build_svd(read_start(self.shape.vae), torch.device("cpu"), torch.float32)
 
     def build(self) -> nn.Module:
         start = self.shape.start
@@ -138,9 +128,7 @@ class SDTask:
             "from noise": sampled(partial(velocity, model), noise),
             "truth": clean,
         }
-        if self._coder is None:
-            self._coder = build_svd(read_start(self.shape.vae), torch.device("cpu"), torch.float32)
-        return decoded_rows(self._coder, columns)
+        return decoded_rows(self.coder(torch.device("cpu")), columns)
 
     def export(self, model: nn.Module, path: Path, trained_on: str) -> None:
         unet, size = cast(Any, model), self.data.size // 8

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from training.data import halve
 from training.validation import SCALE, Clip, sharpened, shrunk, truths, whole
-from vsr_ops.capm import load_capms
+from vsr_ops.capm_file import load_capms
 from vsr_ops.cfw import load_cfw
 from vsr_ops.compression import load_compression
 from vsr_ops.control import load_control

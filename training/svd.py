@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from training.curve import rows_of
 from training.draws import uniform
-from training.folder import Folder
-from training.latents import Latents, LatentSettings
+from training.latents import Latents, LatentSettings, LatentsTask
 from training.recipe import Recipe, from_table
 from training.state import weights_of
 from training.task import Batch
@@ -82,7 +81,7 @@ class Loss:
     drop: float = 0.1
 
 
-class SVDTask:
+class SVDTask(LatentsTask):
     """Task "svd". A sample is one clip's latents, its LR latents, context, noise level and noise."""
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
@@ -96,32 +95,10 @@ class SVDTask:
                 "model.start and model.vae are empty: expected an SVD to start from (--set"
                 " model.start=svd_xt.safetensors), or the run of a temporal VAE (--set model.vae=runs/vae)"
             )
-        self._folder = Folder(data)
-        self._latents = Latents(Path(self.data.latents) if self.data.latents else out / "latents", self.data)
-        self._coder: SVD | None = None
+        super().__init__(data, out, Latents, self.data)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the VAE: processes that draw samples need none."""
-        return {**self.__dict__, "_coder": None}
-
-    @property
-    def data_summary(self) -> str:
-        return self._latents.summary
-
-    def prepare(self, device: torch.device) -> None:
-        self._latents.render(self._folder, self.coder(device))
-        self.coder(torch.device("cpu"))  # the UNet needs the room
-
-    def coder(self, device: torch.device) -> SVD:
-        """The frozen VAE and image encoder on `device`; its UNet has no weights."""
-        if self._coder is None:
-            self._coder = build_svd(self.base(), torch.device("cpu"), torch.float32)
-            cast(nn.Module, self._coder.unet).to("meta")
-        for part in (self._coder.vae, self._coder.image_encoder):
-            if part is not None:
-                cast(nn.Module, part).to(device)
-        self._coder.device = device
-        return self._coder
+    def make_coder(self) -> SVD:
+        return build_svd(self.base(), torch.device("cpu"), torch.float32)
 
     def base(self) -> SVDWeights:
         """The model before training, float32."""

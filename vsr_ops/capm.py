@@ -5,15 +5,15 @@ At each level of a UNet's or VAE's decoder, on features F: `d = mean(CNN(F))`, `
 a fresh module changes nothing. A known compression level (a hint) takes d's place by a small embedding.
 
 The transformer block works on fewer channels than F and attends in windows: its cost grows with the area alone, and
-tiles can be exact.
+tiles can be exact. F comes to it divided by a deviation that training measured once, and goes back times it: a VAE's
+decoder has features of deviation 80, beside which its norms leave nothing of a prompt of deviation 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,17 +21,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from .compression import level_of
-from .errors import CheckpointError, SettingError
-from .module_file import fill, read_module, write_module
+from .capm_hints import check_hint, check_strength, spread
+from .errors import SettingError
 
-KIND = "capm"
-#: The weights that come with the pack, made for its lite SVD: both halves.
-LITE_CAPM = Path(__file__).parent / "weights" / "capm_lite.safetensors"
-#: Those made for its lite Stable Diffusion with its control.
-LITE_CAPM_SD = LITE_CAPM.with_name("capm_sd_lite.safetensors")
-#: What the pack itself has, by the names that `load_capms` takes.
-BUNDLED = {"lite": LITE_CAPM, "sd_lite": LITE_CAPM_SD}
 #: Backbones by name, as files have them: the same widths do not mean the same features.
 SVD_UNET, SVD_VAE, SD_UNET, SD_VAE = "svd-unet", "svd-vae", "sd-unet", "sd-vae"
 #: Side of the windows that attention is confined to, in the level's own pixels.
@@ -39,7 +31,6 @@ WINDOW = 8
 #: Pixels of a level between the places that d is the mean over.
 CODE_STRIDE = 4
 HEAD = 16
-STRONGEST = 2.0
 _GRID = 103
 """Compression levels that a reading is told apart to: half a CRF."""
 
@@ -122,6 +113,8 @@ class _Level(nn.Module):
         super().__init__()
         inner, code = HEAD * max(1, min(2, width // 32), width // (4 * HEAD)), shape.code
         self.width = width
+        self.scale: Tensor
+        self.register_buffer("scale", torch.ones(()))
         self.look = nn.Conv2d(width, code, 3, stride=2, padding=1)
         self.norm = nn.LayerNorm(code)
         self.look_again = nn.Conv2d(code, code, 3, stride=2, padding=1)
@@ -150,11 +143,11 @@ class _Level(nn.Module):
             _enlarging(prompt.shape[-1], whole, start, length).to(prompt)
             for whole, start, length in ((place.height, place.top, size[0]), (place.width, place.left, size[1]))
         )
-        x = self.enter(features) + rows @ prompt @ cols.mT
+        x = F.conv2d(features, self.enter.weight / self.scale, self.enter.bias) + rows @ prompt @ cols.mT
         x = rearrange(x, "n c h w -> n h w c")
         x = x + self.attention(x, place)
         x = x + self.feed_forward(x)
-        return self.leave(rearrange(x, "n h w c -> n c h w"))
+        return self.scale * self.leave(rearrange(x, "n h w c -> n c h w"))
 
 
 class CAPM(nn.Module):
@@ -208,6 +201,12 @@ class CAPM(nn.Module):
             return self.embedded(level, hint)
         seen = code()
         return torch.where(unknown.to(seen.device)[:, None], seen, self.embedded(level, hint.nan_to_num()))
+
+    @torch.no_grad()
+    def settle(self, features: Mapping[str, Tensor]) -> None:
+        """Sets what features are divided by to the deviation of these `(n, width, h, w)`, by level: before training."""
+        for level, value in features.items():
+            self._block(level, value).scale.copy_(value.float().std())
 
     def acts(self, level: str) -> bool:
         """Whether it can change a level's features: a fresh one does not."""
@@ -281,43 +280,6 @@ def decoder_widths(block_out_channels: Sequence[int]) -> dict[str, int]:
     return {f"up_blocks.{index}": width for index, width in enumerate(reversed(block_out_channels))}
 
 
-def check_strength(strength: float) -> None:
-    """Raises SettingError for a `strength` outside [0, 2]."""
-    if not 0 <= strength <= STRONGEST:
-        raise SettingError(f"strength is {strength}: expected 0 (off) to {STRONGEST:g}; 1 is what was trained")
-
-
-def check_hint(hint: Tensor) -> None:
-    """Raises SettingError for compression levels outside [0, 1]; NaN stands for one that is not known."""
-    if not hint.numel():
-        raise SettingError("hint is empty: expected a compression level a frame; estimate it on the video")
-    known = hint[~hint.isnan()]
-    if hint.ndim != 1 or bool(((known < 0) | (known > 1)).any()):
-        raise SettingError(
-            f"hint has the shape {tuple(hint.shape)} and values to {float(hint.nan_to_num().abs().amax()):g}:"
-            " expected one compression level from 0 (clean) to 1 (CRF 51) a frame; divide a CRF by 51"
-        )
-
-
-def spread(hint: Tensor, count: int) -> Tensor:
-    """A hint for `count` features, of as many frames or of several videos with the same frames. Raises SettingError."""
-    if count % hint.shape[0]:
-        raise SettingError(
-            f"hint has {hint.shape[0]} compression levels for {count} frames: expected one a frame; estimate them on"
-            " the video that is upscaled"
-        )
-    return hint.repeat(count // hint.shape[0])
-
-
-def levels_or_crf(levels: Tensor | None, crf: float) -> Tensor | None:
-    """Levels as they are; for a `crf` from 0 on its level, one for every frame `()`. Raises SettingError."""
-    if crf >= 0:
-        return torch.tensor(level_of(crf))
-    if levels is not None:
-        check_hint(levels)
-    return levels
-
-
 def shared_weights(weights: Tensor, tiles: int) -> Tensor:
     """Weights `(tiles * frames, components)` with every tile's replaced by their mean over the tiles."""
     mean = rearrange(weights, "(m t) k -> m t k", m=tiles).mean(0)
@@ -375,50 +337,6 @@ def attached(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@dataclass(frozen=True)
-class CAPMs:
-    """The halves of a file: for the decoders of a UNet and of a VAE."""
-
-    unet: CAPM | None = None
-    vae: CAPM | None = None
-
-    def halves(self) -> dict[str, CAPM]:
-        """Those that are there, by name."""
-        return {name: half for name, half in (("unet", self.unet), ("vae", self.vae)) if half is not None}
-
-
-def load_capms(path: Path | str, device: torch.device | str = "cpu") -> CAPMs:
-    """The CAPMs at `path`, or of a name in BUNDLED, float32; what they fit says `check_fits`. Raises CheckpointError
-    for a file that is missing, damaged or of another kind, or holds no half."""
-    file = BUNDLED.get(str(path), Path(path))
-    stored = read_module(file, KIND)
-    try:
-        halves = {name: _built(name, config) for name, config in stored.config.items()}
-        both = CAPMs(**halves)
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{file}: its configuration {stored.config} is no CAPM's; get it again") from error
-    if not halves:
-        raise CheckpointError(f"{file}: holds neither a UNet's nor a VAE's CAPM; get it again")
-    fill(file, nn.ModuleDict(halves), KIND, stored.tensors)
-    for half in halves.values():
-        half.to(device).eval().requires_grad_(False)
-    return both
-
-
-def write_capms(path: Path, capms: CAPMs, trained_on: str) -> None:
-    """Writes a file that `load_capms` reads, float16. Raises CheckpointError."""
-    halves = capms.halves()
-    tensors = nn.ModuleDict(halves).state_dict()
-    write_module(path, KIND, {name: asdict(half.shape) for name, half in halves.items()}, tensors, trained_on)
-
-
-def _built(half: str, config: Mapping[str, Any]) -> CAPM:
-    shape = CAPMShape(**config)
-    if not shape.backbone.endswith(f"-{half}"):
-        raise ValueError(shape.backbone)
-    return CAPM(replace(shape, widths={str(name): int(width) for name, width in shape.widths.items()}))
 
 
 def _key(level: str) -> str:

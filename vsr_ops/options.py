@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from .align import MODES as ALIGN_MODES
-from .capm import check_strength, load_capms
+from .capm_file import load_capms
+from .capm_hints import check_strength
 from .cfw import check_w, load_cfw
 from .color import COLOR
 from .compression import level_of, load_compression

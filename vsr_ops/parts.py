@@ -11,7 +11,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from .capm import SD_UNET, SVD_UNET, CAPMs, attached, check_strength, decoder_widths
+from .capm import SD_UNET, SVD_UNET, attached, decoder_widths
+from .capm_file import CAPMs
+from .capm_hints import check_strength
 from .cfw import CFW, check_w
 from .compression import CompressionHead, estimate_levels, level_of
 from .dcm import Enlarge

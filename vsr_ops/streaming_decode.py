@@ -24,7 +24,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from .capm import CAPM, Place, check_hint, check_strength
+from .capm import CAPM, Place
+from .capm_hints import check_hint, check_strength
 from .cfw import CFW, check_w
 from .decode_layout import (
     Box,

@@ -9,7 +9,8 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...vsr_ops.capm import CAPM, SD_UNET, SVD_UNET, Prompted, check_strength, shared_weights
+from ...vsr_ops.capm import CAPM, SD_UNET, SVD_UNET, Prompted, shared_weights
+from ...vsr_ops.capm_hints import check_strength
 from ...vsr_ops.errors import SettingError
 from ..run import KEY, Run
 from .model import is_svd

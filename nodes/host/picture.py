@@ -11,7 +11,8 @@ import comfy.utils
 from einops import rearrange
 from torch import Tensor
 
-from ...vsr_ops.capm import CAPM, Prompted, check_strength
+from ...vsr_ops.capm import CAPM, Prompted
+from ...vsr_ops.capm_hints import check_strength
 from ...vsr_ops.cfw import CFW, check_w
 from ...vsr_ops.decode_layout import is_temporal
 from ...vsr_ops.errors import SettingError

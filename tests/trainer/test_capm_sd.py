@@ -18,19 +18,9 @@ from training.recipe import BUNDLED, read_recipe
 from training.sd import unet_of
 from training.tasks import make_task
 from training.trainer import Batches
-from vsr_ops import capm as capm_files
-from vsr_ops.capm import (
-    CAPM,
-    SD_UNET,
-    SVD_UNET,
-    SVD_VAE,
-    CAPMs,
-    CAPMShape,
-    attached,
-    decoder_widths,
-    load_capms,
-    write_capms,
-)
+from vsr_ops import capm_file
+from vsr_ops.capm import CAPM, SD_UNET, SVD_UNET, SVD_VAE, CAPMShape, attached, decoder_widths
+from vsr_ops.capm_file import CAPMs, load_capms, write_capms
 from vsr_ops.control import Control, write_control
 from vsr_ops.errors import CheckpointError, SettingError
 from vsr_ops.sd import load_sd
@@ -178,10 +168,10 @@ def test_the_lite_one_is_small_enough() -> None:
 
 def test_the_pack_loads_its_own_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_capms(tmp_path / "own.safetensors", CAPMs(CAPM(CAPMShape(SD_UNET, WIDTHS))), "nothing")
-    monkeypatch.setitem(capm_files.BUNDLED, "sd_lite", tmp_path / "own.safetensors")
+    monkeypatch.setitem(capm_file.BUNDLED, "sd_lite", tmp_path / "own.safetensors")
     half = load_capms("sd_lite").unet
     assert half is not None and half.shape.backbone == SD_UNET
-    monkeypatch.setitem(capm_files.BUNDLED, "sd_lite", tmp_path / "none.safetensors")
+    monkeypatch.setitem(capm_file.BUNDLED, "sd_lite", tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError, match=r"none\.safetensors: no such file"):
         load_capms("sd_lite")
 

@@ -296,7 +296,8 @@ def own(capm: ModuleType, unets: Any, vaes: Any) -> Iterator[str]:
     """An artist's file with both halves."""
     place = Path(importlib.import_module("folder_paths").models_dir) / "vsr_capm"
     place.mkdir(parents=True, exist_ok=True)
-    capm.write_capms(place / "own.safetensors", capm.CAPMs(unets, vaes), "nothing")
+    file = module("vsr_ops.capm_file")
+    file.write_capms(place / "own.safetensors", file.CAPMs(unets, vaes), "nothing")
     yield "own.safetensors"
     (place / "own.safetensors").unlink()
 
