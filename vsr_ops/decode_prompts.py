@@ -16,7 +16,7 @@ from .decode_layout import Box, Step
 
 
 @dataclass
-class Prompts:
+class TilePrompts:
     """`hint` are the compression levels of the frames in hand, NaN where unknown; None where all are.
 
     `sketch` is d of the mosaic, `offset` what has to be added to it to give the whole picture's, both by level.
