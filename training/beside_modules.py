@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from training.capm import settling, watched
+from training.capm import disagreement, settling, watched
 from training.state import weights_of
 from training.task import Batch
 from vsr_ops.capm import CAPM, SVD_VAE, CAPMShape, attached
@@ -175,9 +175,7 @@ def _beside_capm(model: nn.Module, clip: Batch) -> Generator[Further, None, None
     capm, level = cast(CAPM, parts.beside), clip["level"].expand(frames)
 
     def apart() -> Tensor:
-        told = {name: capm.embedded(name, level).detach().float() for name in features}
-        read = {name: capm.code(name, value.detach()).float() for name, value in features.items()}
-        return torch.stack([(read[name] - told[name]).square().mean() for name in features]).mean()
+        return disagreement(capm, features, level).mean()
 
     with watched(capm, parts.decoder) as features, attached(capm, parts.decoder, clip["hint"].expand(frames)):
         yield apart

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,6 +68,21 @@ class Loss:
     agree: float = 1.0
 
 
+def check_crfs(finest: int, coarsest: int) -> None:
+    """Raises SettingError for a range of CRFs that there is not."""
+    if not 0 <= finest <= coarsest <= COARSEST:
+        raise SettingError(
+            f"data.finest is {finest}, data.coarsest {coarsest}: expected 0 <= finest <= coarsest <= {COARSEST}"
+        )
+
+
+def drawn_crf(rng: torch.Generator, clean_share: float, finest: int, coarsest: int) -> int | None:
+    """A clip's constant rate factor, None for the `clean_share` that stays clean."""
+    if uniform(rng, 0, 1) < clean_share:
+        return None
+    return finest + integer(rng, coarsest - finest + 1)
+
+
 class CAPMLatents(Latents):
     """Shards that also hold the compression level of each clip."""
 
@@ -79,11 +94,7 @@ class CAPMLatents(Latents):
                 f"data.degradation is '{settings.degradation}': this task's clips go through H.264 at a known CRF;"
                 " leave it out, and set data.finest and data.coarsest"
             )
-        if not 0 <= settings.finest <= settings.coarsest <= COARSEST:
-            raise SettingError(
-                f"data.finest is {settings.finest}, data.coarsest {settings.coarsest}: expected 0 <= finest <="
-                f" coarsest <= {COARSEST}"
-            )
+        check_crfs(settings.finest, settings.coarsest)
 
     def draw(self, rng: torch.Generator) -> Batch:
         """What Latents draws, and the clip's level."""
@@ -95,10 +106,8 @@ class CAPMLatents(Latents):
 
     def crf(self, rng: torch.Generator) -> int | None:
         """The constant rate factor of the clip that `rng` began with, None for a clean one; draws nothing from it."""
-        own, data = generator_at(rng.initial_seed(), 1), self._data
-        if uniform(own, 0, 1) < data.clean_share:
-            return None
-        return data.finest + integer(own, data.coarsest - data.finest + 1)
+        data = self._data
+        return drawn_crf(generator_at(rng.initial_seed(), 1), data.clean_share, data.finest, data.coarsest)
 
     def _pair(self, sources: Folder, enlarge: Enlarge | None, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         data, crf = self._data, self.crf(rng)
@@ -179,10 +188,7 @@ class CAPMTask(LatentsTask):
         level, hint, kept = (batch[key].repeat_interleave(frames) for key in ("level", "hint", "kept"))
         with watched(capm, unet) as features, attached(capm, unet, hint):
             edm = edm_loss(unet, **of_edm(batch))
-        codes = {name: capm.code(name, value.detach()).float() for name, value in features.items()}
-        meant = {name: capm.embedded(name, level).detach().float() for name in codes}
-        apart = torch.stack([(codes[name] - meant[name]).square().mean(1) for name in codes])
-        agree = (apart * kept).mean()  # without LR latents there is nothing to read
+        agree = (disagreement(capm, features, level) * kept).mean()  # without LR latents there is nothing to read
         readings = torch.stack([capm.reading(name, value) for name, value in features.items()]).mean(0)
         rank = rank_correlation(readings, level)
         return edm + self.weights.agree * agree, {
@@ -246,6 +252,14 @@ def watched(capm: CAPM, unet: nn.Module) -> Generator[dict[str, Tensor], None, N
     finally:
         for handle in handles:
             handle.remove()
+
+
+def disagreement(capm: CAPM, features: Mapping[str, Tensor], level: Tensor) -> Tensor:
+    """How far d, read in features by level, lies from what the compression levels `(n,)` stand for: `(levels, n)`. It
+    moves what reads, not what is read."""
+    codes = {name: capm.code(name, value.detach()).float() for name, value in features.items()}
+    meant = {name: capm.embedded(name, level).detach().float() for name in codes}
+    return torch.stack([(codes[name] - meant[name]).square().mean(1) for name in codes])
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from training import control
 from training.capm import Loss as CAPMLoss
-from training.capm import one_batch, parts_of, settling, watched
+from training.capm import disagreement, one_batch, parts_of, settling, watched
 from training.control import ControlTask, controlled
 from training.draws import uniform
 from training.recipe import Recipe, from_table
@@ -108,10 +108,8 @@ class CAPMSDTask(ControlTask):
         level = batch["level"]
         with watched(capm, unet) as features, attached(capm, unet, batch["told"]):
             found, _ = super().loss(model, batch)
-        codes = {name: capm.code(name, value.detach()).float() for name, value in features.items()}
-        meant = {name: capm.embedded(name, level).detach().float() for name in codes}
-        apart = torch.stack([(codes[name] - meant[name]).square().mean(1) for name in codes])
-        agree = (apart * batch["hint"].flatten(1).any(1)).mean()  # without LR latents there is nothing to read
+        kept = batch["hint"].flatten(1).any(1)  # without LR latents there is nothing to read
+        agree = (disagreement(capm, features, level) * kept).mean()
         readings = torch.stack([capm.reading(name, value) for name, value in features.items()]).mean(0)
         return found + self.weights.agree * agree, {
             "found": float(found.detach()),

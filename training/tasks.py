@@ -7,6 +7,7 @@ from pathlib import Path
 from training.beside import BesideTask
 from training.capm import CAPMTask
 from training.capm_sd import CAPMSDTask
+from training.capm_whole import WholeCAPM
 from training.compression import CompressionTask
 from training.control import ControlTask
 from training.dcm import DCM
@@ -30,6 +31,7 @@ TASKS: dict[str, TaskMaker] = {
     "refiner": RefinerTask,
     "whole": Whole,
     "whole_dcm": WholeWithDCM,
+    "capm_whole": WholeCAPM,
     "compression": CompressionTask,
     "capm": CAPMTask,
     "decoder": BesideTask,

@@ -6,6 +6,7 @@ and decoder learn to ignore it. Here the gradient of the finished video goes bac
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -87,11 +88,13 @@ class Loss:
 class Whole:
     """Task "whole". A sample is lr `(frames, 3, h/4, w/4)`, truth `(frames, 3, h, w)`, and what sampling draws."""
 
+    shapes: ClassVar[type[Shape]] = Shape
+    clips: ClassVar[type[Data]] = Data
     losses: ClassVar[type[Loss]] = Loss
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
-        self.shape = from_table(Shape, recipe.model, "model")
-        self.data = from_table(Data, recipe.data, "data")
+        self.shape = from_table(self.shapes, recipe.model, "model")
+        self.data = from_table(self.clips, recipe.data, "data")
         self.weights = from_table(self.losses, recipe.loss, "loss")
         for key in ("start", "refiner"):
             if not getattr(self.shape, key):
@@ -146,10 +149,10 @@ class Whole:
     def sample(self, rng: torch.Generator) -> Batch:
         data, cells = self.data, self.data.size // 8
         truth = self._folder.clip(data.frames, data.size, rng, data.video_share)
-        lr = degraded(data.degradation, truth, rng, SCALE, data.clean_share)
+        low = self._low(truth, rng)
         latents = (2, data.frames, 4, cells, cells)
         return {
-            "lr": lr,
+            **low,
             "truth": truth,
             "noise": torch.randn(latents, generator=rng),
             "sigma": (2 * torch.randn((), generator=rng)).exp().clamp(0.002, 700),
@@ -157,6 +160,14 @@ class Whole:
             "true": torch.tensor(float(uniform(rng, 0, 1) < data.true_share)),
             "kept": torch.tensor(float(uniform(rng, 0, 1) >= self.weights.drop)),
         }
+
+    def _low(self, truth: Tensor, rng: torch.Generator) -> Batch:
+        """`lr`, and what else is known of how it came about."""
+        return {"lr": degraded(self.data.degradation, truth, rng, SCALE, self.data.clean_share)}
+
+    def _beside(self, model: nn.Module, clip: Batch) -> AbstractContextManager[object]:
+        """What stands beside UNet and decoder while they run for a clip."""
+        return nullcontext()
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         values = [
@@ -171,9 +182,10 @@ class Whole:
         guide, lr, clean = self._encoded(model, clip)
         noise, unet = clip["noise"], cast(Any, model)["unet"]
         context = noise.new_zeros(1, 1, unet.config.cross_attention_dim)
-        edm = edm_loss(unet, clean.detach()[None], clip["kept"] * lr[None], context, clip["sigma"][None], noise[:1])
-        z = clean + 0.1 * noise[1] if clip["true"] else self._sampled(model, lr, clip)
-        decoded, refined = decode_refined(model, z[None], guide[None])
+        with self._beside(model, clip):
+            edm = edm_loss(unet, clean.detach()[None], clip["kept"] * lr[None], context, clip["sigma"][None], noise[:1])
+            z = clean + 0.1 * noise[1] if clip["true"] else self._sampled(model, lr, clip)
+            decoded, refined = decode_refined(model, z[None], guide[None])
         result, motion = refined[0], motion_of(truth)
         haar = haar_loss(result, truth)
         adm, vif = neg_losses(result, truth)
@@ -221,8 +233,9 @@ class Whole:
             middle = guide.shape[0] // 2
             columns["DCM"].append(guide[middle])
             columns["truth"].append(clip["truth"][middle])
-            for name, z in {"LR latent": lr * self._factor, "refined": self._sampled(model, lr, clip)}.items():
-                columns[name].append(decode_refined(model, z[None], guide[None])[1][0, middle])
+            with self._beside(model, clip):
+                for name, z in {"LR latent": lr * self._factor, "refined": self._sampled(model, lr, clip)}.items():
+                    columns[name].append(decode_refined(model, z[None], guide[None])[1][0, middle])
         return rows_of([(name, torch.stack(frames)) for name, frames in columns.items()])
 
     def export(self, model: nn.Module, path: Path, trained_on: str) -> None:

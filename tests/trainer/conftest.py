@@ -14,6 +14,8 @@ from tests.trainer.tiny import settings_of
 from training.__main__ import main
 from training.recipe import BUNDLED, read_recipe
 from training.tasks import make_task
+from vsr_ops.capm import CAPM, SVD_UNET, SVD_VAE, CAPMShape, decoder_widths
+from vsr_ops.capm_file import CAPMs, write_capms
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +44,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def vaes(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Runs of one step of a tiny picture VAE, and of the temporal VAE on top; beside them an untrained SVD on that,
-    and an untrained SD with its control."""
+    an untrained SD with its control, and a fresh CAPM."""
     folder = tmp_path_factory.mktemp("vaes")
     for recipe, sets in (
         ("lite_2_picture", []),
@@ -66,4 +68,7 @@ def vaes(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     sd.export(sd.build(), folder / "sd.safetensors", "nothing")
     control = make_task(read_recipe(BUNDLED / "control_lite.toml", settings_of("control", both)), photos, folder)
     control.export(control.build(), folder / "control.safetensors", "nothing")
+    widths = decoder_widths([32] * 4)
+    halves = CAPMs(*(CAPM(CAPMShape(backbone, widths, code=8)) for backbone in (SVD_UNET, SVD_VAE)))
+    write_capms(folder / "capm.safetensors", halves, "nothing")
     return both

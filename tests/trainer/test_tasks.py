@@ -39,6 +39,7 @@ RECIPE_OF = {
     "vae_temporal": "vae_temporal_lite",
     "whole": "lite_6_whole",
     "whole_dcm": "whole_dcm_lite",
+    "capm_whole": "capm_whole_lite",
     "compression": "compression_lite",
     "capm": "capm_lite",
     "decoder": "cfw_lite",

@@ -66,6 +66,8 @@ def settings_of(name: str, vaes: tuple[Path, Path]) -> list[str]:
     if name == "capm_sd":
         control = vaes[1].parent / "control.safetensors"
         return [*settings_of("control", vaes), f"model.control={control}", "model.capm=", "model.code=8"]
+    if name == "capm_whole":
+        return [*settings_of("whole", vaes), f"model.capm={vaes[1].parent / 'capm.safetensors'}"]
     if name in ("whole", "whole_dcm"):
         svd = vaes[1].parent / "svd.safetensors"
         return [f"model.start={svd}", "data.size=64", "data.frames=2", "data.steps=[2,3]"]
