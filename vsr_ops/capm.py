@@ -143,11 +143,13 @@ class _Level(nn.Module):
             _enlarging(prompt.shape[-1], whole, start, length).to(prompt)
             for whole, start, length in ((place.height, place.top, size[0]), (place.width, place.left, size[1]))
         )
+        # The scale goes with the few weights rather than with the features.
         x = F.conv2d(features, self.enter.weight / self.scale, self.enter.bias) + rows @ prompt @ cols.mT
         x = rearrange(x, "n c h w -> n h w c")
         x = x + self.attention(x, place)
         x = x + self.feed_forward(x)
-        return self.scale * self.leave(rearrange(x, "n h w c -> n c h w"))
+        bias = self.scale * cast(Tensor, self.leave.bias)
+        return F.conv2d(rearrange(x, "n h w c -> n c h w"), self.scale * self.leave.weight, bias)
 
 
 class CAPM(nn.Module):
