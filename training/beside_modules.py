@@ -55,7 +55,8 @@ class STAMSettings(Shape):
 
 @dataclass(frozen=True)
 class CAPMSettings(Shape):
-    """As `vsr_ops.capm.CAPMShape`. `capm` is a file or a run whose half for the UNet is kept; empty: none is."""
+    """As `vsr_ops.capm.CAPMShape`. `capm`: the CAPM to go on from, a file, "lite", or a run, whose half for the UNet
+    stays as it is; where it is empty or lacks the VAE's half: a new one of the other settings."""
 
     capm: str = ""
     components: int = CAPMShape.components
@@ -163,10 +164,16 @@ def _write_stam(path: Path, settings: STAMSettings, module: STAM, trained_on: st
     write_stam(path, module, trained_on)
 
 
+def _before(settings: CAPMSettings) -> CAPMs:
+    return load_capms(weights_of(settings.capm)) if settings.capm else CAPMs()
+
+
 def _build_capm(settings: CAPMSettings, parts: nn.Module) -> CAPM:
-    return CAPM(
-        CAPMShape(SVD_VAE, output_widths(parts), settings.components, settings.code, settings.prompt, settings.size)
-    )
+    widths = output_widths(parts)
+    if (capm := _before(settings).vae) is not None:
+        capm.check_fits(SVD_VAE, widths)
+        return capm
+    return CAPM(CAPMShape(SVD_VAE, widths, settings.components, settings.code, settings.prompt, settings.size))
 
 
 @contextmanager
@@ -183,13 +190,14 @@ def _beside_capm(model: nn.Module, clip: Batch) -> Generator[Further, None, None
 
 def _settle_capm(model: nn.Module, clip: Batch) -> None:
     parts, z = cast(Any, model), clip["z"]
+    if any(parts.beside.acts(level) for level in parts.beside.shape.widths):
+        return  # it goes on, by the scales it learnt with
     with settling(parts.beside, parts.decoder):
         parts.decoder(z, torch.zeros(1, len(z), device=z.device), num_frames=len(z))
 
 
 def _write_capm(path: Path, settings: CAPMSettings, module: CAPM, trained_on: str) -> None:
-    before = load_capms(weights_of(settings.capm)) if settings.capm else CAPMs()
-    write_capms(path, replace(before, vae=module), trained_on)
+    write_capms(path, replace(_before(settings), vae=module), trained_on)
 
 
 MODULES: dict[str, Module] = {

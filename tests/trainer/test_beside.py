@@ -162,6 +162,22 @@ def test_the_unets_half_joins_the_file(photos: Path, start: Path, tmp_path: Path
     assert found.unet is not None and found.vae is not None
 
 
+def test_a_new_half_is_settled_and_one_that_goes_on_stays(photos: Path, start: Path, tmp_path: Path) -> None:
+    """Its features come to it at a deviation near 1; another sees the ones it learnt with."""
+    task = task_of("capm", photos, start, tmp_path)
+    task.prepare(torch.device("cpu"))
+    model: Any = task.build()
+    scales = {level: float(model.beside.part(level).scale) for level in model.beside.shape.widths}
+    assert all(scale != 1 for scale in scales.values())
+    stirred(model.beside)
+    task.export(model, tmp_path / "begun.safetensors", "nothing")
+    on = task_of("capm", photos, start, tmp_path / "on", f"model.capm={tmp_path / 'begun.safetensors'}", "data.seed=5")
+    on.prepare(torch.device("cpu"))
+    again: Any = on.build()
+    for name, value in again.beside.state_dict().items():
+        torch.testing.assert_close(value, model.beside.state_dict()[name], atol=1e-3, rtol=1e-3)
+
+
 def test_levels_come_with_their_clips(photos: Path, start: Path, tmp_path: Path) -> None:
     """A sample's level is its clip's, and that is the CRF its picture went through: a coarser one costs more."""
     task = task_of("cfw", photos, start, tmp_path, "data.clean_share=0.5", "data.finest=45", "data.coarsest=45")
