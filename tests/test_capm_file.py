@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.tiny_capm import SHAPE, VAE_SHAPE, WIDTHS, filled, noise
-from vsr_ops.capm import SVD_UNET
+from vsr_ops.capm import SVD_UNET, attached
 from vsr_ops.capm_file import KIND, CAPMs, load_capms, write_capms
 from vsr_ops.errors import CheckpointError
 from vsr_ops.module_file import write_module
+from vsr_ops.svd import load_svd
 
 
 @pytest.fixture
@@ -53,3 +55,18 @@ def test_a_configuration_of_something_else_is_refused(tmp_path: Path, config: di
     with pytest.raises(CheckpointError, match="no CAPM's") as caught:
         load_capms(tmp_path / "c.safetensors")
     assert "\n" not in str(caught.value)
+
+
+def test_the_bundled_one_hears_the_level() -> None:
+    """What it is told changes the picture about as much as that it is there: its prompts are not drowned."""
+    svd, half = load_svd("lite", torch.device("cpu"), torch.float32), load_capms("lite").vae
+    assert half is not None
+    z = noise(2, 4, 12, 12)
+    plain = svd.decode(z)
+
+    def told(level: float) -> Tensor:
+        with attached(half, svd.vae.decoder, torch.full((2,), level)):
+            return svd.decode(z)
+
+    clean, coarse = told(0.0), told(1.0)
+    assert (coarse - clean).norm() > 0.2 * (coarse - plain).norm() > 0
