@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.losses import decibels, flicker, followed_change, information, luma_deviation, motion_of
+from training.losses import flicker, followed_change, information, luma_deviation, motion_of
 from training.perceived import haar_loss, neg_loss
 from vsr_ops.metrics_perceived import haarpsi
 
@@ -104,11 +104,3 @@ def test_luma_deviation_is_the_root_of_the_luma_error_of_each_picture(truth: Ten
     assert float(luma_deviation(truth + errors, truth)) == pytest.approx(0.04, abs=2e-4)
     tint = torch.tensor([0.1, -0.1 * 0.299 / 0.587, 0.0]).view(3, 1, 1)
     assert float(luma_deviation(truth + tint, truth)) < 0.0033
-
-
-def test_decibels_are_the_y_psnr_and_every_picture_counts_alike(truth: Tensor) -> None:
-    errors = torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
-    assert float(decibels(truth + errors, truth)) == pytest.approx((-20 - 40) / 2, abs=0.05)
-    ten_times_better = torch.tensor([0.01, 0.01]).view(2, 1, 1, 1)
-    assert float(decibels(truth + ten_times_better, truth)) == pytest.approx(-40, abs=0.05)
-    assert float(decibels(truth, truth)) == pytest.approx(-60, abs=1e-3)

@@ -17,16 +17,7 @@ from training.beside_modules import MODULES, nothing_further
 from training.curve import rows_of
 from training.draws import generator_at, uniform
 from training.folder import Folder
-from training.losses import (
-    Motion,
-    charbonnier,
-    decibels,
-    flicker,
-    followed_change,
-    motion_of,
-    psnr,
-    temporal_difference,
-)
+from training.losses import Motion, charbonnier, flicker, followed_change, motion_of, psnr, temporal_difference
 from training.perceived import haar_loss, neg_losses
 from training.recipe import Recipe, from_table
 from training.refiner import decode_refined, decoder_of
@@ -43,10 +34,10 @@ from vsr_ops.svd import build_svd
 
 @dataclass(frozen=True)
 class Loss:
-    """Weights, of the refined clip: Charbonnier's and the squared error, Y-PSNR (`decibels`, negative), 1 - HaarPSI,
-    1 - ADM and 1 - VIF (VMAF-NEG's features), the change of the error from frame to frame (`change`) and along the
-    motion (`followed`), flicker where nothing moves (`still`). The same of the decoded clip, but for VMAF-NEG's, counts
-    `decoded` times; `detail` weighs the reconstruction loss of its detail alone, where the rest comes from the guide.
+    """Weights, of the refined clip: Charbonnier's and the squared error, 1 - HaarPSI, 1 - ADM and 1 - VIF (VMAF-NEG's
+    features), the change of the error from frame to frame (`change`) and along the motion (`followed`), flicker where
+    nothing moves (`still`). The same of the decoded clip, but for VMAF-NEG's, counts `decoded` times; `detail` weighs
+    the reconstruction loss of its detail alone, where the rest comes from the guide.
 
     CFW's w is drawn from `w` (lowest, highest); CAPM is not told the level of a share of samples (`untold`), and
     `agree` weighs how far what it reads in features lies from what it would have been told.
@@ -54,7 +45,6 @@ class Loss:
 
     charbonnier: float = 2.0
     squared: float = 20.0
-    decibels: float = 0.0
     haar: float = 0.3
     adm: float = 0.0
     vif: float = 0.0
@@ -170,7 +160,6 @@ class BesideTask:
         return (
             weights.charbonnier * charbonnier(result, truth)
             + weights.squared * (result - truth).square().mean()
-            + weights.decibels * decibels(result, truth)
             + weights.haar * haar_loss(result, truth)
             + weights.change * temporal_difference(result, truth)
             + weights.followed * followed_change(result, truth, motion)

@@ -33,13 +33,6 @@ def luma_deviation(result: Tensor, truth: Tensor) -> Tensor:
     return (error.square().mean((1, 2, 3)) + 1e-5).sqrt().mean()
 
 
-def decibels(result: Tensor, truth: Tensor) -> Tensor:
-    """What each picture's luma `(n, 3, h, w)` in [0, 1] lacks to a Y-PSNR of 0 dB, and their mean: every picture counts
-    alike, however hard it is. Held at -60 dB."""
-    error = _luma(result.float() - truth.float())
-    return 10 * (error.square().mean((1, 2, 3)) + 1e-6).log10().mean()
-
-
 def laplacian(x: Tensor, levels: int = 3) -> list[Tensor]:
     """Band-pass images of `(frames, c, h, w)`, finest first; h and w multiples of `2**levels`."""
     bands: list[Tensor] = []
