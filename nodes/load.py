@@ -88,7 +88,7 @@ class LoadDCM(io.ComfyNode):
 
     @classmethod
     def execute(cls, which: str) -> io.NodeOutput:
-        return io.NodeOutput(read_dcm(host.weights_file(DCM_FOLDER, which, FILES)))
+        return io.NodeOutput(host.managed(read_dcm(host.weights_file(DCM_FOLDER, which, FILES))))
 
 
 class LoadRefiner(io.ComfyNode):

@@ -8,7 +8,7 @@ from .hooks import patch_perturbed, patch_tiles
 from .load import load_lite, weights_file, weights_files
 from .model import require_svd
 from .motion import estimated_flow, patch_alignment
-from .picture import HostVAE, decoded, progress, refined, upscaler
+from .picture import HostVAE, decoded, managed, progress, refined, upscaler
 from .sampling import SAMPLERS, SCHEDULERS, context_tokens, dssag_guider, fps_key, guider, null_prompt, sample
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "latent_picture",
     "load_host_control",
     "load_lite",
+    "managed",
     "null_prompt",
     "patch_alignment",
     "patch_capm",

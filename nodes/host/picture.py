@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.utils
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -21,6 +23,9 @@ from ...vsr_ops.refiner import Refiner, refine
 from ...vsr_ops.stam import STAM
 from ...vsr_ops.streaming_decode import stream_video
 from .model import STOCK_TILE
+
+#: What newer hosts make of a module is not always the plain patcher: under dynamic VRAM weights stay on the disk.
+ModelPatcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
 #: How many latents around a streamed tile its convolutions reach, SD's and SVD's decoder.
 STREAM_MARGIN = 8
@@ -62,12 +67,31 @@ def progress(total: int) -> Callable[[int], None]:
     return tick
 
 
+def managed(upscale_model: Any) -> Any:
+    """An UPSCALE_MODEL that every host takes, the same object: with the patcher that hosts since July 2026 load and
+    free it by, where its loader gave it none. Raises SettingError for what is no upscale model."""
+    if getattr(upscale_model, "patcher", None) is None:
+        module = getattr(upscale_model, "model", None)
+        if not isinstance(module, torch.nn.Module) or not hasattr(upscale_model, "scale"):
+            raise SettingError(
+                f"upscale_model is a {type(upscale_model).__name__}: expected a model and its scale, as Load DCM (VSR)"
+                " and Load Upscale Model give; wire one of these"
+            )
+        manage = comfy.model_management
+        upscale_model.patcher = ModelPatcher(
+            module, load_device=manage.get_torch_device(), offload_device=manage.unet_offload_device()
+        )
+    return upscale_model
+
+
 def upscaler(upscale_model: Any) -> Callable[[Tensor], Tensor]:
     """A host upscale model on `(n, 3, h, w)`, by the host's own node: its tiles, memory and precision."""
     from comfy_extras.nodes_upscale_model import ImageUpscaleWithModel
 
+    model = managed(upscale_model)
+
     def enlarge(frames: Tensor) -> Tensor:
-        image = ImageUpscaleWithModel.execute(upscale_model, rearrange(frames, "t c h w -> t h w c")).args[0]
+        image = ImageUpscaleWithModel.execute(model, rearrange(frames, "t c h w -> t h w c")).args[0]
         return rearrange(image, "t h w c -> t c h w")
 
     return enlarge

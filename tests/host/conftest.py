@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -20,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from tests.host.hosts import HOW, Host, known_hosts
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 START_SECONDS, RUN_SECONDS = 180, 180
@@ -29,34 +30,22 @@ INSIDE = os.environ.get("VSR_INSIDE_HOST") == "1"
 collect_ignore = [] if INSIDE else ["inside"]
 
 
-def comfyui_path() -> Path | None:
-    """The host's folder: `COMFYUI_PATH`, or `~/ComfyUI`; nothing where there is none."""
-    folder = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "ComfyUI").expanduser()
-    return folder if (folder / "main.py").is_file() else None
+#: On each of these runs all that stands here.
+HOSTS = [] if INSIDE else known_hosts()
 
 
-def comfyui_python(folder: Path) -> str:
-    """The host's Python: `COMFYUI_PYTHON`, its own environment's, or this one."""
-    if named := os.environ.get("COMFYUI_PYTHON"):
-        return named
-    inner = Path("Scripts/python.exe") if os.name == "nt" else Path("bin/python")
-    found = [folder / name / inner for name in ("venv", ".venv") if (folder / name / inner).exists()]
-    return str(found[0]) if found else sys.executable
-
-
-@pytest.fixture(scope="session", autouse=True)
-def needs_host() -> None:
-    """Without a host, what stands here is skipped."""
-    if not INSIDE and comfyui_path() is None:
+@pytest.fixture(scope="session", params=HOSTS or [None], ids=lambda host: host.version if host else "no ComfyUI")
+def comfyui(request: pytest.FixtureRequest) -> Host:
+    """A host; where there is none, what asks for one is skipped."""
+    if request.param is None:
         pytest.skip("no ComfyUI")
+    return request.param
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line, for all that was skipped, on how to run it."""
-    if not INSIDE and comfyui_path() is None:
-        terminalreporter.write_line(
-            "tests/host skipped, no ComfyUI: COMFYUI_PATH=<its folder> COMFYUI_PYTHON=<its Python> pytest tests/host"
-        )
+    if not INSIDE and not HOSTS:
+        terminalreporter.write_line(f"tests/host skipped, no ComfyUI: {HOW}")
 
 
 @dataclass
@@ -64,6 +53,7 @@ class Server:
     """A running host: its address, and what can be asked of it."""
 
     url: str
+    host: Host
     base: Path
     log: Path
     process: subprocess.Popen[bytes]
@@ -143,33 +133,19 @@ def wait_until_up(server: Server) -> None:
 
 
 @pytest.fixture(scope="session")
-def host_folder(needs_host: None) -> Path:
-    """The host's folder."""
-    folder = comfyui_path()
-    assert folder is not None
-    return folder
-
-
-@pytest.fixture(scope="session")
-def host_python(host_folder: Path) -> str:
-    """The host's Python."""
-    return comfyui_python(host_folder)
-
-
-@pytest.fixture(scope="session")
-def server(host_folder: Path, host_python: str) -> Iterator[Server]:
+def server(comfyui: Host) -> Iterator[Server]:
     """The host, on the loopback alone, with folders of its own."""
     base, port = Path(tempfile.mkdtemp(prefix="coherent-vsr-")), free_port()
     place_pack(base / "custom_nodes")
     command = [
-        *(host_python, "main.py", "--cpu", "--use-pytorch-cross-attention"),
+        *(comfyui.python, "main.py", "--cpu", "--use-pytorch-cross-attention"),
         *("--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base)),
         *("--disable-api-nodes", "--database-url", f"sqlite:///{base / 'x.db'}"),
     ]
     log = base / "log.txt"
     with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=host_folder, stdout=out, stderr=subprocess.STDOUT)
-    made = Server(f"http://127.0.0.1:{port}", base, log, process)
+        process = subprocess.Popen(command, cwd=comfyui.folder, stdout=out, stderr=subprocess.STDOUT)
+    made = Server(f"http://127.0.0.1:{port}", comfyui, base, log, process)
     try:
         wait_until_up(made)
         yield made

@@ -6,15 +6,17 @@ import os
 import subprocess
 from pathlib import Path
 
+from tests.host.hosts import Host
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_inside(host_folder: Path, host_python: str) -> None:
+def test_inside(comfyui: Host) -> None:
     """Parity and patches, where they can be measured: beside the host's own code."""
     done = subprocess.run(
-        [host_python, "-m", "pytest", "tests/host/inside", "-p", "no:cacheprovider"],
+        [comfyui.python, "-m", "pytest", "tests/host/inside", "-p", "no:cacheprovider"],
         cwd=ROOT,
-        env={**os.environ, "COMFYUI_PATH": str(host_folder), "VSR_INSIDE_HOST": "1"},
+        env={**os.environ, "COMFYUI_PATH": str(comfyui.folder), "VSR_INSIDE_HOST": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
