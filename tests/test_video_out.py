@@ -87,11 +87,33 @@ def test_overwriting_a_folder_replaces_its_frames_and_nothing_else(tmp_path: Pat
     (folder / "keep.txt").write_text("mine")
     with pytest.raises(VideoError, match="already exists"):
         check_output(folder, codec="png8")
-    with open_writer(folder, made_info(8, 6, 2), size=(6, 8), codec="png8", overwrite=True) as writer:
+    before = (folder / "frame_000001.png").read_bytes()
+    check_output(folder, overwrite=True, codec="png8", frames=5)
+    with open_writer(folder, made_info(8, 6, 5), size=(6, 8), codec="png8", overwrite=True) as writer:
+        for index in range(5):
+            writer.write(Frame(picture(index, 6, 8) / 2, None, index))
+    frames = [f"frame_00000{index}.png" for index in range(5)]
+    assert sorted(p.name for p in folder.iterdir()) == [*frames, "keep.txt"]
+    assert (folder / "frame_000001.png").read_bytes() != before and (folder / "keep.txt").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_frames_of_a_longer_run_are_not_deleted_but_refused(tmp_path: Path) -> None:
+    """Nothing says whose they are, so they stay; beside a shorter video they would be its end, so none is written."""
+    folder = tmp_path / "out"
+    write(folder, made_info(8, 6, 5), "png8")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(VideoError, match=r"holds 'frame_000002\.png' and 2 more .*two videos would mix; empty"):
+        check_output(folder, overwrite=True, codec="png8", frames=2)
+    with (
+        pytest.raises(VideoError, match=r"the finished result stays in .*two videos would mix") as caught,
+        open_writer(folder, made_info(8, 6, 2), size=(6, 8), codec="png8", overwrite=True) as writer,
+    ):
         for index in range(2):
             writer.write(Frame(picture(index, 6, 8), None, index))
-    assert sorted(p.name for p in folder.iterdir()) == ["frame_000000.png", "frame_000001.png", "keep.txt"]
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+    (kept,) = folder.glob(".*.part-*")
+    assert str(kept) in str(caught.value) and len(list(kept.iterdir())) == 2
 
 
 def _nothing_left(folder: Path) -> bool:
@@ -110,7 +132,9 @@ def test_any_exception_leaves_nothing_behind(
         open_writer(tmp_path / name, made_info(64, 48, 3), size=(48, 64), codec=codec) as writer,
     ):
         writer.write(Frame(picture(0, 48, 64), None, 0))
-        assert not (tmp_path / name).exists() and len(list(tmp_path.iterdir())) == 1
+        # The part and the lock, both hidden.
+        assert sorted(p.name.split(".")[1] for p in tmp_path.iterdir()) == ["out", "out"]
+        assert not (tmp_path / name).exists() and len(list(tmp_path.glob(".*"))) == 2
         raise trouble
     assert _nothing_left(tmp_path)
 
@@ -247,14 +271,15 @@ def test_any_float_type_is_written_and_values_outside_are_clipped(tmp_path: Path
 def test_a_finished_file_is_never_lost_to_a_name_taken_meanwhile(tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     with (
-        pytest.raises(VideoError, match=r"finished result stays in .*\.out\.part\.mp4"),
+        pytest.raises(VideoError, match=r"finished result stays in .*\.out\.part-[0-9a-f]+\.mp4"),
         open_writer(path, made_info(64, 48, 2), size=(48, 64)) as writer,
     ):
         for index in range(2):
             writer.write(Frame(picture(index, 48, 64), None, index))
         path.write_text("someone else's")
     assert path.read_text() == "someone else's"
-    assert probe(tmp_path / ".out.part.mp4").frames == 2
+    (kept,) = tmp_path.glob(".out.part-*.mp4")
+    assert probe(kept).frames == 2
 
 
 def test_frames_are_read_and_written_one_at_a_time(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from .flow_field import Flow, check_fits, streamed_flow
 from .guidance import COND, Branch, Strength, gamma_at, guide, strength
 from .job import Enlarged, Job, scene_cuts
 from .latents import CELL, encode_frames
+from .outputs import claimed
 from .parts import Parts, decoded, prompted, refined
 from .propagation import Call, Propagation, Step, TileRun, calls, gather_tiles, run_pass, step_at
 from .svd import SIGMA_MAX, SIGMA_MIN, Backbone, sigmas
@@ -195,14 +196,15 @@ def upscale(
 ) -> None:
     """Upscales a job into `output`, keeping frame count, timing and sound. `cuts` None looks for scene cuts.
 
-    Nothing stands under the final name unless the whole run succeeds. Raises VSRError.
+    Nothing stands under the final name unless the whole run succeeds; from the first frame's encoding on no other run
+    can write there. Raises VSRError.
     """
     check_output(output, overwrite, codec, job.info, job.frames)
     parts = parts or Parts()
     parts.check_fits(model)
     cuts = scene_cuts(job) if cuts is None else cuts
     plan = make_plan(job, settings, model.tile, model.factor, cuts)
-    with closing(Enlarged(job, parts.enlarge, output.parent)) as upscaled:
+    with claimed(output), closing(Enlarged(job, parts.enlarge, output.parent)) as upscaled:
         flow = _latent_flow(job, settings, plan, upscaled, cuts, progress)
         lr = torch.empty(job.frames, 4, plan.height, plan.width)
         progress("encode", 0, job.frames)
@@ -228,7 +230,7 @@ def upscale(
             (frame[:, : job.size[0], : job.size[1]].clamp(0, 1), reference)
             for frame, reference in zip(pictures, upscaled(), strict=True)
         )
-        with open_writer(output, job.info, size=job.size, codec=codec, overwrite=overwrite) as writer:
+        with open_writer(output, job.info, size=job.size, codec=codec, overwrite=overwrite, held=True) as writer:
             for i, (frame, reference) in enumerate(refined(parts, pairs, cuts)):
                 image = correct(settings.color, frame[None], reference.image[None])[0].clamp(0, 1)
                 writer.write(Frame(image, reference.alpha, reference.pts))

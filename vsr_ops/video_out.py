@@ -7,8 +7,10 @@ Subtitles, chapters and title texts are not carried over.
 from __future__ import annotations
 
 import errno
-import shutil
+import os
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +23,9 @@ from torch import Tensor
 
 from . import container, pictures
 from .errors import VideoError
+from .outputs import claimed, give_name, new_part, refuse_inputs, refuse_taken, remove_part
 from .video_in import Frame, VideoInfo
-from .video_sink import CODECS, FORMATS, Codec, PictureSink, VideoSink
+from .video_sink import CODECS, FORMATS, Codec, PictureSink, VideoSink, picture_name
 
 _FOREIGN_SUFFIXES = (".webm", ".avi", ".gif", ".ts", ".mpg", ".wmv", ".flv")
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -34,12 +37,15 @@ def check_output(
     codec: str = "h264",
     info: VideoInfo | None = None,
     frames: int | None = None,
+    inputs: Iterable[Path] = (),
 ) -> None:
     """Raise VideoError now for what would stop the writing later, and leave nothing behind.
 
     Looks at the codec's name and encoder, the path's ending, the folder (there, writable), what stands at the
-    path already, and with `frames` whether a single picture is to hold several. With `info`, refuses to write
-    onto the input and warns of what the output cannot hold (some sound, alpha, pixels that are not square).
+    path already, whether another run writes there, and with `frames` whether a single picture is to hold several,
+    or a folder pictures of another video. With `info`, refuses to write onto the input or into a folder that holds
+    it, and warns of what the output cannot hold (some sound, alpha, pixels that are not square). `inputs` are other
+    files that are read, such as weights.
     """
     path = Path(path)
     way = _way(codec)
@@ -51,11 +57,10 @@ def check_output(
             raise VideoError(
                 f"this FFmpeg has no encoder {way.encoder} for codec {codec}; install PyAV's own wheels"
             ) from error
-    if info is not None and info.kind != "made" and _same_place(path, info.path):
-        raise VideoError(f"'{path}' is the input itself; expected another name for the output")
+    refuse_inputs(path, [*_sources(info), *inputs])
     if _is_single(path, way) and frames is not None and frames > 1:
         raise VideoError(f"'{path}' is one picture but {frames} frames are to be written; give a folder")
-    _check_place(path, overwrite, way)
+    _check_place(path, overwrite, way, frames)
     if info is not None:
         _warn_of_losses(path, codec, way, info)
 
@@ -68,52 +73,74 @@ def open_writer(
     codec: str = "h264",
     overwrite: bool = False,
     rate: Fraction | int | None = None,
+    held: bool = False,
 ) -> Writer:
     """A context manager to write frames of `size` = (height, width) with `info`'s timing, colours and sound.
 
     `rate` sets the frame rate where `info` is of pictures or made; a video keeps its own. The `pts` of the
-    frames say which of the source's frames they are, and so which sound goes with them. Raises VideoError as
-    `check_output` does.
+    frames say which of the source's frames they are, and so which sound goes with them. `held`: the caller holds
+    the output (`outputs.claimed`) since before its own `check_output`, and nothing is looked at again before the
+    end. Raises VideoError as `check_output` does.
     """
-    check_output(path, overwrite, codec, info)
+    if not held:
+        check_output(path, overwrite, codec, info)
     if min(size) < 1:
         raise VideoError(f"cannot write frames of {size[1]}x{size[0]} pixels; expected at least 1x1")
     if rate is not None and info.kind == "video":
         raise VideoError(f"rate {rate} given for the video '{info.path}', which keeps its own: leave it out")
     if rate is not None and rate <= 0:
         raise VideoError(f"rate {rate} is not above 0; expected frames per second such as 24")
-    return Writer(Path(path), info, size, codec, overwrite, info.rate if rate is None else Fraction(rate))
+    return Writer(Path(path), info, size, codec, overwrite, info.rate if rate is None else Fraction(rate), held)
 
 
 class Writer:
-    """Writes beside the final name (".name.part.mp4") and renames when whole; see `open_writer`.
+    """Writes under a hidden name that is new (".name.part-1a2b3c4d.mp4") and renames when whole; see `open_writer`.
 
-    Leaving the `with` block normally finishes the file. Leaving it by any exception removes what was written.
+    Leaving the `with` block normally finishes the file. Leaving it by any exception removes what was written. From
+    the start of the block to its end no other run can write the same output.
     """
 
     def __init__(
-        self, path: Path, info: VideoInfo, size: tuple[int, int], codec: str, overwrite: bool, rate: Fraction
+        self,
+        path: Path,
+        info: VideoInfo,
+        size: tuple[int, int],
+        codec: str,
+        overwrite: bool,
+        rate: Fraction,
+        held: bool = False,
     ) -> None:
         self._path, self._info, self._size, self._overwrite = path, info, size, overwrite
-        self._codec, self._rate = codec, rate
-        self._part = _part_of(path)
+        self._codec, self._rate, self._held = codec, rate, held
+        self._part = path
+        self._claim = ExitStack()
         self._sink: VideoSink | PictureSink | None = None
         self._written = 0
         self._last = -1
 
     def __enter__(self) -> Writer:
+        with ExitStack() as claim:
+            if not self._held:
+                claim.enter_context(claimed(self._path))
+            try:
+                self._open()
+            except (OSError, FFmpegError, ValueError) as error:
+                raise self._failure(error) from error
+            self._claim = claim.pop_all()
+        return self
+
+    def _open(self) -> None:
         way = CODECS[self._codec]
-        _remove(self._part)
+        single = _is_single(self._path, way)
+        self._part = new_part(self._path, folder=not (way.encoder or single))
         try:
             if way.encoder:
                 self._sink = VideoSink(self._part, self._info, self._size, way, self._rate)
             else:
-                single = _is_single(self._path, way)
                 self._sink = PictureSink(self._part, self._codec, way.suffixes[0], single, self._path)
-        except (OSError, FFmpegError, ValueError) as error:
-            _remove(self._part)
-            raise self._failure(error) from error
-        return self
+        except BaseException:
+            remove_part(self._part)
+            raise
 
     def write(self, frame: Frame) -> None:
         """Add one frame. Raises VideoError for one that does not fit, and when the disk is full or fails."""
@@ -138,22 +165,23 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         sink, self._sink = self._sink, None
-        if sink is None:
-            return
-        if kind is not None:
-            self._abandon(sink)
-            return
-        try:
-            if not self._written:
-                raise VideoError(f"no frame was written to '{self._path}'; expected at least one")
-            sink.finish()
-        except (OSError, FFmpegError) as failure:
-            self._abandon(sink)
-            raise self._failure(failure) from failure
-        except BaseException:
-            self._abandon(sink)
-            raise
-        self._keep()
+        with self._claim:
+            if sink is None:
+                return
+            if kind is not None:
+                self._abandon(sink)
+                return
+            try:
+                if not self._written:
+                    raise VideoError(f"no frame was written to '{self._path}'; expected at least one")
+                sink.finish()
+            except (OSError, FFmpegError) as failure:
+                self._abandon(sink)
+                raise self._failure(failure) from failure
+            except BaseException:
+                self._abandon(sink)
+                raise
+            self._keep()
 
     def _require_fit(self, channels: Tensor, count: int, name: str) -> None:
         wanted, found = (count, *self._size), tuple(channels.shape)
@@ -166,16 +194,16 @@ class Writer:
         try:
             sink.drop()
         finally:
-            _remove(self._part)
+            remove_part(self._part)
 
     def _keep(self) -> None:
         """Give the finished work its name. It is whole, so nothing that goes wrong here deletes it."""
         try:
-            _check_free(self._path, self._overwrite)
+            refuse_taken(self._path, self._overwrite)
             if self._part.is_dir() and self._path.is_dir():
-                _merge(self._part, self._path)
+                _merge(self._part, self._path, self._overwrite)
             else:
-                self._part.replace(self._path)
+                give_name(self._part, self._path, self._overwrite)
         except (OSError, VideoError) as error:
             raise VideoError(f"the finished result stays in '{self._part}': {error}") from error
 
@@ -208,32 +236,34 @@ def _check_name(path: Path, codec: str, way: Codec) -> None:
         raise VideoError(f"'{path}' ends in '{suffix}' but codec {codec} needs {endings} or a folder")
 
 
-def _check_place(path: Path, overwrite: bool, way: Codec) -> None:
+def _check_place(path: Path, overwrite: bool, way: Codec, frames: int | None) -> None:
     folder = path.parent
     if not folder.is_dir():
         raise VideoError(f"folder '{folder}' does not exist; make it first, or choose another output")
     as_folder = not way.encoder and not _is_single(path, way)
-    if path.exists() and path.is_dir() != as_folder:
+    if os.path.lexists(path) and path.is_dir() != as_folder:
         there, wanted = ("folder", "file") if path.is_dir() else ("file", "folder")
         raise VideoError(f"'{path}' is a {there} but the output is a {wanted}; choose another name")
-    _check_free(path, overwrite)
-    trial = folder / f"{_part_of(path).name}.try"
-    try:
-        # Asked of the disk itself: rights on paper miss read-only disks and odd file systems.
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise VideoError(f"folder '{folder}' cannot be written to ({error.strerror}); choose another output") from error
+    refuse_taken(path, overwrite)
+    if path.is_dir() and frames is not None:
+        _refuse_mixing(path, [picture_name(index, way.suffixes[0]) for index in range(frames)])
+    with claimed(path):
+        try:
+            # Asked of the disk itself: rights on paper miss read-only disks and odd file systems.
+            remove_part(new_part(path))
+        except OSError as error:
+            place = path if path.is_dir() else folder
+            raise VideoError(
+                f"folder '{place}' cannot be written to ({error.strerror}); choose another output"
+            ) from error
 
 
-def _check_free(path: Path, overwrite: bool) -> None:
-    if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    raise VideoError(f"'{path}' already exists; choose another name or allow overwriting (--overwrite)")
-
-
-def _same_place(path: Path, source: Path) -> bool:
-    return path.resolve() == source.resolve()
+def _sources(info: VideoInfo | None) -> Iterator[Path]:
+    """The files that the frames come from."""
+    if info is not None and info.kind != "made":
+        yield info.path
+        if info.kind == "folder":
+            yield from pictures.list_pictures(info.path)
 
 
 def _warn_of_losses(path: Path, codec: str, way: Codec, info: VideoInfo) -> None:
@@ -256,22 +286,32 @@ def _warn_of_losses(path: Path, codec: str, way: Codec, info: VideoInfo) -> None
         warnings.warn(f"'{path}': {loss}", stacklevel=3)
 
 
-def _part_of(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.part{path.suffix}")
+def _refuse_mixing(folder: Path, names: Iterable[str]) -> None:
+    """Raises VideoError for a folder with pictures that would stand among those to come and not be replaced."""
+    ours = set(names)
+    others = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if pictures.is_picture(entry)
+        and not entry.name.startswith(".")
+        and (entry.name not in ours or (entry.is_dir() and not entry.is_symlink()))
+    )
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise VideoError(
+            f"'{folder}' holds '{others[0]}'{more} beside the {len(ours)} pictures to be written, and none but those is"
+            " ever replaced: two videos would mix; empty the folder or choose another"
+        )
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _merge(part: Path, folder: Path) -> None:
-    """Move the new pictures into a folder that exists, in place of frames from before; other files stay."""
-    for old in folder.glob("frame_[0-9][0-9][0-9][0-9][0-9][0-9].*"):
-        if pictures.is_picture(old):
-            old.unlink()
-    for new in sorted(part.iterdir()):
-        new.replace(folder / new.name)
-    part.rmdir()
+def _merge(part: Path, folder: Path, overwrite: bool) -> None:
+    """Move the new pictures into a folder that exists; with `overwrite` in place of those of their names."""
+    names = sorted(entry.name for entry in part.iterdir() if pictures.is_picture(entry))
+    _refuse_mixing(folder, names)
+    for name in names:
+        try:
+            give_name(part / name, folder / name, overwrite)
+        except OSError as error:
+            raise VideoError(f"{error}; the pictures before '{name}' are in '{folder}' already") from error
+    with suppress(OSError):
+        part.rmdir()

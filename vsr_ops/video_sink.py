@@ -181,20 +181,23 @@ class VideoSink:
         return self._origin == self._info.times[0]
 
 
+def picture_name(index: int, suffix: str) -> str:
+    """The name of a folder's picture."""
+    return f"frame_{index:06d}{suffix}"
+
+
 class PictureSink:
-    """Pictures in the making: one file, or a folder of numbered ones."""
+    """Pictures in the making: one file, or a folder of numbered ones, which is there."""
 
     def __init__(self, part: Path, codec: str, suffix: str, single: bool, final: Path) -> None:
         self._part, self._save, self._suffix, self._single = part, pictures.SAVERS[codec], suffix, single
         self._final = final
         self._count = 0
-        if not single:
-            part.mkdir()
 
     def write(self, frame: Frame) -> None:
         if self._single and self._count:
             raise VideoError(f"'{self._final}' is one picture but more frames came; give a folder instead")
-        target = self._part if self._single else self._part / f"frame_{self._count:06d}{self._suffix}"
+        target = self._part if self._single else self._part / picture_name(self._count, self._suffix)
         self._save(target, frame.image, frame.alpha)
         self._count += 1
 
