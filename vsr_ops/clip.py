@@ -54,11 +54,11 @@ def ground_truth() -> tuple[Tensor, tuple[int, ...]]:
     return quantize8(torch.cat(clips)), tuple(range(FRAMES_PER_SCENE, len(clips) * FRAMES_PER_SCENE, FRAMES_PER_SCENE))
 
 
-def write_video(path: Path, frames: Tensor) -> None:
-    """Writes `(n, 3, h, w)` as H.264, over what is there."""
+def write_video(path: Path, frames: Tensor, overwrite: bool = False) -> None:
+    """Writes `(n, 3, h, w)` as H.264. Raises VideoError, without `overwrite` also where `path` is there."""
     count, _, height, width = frames.shape
     info = made_info(width, height, count, RATE)
-    with open_writer(path, info, size=(height, width), overwrite=True) as writer:
+    with open_writer(path, info, size=(height, width), overwrite=overwrite) as writer:
         for index, frame in enumerate(frames):
             writer.write(Frame(frame, None, index))
 

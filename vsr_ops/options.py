@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from .align import MODES as ALIGN_MODES
 from .capm_file import load_capms
@@ -15,6 +16,7 @@ from .control import load_control
 from .dcm import load_dcm
 from .errors import SettingError
 from .guidance import GUIDANCE
+from .outputs import files_of
 from .parts import Parts, Prompts
 from .pipeline import Settings
 from .propagation import PROPAGATION, SAP_MODES, Propagation
@@ -26,6 +28,10 @@ from .tiling import TileSize
 
 #: What the bundled weights are sampled with: they learnt from the results of few steps without guidance.
 LITE_STEPS, LITE_GUIDANCE = 4, "none"
+
+#: The options that may name a file of weights, and what stands there for no file of the user's.
+_WEIGHTS = ("model", "upscaler", "refiner", "control", "capm", "cfw", "stam")
+_NAMES = {"lite", "sd_lite", "none", "auto", "dcm", "bicubic"}
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +80,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=1, help="spatial tiles through the UNet together")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:0 ..., mps")
     add("--dtype", default="auto", help=", ".join(["auto", *DTYPES]))
+
+
+def files_read(args: argparse.Namespace) -> list[Path]:
+    """The files that the options of weights name: no output may be one of them."""
+    given = {str(getattr(args, name)) for name in _WEIGHTS} - _NAMES
+    return [file for path in map(Path, sorted(given)) if path.exists() for file in files_of(path)]
 
 
 def settings_of(args: argparse.Namespace, scale: float) -> Settings:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pickle
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
+from .outputs import whole
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -128,17 +128,16 @@ def read_pickle(path: Path, wanted: re.Pattern[str], under: Sequence[str] = ("st
 
 
 def write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes beside `path` and renames when whole. Raises CheckpointError if that cannot be done."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Writes beside `path` and renames when whole, over what is there: what may be replaced is the caller's to ask.
+
+    Raises CheckpointError if that cannot be done.
+    """
     try:
-        cast("Any", safetensors.torch).save_file(tensors, beside, metadata=metadata)
-        beside.replace(path)
+        with whole(path, overwrite=True) as part:
+            cast("Any", safetensors.torch).save_file(tensors, part, metadata=metadata)
     except (safetensors.SafetensorError, OSError) as error:
         what = f"{path}: cannot be written ({first_line(error)})"
         raise CheckpointError(f"{what}; expected an existing folder with room and write permission") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
 
 
 def refuse_foreign_content(path: Path) -> None:

@@ -15,11 +15,15 @@ from torch import Tensor
 from .chart import Panel, draw_panels
 from .errors import SettingError, VideoError
 from .metrics import METRICS, aligned, mean, written
+from .outputs import refuse_inputs, refuse_taken, whole
 from .pictures import save_png8
 from .published import Published, ours, published
 
 Key = tuple[str, str, str]
 """(method, clip, metric)"""
+
+FILES = ("table.txt", "metrics.csv", "frames.csv", "metrics.png")
+"""What `Scores.write` leaves in a folder."""
 
 _NOTE_BEST = "* best of its row. "
 _NOTE = "Values are means over frames, then over clips."
@@ -80,44 +84,48 @@ class Scores:
         """Curves over the frames of all clips, a panel for each metric: (3, H, width) RGB in [0, 1]."""
         return draw_panels([self._panel(name) for name in self.names], width)
 
-    def write(self, folder: Path, beside: str = "none") -> list[Path]:
-        """Writes table.txt, metrics.csv, frames.csv and metrics.png into `folder`, over what is there; their paths.
+    def write(self, folder: Path, beside: str = "none", overwrite: bool = False) -> list[Path]:
+        """Writes table.txt, metrics.csv, frames.csv and metrics.png into `folder`; their paths.
 
         metrics.csv has a line for each clip, method and metric, and for the means clip "mean"; frames.csv a line for
-        each clip, method and frame. Raises VideoError where the disk does not take them.
+        each clip, method and frame. Raises VideoError where the disk does not take them, and without `overwrite` where
+        one of them is there.
         """
+        check_folder(folder, overwrite)
+        table, means, frames, plot = paths = [folder / name for name in FILES]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            paths = [folder / name for name in ("table.txt", "metrics.csv", "frames.csv", "metrics.png")]
-            paths[0].write_text(self.table(True, beside) + "\n", encoding="utf-8")
-            self.write_csv(paths[1])
-            self.write_frames(paths[2])
-            save_png8(paths[3], self.plot(), None)
+            with whole(table, overwrite) as part:
+                part.write_text(self.table(True, beside) + "\n", encoding="utf-8")
+            self.write_csv(means, overwrite)
+            self.write_frames(frames, overwrite)
+            with whole(plot, overwrite) as part:
+                save_png8(part, self.plot(), None)
         except OSError as error:
             raise VideoError(
                 f"'{folder}' cannot be written ({error.strerror}); free the disk or give another"
             ) from error
         return paths
 
-    def write_csv(self, path: Path) -> None:
-        """clip,method,metric,value; raises OSError."""
+    def write_csv(self, path: Path, overwrite: bool = False) -> None:
+        """clip,method,metric,value; raises OSError, also where `path` is there and may not be replaced."""
         lines = [
             [clip or "mean", method, name, _exact(self.value(method, name, clip))]
             for clip in [*self.clips, None]
             for method in self.methods
             for name in self.names
         ]
-        _write(path, [["clip", "method", "metric", "value"], *lines])
+        _write(path, [["clip", "method", "metric", "value"], *lines], overwrite)
 
-    def write_frames(self, path: Path) -> None:
-        """clip,method,frame and a column for each metric, frames counted from 0; raises OSError."""
+    def write_frames(self, path: Path, overwrite: bool = False) -> None:
+        """clip,method,frame and a column for each metric, frames counted from 0; raises as `write_csv`."""
         lines = [
             [clip, method, str(frame), *(_exact(self.frames[method, clip, name][frame]) for name in self.names)]
             for clip in self.clips
             for method in self.methods
             for frame in range(self._length(clip))
         ]
-        _write(path, [["clip", "method", "frame", *self.names], *lines])
+        _write(path, [["clip", "method", "frame", *self.names], *lines], overwrite)
 
     def _length(self, clip: str) -> int:
         return len(self.frames[self.methods[0], clip, self.names[0]]) if self.names else 0
@@ -133,6 +141,13 @@ class Scores:
             for method in self.methods
         }
         return Panel(f"{METRICS[name].label}, {METRICS[name].aim} ({METRICS[name].note})", curves, parts)
+
+
+def check_folder(folder: Path, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
+    """Raises VideoError where `Scores.write` would refuse `folder`, or where it holds one of the `inputs`."""
+    refuse_inputs(folder, inputs)
+    for name in FILES:
+        refuse_taken(folder / name, overwrite)
 
 
 def joined(parts: Iterable[Scores]) -> Scores:
@@ -180,6 +195,6 @@ def _exact(value: float) -> str:
     return "" if math.isnan(value) else repr(value)
 
 
-def _write(path: Path, lines: Iterable[Sequence[str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+def _write(path: Path, lines: Iterable[Sequence[str]], overwrite: bool) -> None:
+    with whole(path, overwrite) as part, part.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)
