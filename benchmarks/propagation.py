@@ -22,6 +22,7 @@ from benchmarks.common import MIB, Options, interleaved, ratio, table
 from vsr_ops.attention import Fused, fused_attention
 from vsr_ops.guidance import COND
 from vsr_ops.layers import Layer
+from vsr_ops.memory import ran_out
 from vsr_ops.propagation import Call, Kind, Propagation, Step, TileRun, gather_tiles, sap_rate, token_grid
 from vsr_ops.svd import SVD
 from vsr_ops.tiling import Merger, TileSize, plan_tiles
@@ -169,7 +170,9 @@ def together(options: Options, model: SVD, sides: list[int]) -> None:
         }
         try:
             times = interleaved(work, options)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not ran_out(error):
+                raise
             rows.append([f"SAP synchronous, {bench.tiles} tiles", "does not fit", "", "", ""])
             break
         for name in work:

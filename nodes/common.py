@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 from einops import rearrange
 from torch import Tensor
 
 from ..vsr_ops.errors import SettingError
 from ..vsr_ops.layers import LAYERS
+from . import host
 
 CATEGORY = "VSR"
 #: What goes from Load Refiner to Refine.
 REFINER = io.Custom("VSR_REFINER")
+#: How far resizing may leave an IMAGE outside [0, 1]; beyond, it is not one: [-1, 1], [0, 255], light without a limit.
+OVERSHOOT = 0.5
 
 
 def to_frames(image: Tensor, name: str = "image") -> Tensor:
-    """`(frames, 3, height, width)` of an IMAGE, a view. Raises SettingError for an empty or not RGB one."""
+    """`(frames, 3, height, width)` float32 in [0, 1] of an IMAGE: a view where it is that already, whatever the host's
+    choice for what goes between nodes. What resizing leaves a little outside is clamped, as every output node does.
+    Raises SettingError for an empty or not RGB one, for NaN, and for values that are no picture's."""
     if image.ndim != 4 or image.numel() == 0:
         raise SettingError(
             f"{name} is empty (shape {tuple(image.shape)}): expected at least one frame; check its source"
@@ -27,12 +33,20 @@ def to_frames(image: Tensor, name: str = "image") -> Tensor:
         raise SettingError(
             f"{name} has {image.shape[-1]} channels: expected 3 (RGB); take its alpha off with Split Image with Alpha"
         )
-    return rearrange(image, "t h w c -> t c h w")
+    frames = rearrange(image, "t h w c -> t c h w").float()
+    low, high = (float(end) for end in torch.aminmax(frames))
+    # So written that NaN, which is on neither side, is refused.
+    if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):
+        raise SettingError(
+            f"{name} holds values from {low:.3g} to {high:.3g}: expected 0 to 1; check the node that made it, and"
+            " tone-map high dynamic range first"
+        )
+    return frames if low >= 0 and high <= 1 else frames.clamp(0, 1)
 
 
 def to_image(frames: Tensor) -> Tensor:
-    """The IMAGE of `(frames, 3, height, width)`."""
-    return rearrange(frames, "t c h w -> t h w c").contiguous()
+    """The IMAGE of `(frames, 3, height, width)`, in the precision that the host hands on between nodes."""
+    return rearrange(frames, "t c h w -> t h w c").to(host.intermediate_dtype()).contiguous()
 
 
 def check_choice(name: str, value: str, options: Iterable[str]) -> str:

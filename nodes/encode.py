@@ -13,6 +13,7 @@ from ..vsr_ops.latents import encode_video
 from ..vsr_ops.scenes import find_cuts
 from . import host
 from .common import CATEGORY, check_choice, choice, number, to_frames
+from .known import KNOWN, KnownVideo
 from .latent import CUTS, STARTS
 
 
@@ -53,7 +54,7 @@ class Encode(io.ComfyNode):
         from_lr = STARTS[check_choice("start", start, STARTS)]
         cuts = find_cuts(iter(frames)) if CUTS[check_choice("scene_cuts", scene_cuts, CUTS)] else ()
         lr = encode_video(host.HostVAE(vae), iter(frames), host.progress(len(frames)))
-        known = {"vsr_size": tuple(frames.shape[-2:]), "vsr_cuts": cuts}
+        known = {KNOWN: KnownVideo.of(frames, lr, cuts)}
         return io.NodeOutput(
             {"samples": lr if from_lr else torch.zeros_like(lr), **known},
             {"samples": lr, **known},
@@ -93,6 +94,6 @@ class MatchLatent(io.ComfyNode):
     def execute(
         cls, latent: dict[str, Any], reference: dict[str, Any], strength: float, smoothing: float
     ) -> io.NodeOutput:
-        cuts = reference.get("vsr_cuts", ()) if smoothing else ()
+        cuts = host.latent_cuts(reference) if smoothing else ()
         samples = adain(latent["samples"], reference["samples"], strength, smoothing, cuts)
         return io.NodeOutput({**latent, "samples": samples})

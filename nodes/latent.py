@@ -13,6 +13,7 @@ from ..vsr_ops.scenes import find_cuts
 from . import host
 from .capm import CAPM
 from .common import CATEGORY, check_choice, choice, count, number, to_frames, to_image
+from .known import KNOWN, KnownVideo, size_of
 from .load import CFW, STAM
 
 STARTS = {"noise": False, "LR latent": True}
@@ -79,14 +80,14 @@ class SVDConditioning(io.ComfyNode):
         context = host.context_tokens(model, clip_vision_output)
         lr = encode_video(host.HostVAE(vae), with_augmentation(frames, augmentation), host.progress(len(frames)))
         micro = {"motion_bucket_id": motion_bucket_id, "fps": host.fps_key(fps), "augmentation_level": augmentation}
-        positive = [[context, {**micro, "concat_latent_image": lr, "vsr_cuts": cuts}]]
+        scenes = {"vsr_cuts": cuts, "vsr_frames": len(frames)}
+        positive = [[context, {**micro, "concat_latent_image": lr, **scenes}]]
         negative = [[torch.zeros_like(context), {**micro, "concat_latent_image": torch.zeros_like(lr)}]]
-        latent = {
-            "samples": lr if from_lr else torch.zeros_like(lr),
-            "vsr_size": tuple(frames.shape[-2:]),
-            "vsr_cuts": cuts,
-        }
-        return io.NodeOutput(positive, negative, latent)
+        return io.NodeOutput(
+            positive,
+            negative,
+            {"samples": lr if from_lr else torch.zeros_like(lr), KNOWN: KnownVideo.of(frames, lr, cuts)},
+        )
 
 
 class Decode(io.ComfyNode):
@@ -141,8 +142,8 @@ class Decode(io.ComfyNode):
         capm: Any = None,
     ) -> io.NodeOutput:
         seen = None if reference is None else to_frames(reference, "reference")
-        size = latent.get("vsr_size") if seen is None else tuple(seen.shape[-2:])
-        cuts = latent.get("vsr_cuts", ())
+        size = size_of(latent) if seen is None else tuple(seen.shape[-2:])
+        cuts = host.latent_cuts(latent)
         return io.NodeOutput(
             to_image(host.decoded(vae, latent["samples"], chunk_frames, cuts, size, seen, cfw, stam, w, tile, capm))
         )

@@ -44,6 +44,6 @@ class TilePreview(io.ComfyNode):
         if image is None and latent is None:
             raise SettingError("neither image nor latent is wired: expected one of them; wire the upscaled video")
         frames = host.latent_picture(model, latent["samples"]) if image is None else to_frames(image)
-        cuts = find_cuts(iter(frames)) if latent is None else latent.get("vsr_cuts", ())
+        cuts = find_cuts(iter(frames)) if latent is None else host.latent_cuts(latent)
         plan = host.preview_plan(model, frames, cuts)
         return io.NodeOutput(to_image(preview(plan, frames)), host.describe(model, plan, steps, passes))

@@ -46,5 +46,6 @@ class NullPrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, image: Tensor | None = None) -> io.NodeOutput:
-        cuts = () if image is None else find_cuts(iter(to_frames(image)))
-        return io.NodeOutput(host.null_prompt(model, cuts))
+        frames = None if image is None else to_frames(image)
+        scenes = {} if frames is None else {"vsr_cuts": find_cuts(iter(frames)), "vsr_frames": len(frames)}
+        return io.NodeOutput(host.null_prompt(model, scenes))

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..vsr_ops.attention import Tempered
+from ..vsr_ops.attention import Tempered, identity
 from ..vsr_ops.errors import SettingError
 from ..vsr_ops.guidance import COND, UNCOND, Branch, gamma_at, schedule_ends
 from ..vsr_ops.layers import Layer
@@ -99,14 +99,25 @@ class Run:
         return step_at(index, self.propagation.kinds) if acts else Step(index)
 
 
-def check_run(guider: Any, shape: Sequence[int], latent: Tensor, width: int | None, svd: bool) -> None:
-    """Raises SettingError for what cannot be sampled: `width` is what the UNet's cross-attention takes, and for SVD the
-    host would resize, repeat or crop a conditioning silently."""
+def check_options(guider: Any) -> None:
+    """Raises SettingError for what a MODEL was given that VSR's patches cannot work with."""
     if guider.model_options.get("context_handler") is not None:
         raise SettingError(
             "this MODEL has context windows (Context Windows nodes): expected none, for VSR's patches need whole"
             " videos, and Tiled Diffusion (VSR) covers long ones; remove the context windows"
         )
+    clones = guider.model_patcher.get_additional_models_with_key("multigpu")
+    if clones or guider.model_options.get("multigpu_clones"):
+        raise SettingError(
+            "this MODEL is spread over several GPUs (MultiGPU CFG Split): expected one, for the tiles of a run hand on"
+            " to each other what they found; take that node off"
+        )
+
+
+def check_run(guider: Any, shape: Sequence[int], latent: Tensor, width: int | None, svd: bool) -> None:
+    """Raises SettingError for what cannot be sampled: `width` is what the UNet's cross-attention takes, and for SVD the
+    host would resize, repeat or crop a conditioning silently."""
+    check_options(guider)
     if bool(torch.isnan(latent).any()):
         raise SettingError("the LATENT holds NaN: expected finite numbers; check the node that made it")
     if len(shape) != 4:
@@ -143,6 +154,23 @@ def check_run(guider: Any, shape: Sequence[int], latent: Tensor, width: int | No
                     f"the {name} conditioning is {concat.shape[-2]}x{concat.shape[-1]} latents, the LATENT"
                     f" {height}x{width}: expected equal sizes; take both from one SVD Video Conditioning (VSR)"
                 )
+
+
+def run_cuts(conds: Mapping[str, Any], frames: int) -> tuple[int, ...]:
+    """Where the video's scenes change, as its conditioning says. Raises SettingError for that of a longer or shorter
+    video."""
+    for name, parts in conds.items():
+        for cond in parts:
+            if "vsr_cuts" not in cond:
+                continue
+            if cond.get("vsr_frames", frames) != frames:
+                raise SettingError(
+                    f"the {name} conditioning knows the scene cuts of {cond['vsr_frames']} frames, the LATENT has"
+                    f" {frames}: expected the same video; cut the pictures before SVD Video Conditioning (VSR), Null"
+                    " Prompt (VSR) and Encode Video (VSR), not the LATENT after them"
+                )
+            return tuple(cond["vsr_cuts"])
+    return ()
 
 
 def main_branches(
@@ -263,6 +291,8 @@ def attention_override(
         if layer is None or not run.acts(call, layer):
             return proceed(*args)
         q, k, v, heads, *rest = args
+        own = call.branch.attention is identity and call.branch.layers in layer.places
+        check_queries(q, k, kwargs["transformer_options"].get("patches", {}).get("attn1_patch", ()), own)
         split = "b n (h d) -> b h n d"
 
         def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -287,8 +317,23 @@ def _layer(
         return None
     name = f"{block[0]}.{block[1]}.{options.get('block_index', 0)}"
     q, k = args[0], args[1]
-    spatial = q.ndim == 3 and q.shape[0] == shape[0] and q.shape[1] == shape[2] * shape[3] == k.shape[1]
+    # By its keys: other packs' patches leave these, and give fewer queries (ToMe) or queries in windows (HyperTile).
+    spatial = k.ndim == 3 and (k.shape[0], k.shape[1]) == (shape[0], shape[2] * shape[3]) and q.shape[2] == k.shape[2]
     if name in seen or not spatial:
         return None
     seen.add(name)
     return layers.get(name)
+
+
+def check_queries(q: Tensor, k: Tensor, patches: Sequence[Any], each_its_own: bool) -> None:
+    """Raises SettingError for queries `(b, n, c)` over keys `(b, m, c)` that another pack's `patches` have cut so that
+    neither propagation nor guidance can act: those of another batch, and fewer where each token sees `each_its_own`, as
+    under PAG. Else fewer are as good as all: what is appended, and a temperature, concern the keys."""
+    if q.shape[0] == k.shape[0] and (q.shape[1] == k.shape[1] or not each_its_own):
+        return
+    names = ", ".join(sorted({str(getattr(patch, "__qualname__", patch)).split(".")[0] for patch in patches}))
+    raise SettingError(
+        f"a patch of this MODEL ({names or 'of its attention'}) asks with {q.shape[0]} x {q.shape[1]} queries over"
+        f" {k.shape[0]} x {k.shape[1]} keys: expected equal ones, or VSR's SAP, TAP and guidance could not act; take"
+        " that node off (HyperTile saves nothing in tiles; ToMe goes with all but PAG)"
+    )

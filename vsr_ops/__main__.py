@@ -9,22 +9,24 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from . import cost
-from .demo import run_demo
+from .demo import check_demo, run_demo
 from .errors import SettingError, VSRError
 from .evaluate import evaluate
 from .job import Job, scene_cuts
+from .memory import ran_out
 from .metrics import METRICS
-from .options import add_sampling, model_of, parts_of, settings_of
+from .options import add_sampling, files_read, model_of, parts_of, settings_of
+from .outputs import files_of, held_folder
 from .pipeline import Settings, make_plan, upscale
 from .published import PUBLISHED
+from .scores import check_folder
 from .svd import Backbone, pick_device
 from .tiling import TilePlan, TileSize, plan_tiles
 from .video import CODECS, VideoInfo, check_output, probe
@@ -66,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("input", type=Path, metavar="IN")
         if name == "upscale":
             sub.add_argument("output", type=Path, metavar="OUT")
-            sub.add_argument("--overwrite", action="store_true")
+            sub.add_argument(
+                "--overwrite", action="store_true", help="replace OUT, or in it pictures of the same names"
+            )
             sub.add_argument("--codec", default=None, help=", ".join(CODECS))
         sub.add_argument("--scale", type=float, default=4.0)
         sub.add_argument("--frames", metavar="A:B", help="only these frames, counted from 0, B not included")
@@ -75,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="upscale a bundled clip and compare it with the truth")
     demo.set_defaults(run=_demo)
     demo.add_argument("--out", type=Path, default=Path("demo_output"))
+    demo.add_argument("--overwrite", action="store_true", help="replace the files of an earlier demo")
     add_sampling(demo)
     _add_evaluate(commands.add_parser("evaluate", help="measure results against the truth: table, CSV and curves"))
     return parser
@@ -94,6 +99,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     add("--metrics", metavar="A,B,C", help=f"all that can be measured by default: {', '.join(METRICS)}")
     add("--out", type=Path, metavar="DIR", help="where table.txt, metrics.csv, frames.csv and metrics.png go")
+    add("--overwrite", action="store_true", help="replace those four files")
     add("--border", type=int, default=0, metavar="N", help="pixels left out on each side")
     add("--tile", metavar="HxWxT", help="tiles of the results, in latents, for the metric seam")
     add("--overlap", type=float, default=0.5, help="share of a tile, with --tile")
@@ -142,7 +148,7 @@ def _upscale(args: argparse.Namespace) -> None:
     settings_of(args, args.scale)
     job = _job(args)
     codec = _codec_for(args.output, args.codec)
-    check_output(args.output, args.overwrite, codec, job.info, job.frames)
+    check_output(args.output, args.overwrite, codec, job.info, job.frames, files_read(args))
     parts = parts_of(args)
     model, settings, _, cuts = _prepared(args, job)
     bars = Bars(job.frames)
@@ -161,11 +167,12 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _demo(args: argparse.Namespace) -> None:
     settings = settings_of(args, 4.0)
+    check_demo(args.out, args.overwrite, files_read(args))
     model, parts = model_of(args), parts_of(args)
     start = time.monotonic()
     bars = Bars(24)
     try:
-        text = run_demo(model, args.out, settings, bars, parts)
+        text = run_demo(model, args.out, settings, bars, parts, args.overwrite)
     finally:
         bars.close()
     print(f"\n{text}\n\n{time.monotonic() - start:.0f} s; pictures and videos are in {args.out}/, see side_by_side.png")
@@ -173,8 +180,8 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     methods: dict[str, Path] = {}
-    given: list[str] = args.method
-    for text in given:
+    named: list[str] = args.method
+    for text in named:
         name, equals, folder = text.partition("=")
         if not (name and equals and folder) or name in methods:
             raise SettingError(
@@ -183,6 +190,16 @@ def _evaluate(args: argparse.Namespace) -> None:
         methods[name] = Path(folder)
     if args.published not in PUBLISHED:
         raise SettingError(f"published is {args.published!r}: expected one of {', '.join(PUBLISHED)}")
+    if args.out is None:
+        _measure(args, methods)
+        return
+    given = [file for path in (args.truth, *methods.values()) if path.exists() for file in files_of(path)]
+    check_folder(args.out, args.overwrite, given)
+    with held_folder(args.out):
+        _measure(args, methods)
+
+
+def _measure(args: argparse.Namespace, methods: Mapping[str, Path]) -> None:
     tile = None if args.tile is None else TileSize.parse(args.tile)
     overlap: float = args.overlap
 
@@ -220,7 +237,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     parts = (found.scores.table(by_clip=True, beside=args.published), found.notes())
     print("\n\n".join(part for part in parts if part))
     if args.out is not None:
-        written = found.scores.write(args.out, args.published)
+        written = found.scores.write(args.out, args.published, args.overwrite)
         print("\n" + "\n".join(str(path) for path in written))
 
 
@@ -248,7 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VSRError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not ran_out(error):
+            raise
         print(
             "error: the device ran out of memory; use --sap-mode lagged, a smaller --tile or --dtype", file=sys.stderr
         )

@@ -90,9 +90,10 @@ def identity(
 
 
 def received(q: Tensor, k: Tensor) -> Tensor:
-    """How much attention each token receives, mean over heads and sum over queries: `(videos*frames, tokens)` float32.
+    """How much attention each token receives, mean over heads and sum over as many queries as tokens (of fewer, as
+    token merging leaves, each counts for more): `(videos*frames, tokens)` float32.
 
     1 is what a token gets when attention is even. For small layers: it forms the whole attention map.
     """
     scores = torch.einsum("b h i d, b h j d -> b h i j", q.float(), k.float()) / q.shape[-1] ** 0.5
-    return scores.softmax(-1).mean(1).sum(1)
+    return scores.softmax(-1).mean(1).sum(1) * (k.shape[2] / q.shape[2])

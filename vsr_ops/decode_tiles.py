@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,14 @@ def _walk(
     return x, tapped
 
 
+class ComputedIn(NamedTuple):
+    """Where a decoder computes, and in what: its weights may lie elsewhere, in another precision, until they are
+    used."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
 @dataclass
 class TiledDecoder:
     """One VAE's decoder with what stands beside it. `head` runs over whole frames, `tail` and `encoder` over tiles."""
@@ -97,11 +105,18 @@ class TiledDecoder:
     tolerance: float
     alive: Callable[[], None]
     prompts: TilePrompts | None = None
+    computed_in: ComputedIn | None = None
 
     def __post_init__(self) -> None:
         self.of_tail, self.of_encoder = Statistics(self.tail), Statistics(self.encoder)
-        self.parameter = next(cast("Iterator[Tensor]", self.vae.decoder.parameters()))
+        if self.computed_in is None:
+            weight = next(cast("Iterator[Tensor]", self.vae.decoder.parameters()))
+            self.computed_in = ComputedIn(weight.device, weight.dtype)
         self.cell = cell_of(self.vae)
+
+    def _there(self, x: Tensor) -> Tensor:
+        assert self.computed_in is not None
+        return x.to(*self.computed_in)
 
     def forget(self) -> None:
         """A new scene: nothing is known of its statistics."""
@@ -111,7 +126,7 @@ class TiledDecoder:
 
     def _begin(self, latents: Tensor) -> Tensor:
         """All frames through `head`, kept where the latents are."""
-        z = latents.to(self.parameter)
+        z = self._there(latents)
         if (post := getattr(self.vae, "post_quant_conv", None)) is not None:
             z = post(z)
         for step in self.head:
@@ -190,7 +205,7 @@ class TiledDecoder:
         if reference is not None:
             features = self._features(reference, fused, extent)
         rows, cols = boxes[0]
-        x = z[..., rows.slice, cols.slice].to(self.parameter)
+        x = self._there(z[..., rows.slice, cols.slice])
         return _walk(self.tail, x, boxes, features, self.of_tail, extent, tile if gather else None)[0]
 
     def _see(self, reference: Tensor, tile: Box, extent: tuple[int, int]) -> None:
@@ -207,4 +222,4 @@ class TiledDecoder:
         return {**features, deepest: last}
 
     def _cut(self, reference: Tensor, box: Box) -> Tensor:
-        return reference[..., box[0].slice, box[1].slice].to(self.parameter) * 2 - 1
+        return self._there(reference[..., box[0].slice, box[1].slice]) * 2 - 1

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .errors import CheckpointError, SettingError
 from .flow import dis_flow, inside, visibility
+from .memory import ran_out
 from .safefile import first_line
 from .scenes import find_cuts
 
@@ -127,7 +128,9 @@ def _raft_pair(model: torch.nn.Module, name: str, first: Tensor, second: Tensor)
     scaled = [F.pad(x.float(), grow, mode="replicate") * 2 - 1 for x in (first, second)]
     try:
         return model(*scaled)[-1][..., :height, :width]
-    except torch.cuda.OutOfMemoryError as error:
+    except Exception as error:
+        if not ran_out(error):
+            raise
         raise SettingError(
             f"{name} ran out of memory on frames of {width}x{height} pixels: expected about"
             f" {raft_memory(height, width) / 2**30:.0f} GiB to be free; choose the estimator dis"

@@ -20,6 +20,7 @@ from .attention import Fused, KeyValue, fused_attention, plain, received
 from .errors import SamplingError, SettingError
 from .guidance import Branch
 from .layers import Layer, check_layers
+from .memory import Memory
 from .tiling import Merger, TilePlan, cut_tile
 
 log = logging.getLogger(__name__)
@@ -171,6 +172,7 @@ class TileRun:
     settings: Propagation
     saliency: Saliency | None = None
     limit: int | None = None
+    memory: Memory = field(default_factory=Memory)
     _step: int = -1
     _lagged: dict[tuple[str, int, str], dict[int, KeyValue]] = field(
         default_factory=dict[tuple[str, int, str], dict[int, KeyValue]]
@@ -348,7 +350,7 @@ class Saliency:
 def evaluate_within(run: TileRun, call: Call, evaluate: Callable[[Call], Tensor]) -> Tensor:
     """`evaluate(call)`, in as many parts as memory asks for; `(tiles*frames, c, h, w)` all the same.
 
-    Raises torch.cuda.OutOfMemoryError when a single tile does not fit.
+    Raises what `run.memory` takes for memory that ran out when a single tile does not fit.
     """
     if run.limit is not None and len(call.tiles) > run.limit:
         sizes = range(0, len(call.tiles), run.limit)
@@ -356,13 +358,12 @@ def evaluate_within(run: TileRun, call: Call, evaluate: Callable[[Call], Tensor]
         return torch.cat([evaluate_within(run, part, evaluate) for part in parts])
     try:
         return evaluate(call)
-    except torch.cuda.OutOfMemoryError:
-        if len(call.tiles) == 1:
+    except Exception as error:
+        if len(call.tiles) == 1 or not run.memory.ran_out(error):
             raise
     # Outside the handler: only now is what the exception held free.
     run.shrink(call)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    run.memory.free()
     return evaluate_within(run, call, evaluate)
 
 

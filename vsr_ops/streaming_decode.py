@@ -29,7 +29,7 @@ from .decode_layout import (
     residual_widths,
 )
 from .decode_prompts import TilePrompts
-from .decode_tiles import TOLERANCE, TiledDecoder
+from .decode_tiles import TOLERANCE, ComputedIn, TiledDecoder
 from .errors import SettingError
 from .latents import VAE_OVERLAP, VAE_TILE, collect, pad_to
 from .stam import STAM
@@ -59,6 +59,7 @@ def _assemble(
     prompts: TilePrompts | None,
     tolerance: float,
     alive: Callable[[], None],
+    computed_in: ComputedIn | None,
 ) -> TiledDecoder:
     layout = layout_of(vae)
     steps: list[Step] = []
@@ -84,7 +85,7 @@ def _assemble(
         all_steps = layout.encoder(vae.encoder)
         last = max(index for index, step in enumerate(all_steps) if step.residual and step.level == deepest)
         encoder = all_steps[: last + 1]
-    return TiledDecoder(vae, steps[:split], steps[split:], encoder, tile, tolerance, alive, prompts)
+    return TiledDecoder(vae, steps[:split], steps[split:], encoder, tile, tolerance, alive, prompts, computed_in)
 
 
 def stream_decode(
@@ -103,6 +104,7 @@ def stream_decode(
     tile: int = VAE_TILE,
     tolerance: float = TOLERANCE,
     alive: Callable[[], None] = lambda: None,
+    computed_in: ComputedIn | None = None,
 ) -> Iterator[Tensor]:
     """Frames `(3, 8h, 8w)` in [0, 1], not clamped, of unscaled latents `(n, 4, h, w)`, one by one.
 
@@ -111,7 +113,8 @@ def stream_decode(
     of at most `tile` latents a side. `cfw` mixes in what the encoder makes of `reference`, a video `(n, 3, H, W)` in
     [0, 1] of the picture's size, or under eight latents smaller; w = 0 is the decoder without it. `capm` is told the
     frames' compression `levels` `(n,)`, NaN where unknown: there it reads them in the whole frame's features; strength
-    0 is the decoder without it. `alive` is called before every tile and may raise to end the work.
+    0 is the decoder without it. `alive` is called before every tile and may raise to end the work. `computed_in` says
+    where the decoder computes; else where its weights lie, and in their precision.
 
     Raises SettingError for a `w` outside [0, 1], a `strength` outside [0, 2], a missing or unfitting reference, levels
     that are not one a frame, modules made for another backbone or other widths, and a VAE of no known layout.
@@ -133,7 +136,7 @@ def stream_decode(
         capm.check_fits(f"{backbone_of(vae)}-vae", output_widths(vae))
         _check_levels(latents, levels)
         prompts = TilePrompts(capm, strength)
-    decoder = _assemble(vae, tile, stam, cfw, w, prompts, tolerance, alive)
+    decoder = _assemble(vae, tile, stam, cfw, w, prompts, tolerance, alive, computed_in)
     if cfw is not None:
         _check_reference(latents, reference, decoder.cell)
     together = stam is not None or is_temporal(vae.decoder)

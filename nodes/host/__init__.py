@@ -3,7 +3,8 @@
 from ..run import Tiles
 from .capm import patch_capm
 from .control import load_host_control
-from .cost import describe, latent_picture, preview_plan
+from .cost import describe, latent_cuts, latent_picture, preview_plan
+from .device import intermediate_dtype
 from .hooks import patch_perturbed, patch_tiles
 from .load import load_lite, weights_file, weights_files
 from .model import require_svd
@@ -23,6 +24,8 @@ __all__ = [
     "estimated_flow",
     "fps_key",
     "guider",
+    "intermediate_dtype",
+    "latent_cuts",
     "latent_picture",
     "load_host_control",
     "load_lite",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.model_patcher
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -13,6 +12,7 @@ from ...vsr_ops.capm import CAPM, SD_UNET, SVD_UNET, Prompted, shared_weights
 from ...vsr_ops.capm_hints import check_strength
 from ...vsr_ops.errors import SettingError
 from ..run import KEY, Run
+from .device import make_patcher
 from .model import is_svd
 
 #: Name of CAPM's hook, which works without the pack's others.
@@ -34,7 +34,7 @@ def patch_capm(model: Any, prompted: Prompted) -> Any:
         return _without(model)
     m = _without(model.clone())
     # The host moves it with the UNet, and counts its memory.
-    beside = comfy.model_patcher.ModelPatcher(capm, load_device=m.load_device, offload_device=m.offload_device)
+    beside = make_patcher(capm, m.load_device, m.offload_device)
     m.set_additional_models(CAPM_KEY, [beside])
     m.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, CAPM_KEY, _Hook(capm, prompted))
     return m

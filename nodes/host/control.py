@@ -8,7 +8,6 @@ from typing import Any
 
 import comfy.latent_formats
 import comfy.model_management
-import comfy.model_patcher
 import comfy.ops
 import torch
 from comfy.controlnet import ControlBase
@@ -19,6 +18,7 @@ from ...vsr_ops.control import Control, load_control
 from ...vsr_ops.errors import SettingError
 from ...vsr_ops.latents import CELL, encode_frames
 from ..run import KEY
+from .device import make_patcher
 from .picture import HostVAE
 
 #: Where a call's controls wait in its transformer options for the tiles that they are evaluated in.
@@ -44,7 +44,7 @@ def load_host_control(path: str) -> HostControl:
     # What the device cannot compute in is not stored either.
     dtype = manage.unet_manual_cast(dtype, device, _DTYPES) or dtype
     lend_layers(control)
-    return HostControl(comfy.model_patcher.ModelPatcher(control.to(dtype), device, manage.unet_offload_device()))
+    return HostControl(make_patcher(control.to(dtype), device, manage.unet_offload_device()))
 
 
 def lend_layers(module: torch.nn.Module) -> None:
@@ -86,7 +86,7 @@ class HostControl(ControlBase):
                 f"Apply ControlNet's image has shape {tuple(cond_hint.shape)}: expected frames with three channels"
                 " (RGB); wire Upscale LR Video (VSR)"
             )
-        super().set_cond_hint(cond_hint, strength, timestep_percent_range, vae, list(extra_concat))
+        super().set_cond_hint(cond_hint.float().clamp(0, 1), strength, timestep_percent_range, vae, list(extra_concat))
         return self
 
     def copy(self) -> HostControl:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import comfy.latent_formats
 import comfy.ops
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
@@ -16,7 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...vsr_ops.errors import SettingError
 from ...vsr_ops.latents import CELL
 from ...vsr_ops.plan_cost import Bank, describe_plan, lagged_bytes, matmul_speed, tap_bytes
+from ...vsr_ops.scenes import find_cuts
 from ...vsr_ops.tiling import TilePlan, TileSize
+from ..known import cuts_of
 from ..run import sap_lagged
 from .model import context_tokens_of, plan_for, spatial_layers, tiles_of, together
 
@@ -27,6 +30,21 @@ def latent_picture(model: Any, samples: Tensor) -> Tensor:
     scaled = model.model.process_latent_in(samples.float().cpu())
     picture = torch.einsum("t c h w, c r -> t r h w", scaled, factors)
     return torch.nn.functional.interpolate((picture / 2 + 0.5).clamp(0, 1), scale_factor=8, mode="nearest")
+
+
+def latent_cuts(latent: Mapping[str, Any]) -> tuple[int, ...]:
+    """Where scenes change among a LATENT's frames: as it says, or seen in its rough colours where nothing is known, as
+    after Rebatch Latents. Raises SettingError where they cannot be told."""
+    known = cuts_of(latent)
+    if known is not None:
+        return known
+    samples: Tensor = latent["samples"]
+    formats = comfy.latent_formats.SD15()
+    if samples.ndim != 4 or samples.shape[1] != formats.latent_channels:
+        return ()
+    colours = torch.tensor(formats.latent_rgb_factors)
+    scaled = formats.process_in(samples.float().cpu())
+    return find_cuts(iter(torch.einsum("t c h w, c r -> t r h w", scaled, colours) / 2 + 0.5))
 
 
 def preview_plan(model: Any, frames: Tensor, cuts: Sequence[int]) -> TilePlan:

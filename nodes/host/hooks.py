@@ -35,9 +35,11 @@ from ..run import (
     check_run,
     main_branches,
     pack_settings,
+    run_cuts,
     sap_lagged,
 )
 from .control import CONTROLS, merged
+from .device import MEMORY
 from .model import context_width, factor, is_svd, plan_for, require_unet, spatial_layers, together
 
 log = logging.getLogger(__name__)
@@ -106,8 +108,7 @@ def outer_sample(
     guider = executor.class_obj
     settings = pack_settings(guider.model_options)
     check_run(guider, noise.shape, latent, context_width(guider.model_patcher), is_svd(guider.model_patcher))
-    cuts = next((cond["vsr_cuts"] for conds in guider.conds.values() for cond in conds if "vsr_cuts" in cond), ())
-    run = make_run(guider.model_patcher, settings, noise.shape, sigmas, cuts)
+    run = make_run(guider.model_patcher, settings, noise.shape, sigmas, run_cuts(guider.conds, noise.shape[0]))
     guider.model_options = changed(guider.model_options, run=run)
     return executor(noise, latent, sampler, sigmas, *rest, **more)
 
@@ -230,7 +231,9 @@ def _warn_between(run: Run) -> None:
 
 def _branch(executor: Any, run: Run, branch: Branch, inputs: Inputs, options: dict[str, Any]) -> Tensor:
     """One branch of the whole video."""
-    tile_run = run.passes.setdefault((branch.name, options["uuids"][0]), TileRun(run.plan, run.propagation))
+    tile_run = run.passes.setdefault(
+        (branch.name, options["uuids"][0]), TileRun(run.plan, run.propagation, memory=MEMORY)
+    )
     inner = options.get("optimized_attention_override")
 
     def evaluate(call: Call) -> Tensor:

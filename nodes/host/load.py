@@ -9,7 +9,6 @@ from typing import Any
 
 import comfy.model_base
 import comfy.model_management
-import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
 import comfy.utils
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
 from ...vsr_ops.tiling import TileSize
+from .device import make_patcher
 
 #: What a loader's list shows while its folder is empty.
 NO_FILE = "no file found"
@@ -29,12 +29,26 @@ NO_FILE = "no file found"
 def load_lite(path: Path, vae_path: Path) -> tuple[Any, Any]:
     """Bundled weights as the host's own MODEL and VAE: its memory management, precision and LoRA apply. `path` holds an
     SVD, or a Stable Diffusion, whose VAE is that of the SVD in `vae_path`. Raises SettingError for a missing file."""
+    model, own = lite_model(path), "vae" in _read(path)[1]
+    return model, _lite_vae(path if own else vae_path)
+
+
+def lite_model(path: Path, disable_dynamic: bool = False) -> Any:
+    """The bundled MODEL alone. The host calls this itself where it wants a second one, of other devices or for
+    torch.compile, and may ask for one without dynamic VRAM."""
     weights, config = _read(path)
     build = _svd if "vae" in config else _stable_diffusion
-    model = _placed(*build(config), TileSize(*config["tile"]), weights)
-    if "vae" not in config:
-        weights, config = _read(vae_path)
-    return model, _build_vae(weights, config["vae"], TileSize(*config["tile"]))
+    model = _placed(*build(config), weights, disable_dynamic)
+    model.set_attachments("vsr_tile", TileSize(*config["tile"]))
+    model.cached_patcher_init = (lite_model, (path,))
+    return model
+
+
+def _lite_vae(path: Path) -> Any:
+    weights, config = _read(path)
+    vae = _build_vae(weights, config["vae"])
+    vae.patcher.set_attachments("vsr_tile", TileSize(*config["tile"]))
+    return vae
 
 
 def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
@@ -51,7 +65,7 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
 Architecture = tuple[Any, Callable[[Any], Any]]
 
 
-def _placed(kind: Any, make: Callable[[Any], Any], tile: TileSize, weights: Mapping[str, Tensor]) -> Any:
+def _placed(kind: Any, make: Callable[[Any], Any], weights: Mapping[str, Tensor], disable_dynamic: bool) -> Any:
     """The host's MODEL of a configuration and weights, in the precision and on the device that the host chooses."""
     manage = comfy.model_management
     device, offload = manage.get_torch_device(), manage.unet_offload_device()
@@ -62,9 +76,7 @@ def _placed(kind: Any, make: Callable[[Any], Any], tile: TileSize, weights: Mapp
     base.diffusion_model.load_state_dict(
         {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     )
-    patcher = comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=offload)
-    patcher.set_attachments("vsr_tile", tile)
-    return patcher
+    return make_patcher(base, device, offload, disable_dynamic)
 
 
 def _levels(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +159,7 @@ def _stable_diffusion(stored: Mapping[str, Any]) -> Architecture:
     return sd, lambda device: comfy.model_base.BaseModel(sd, model_type=predicts, device=device)
 
 
-def _build_vae(weights: Mapping[str, Tensor], config: Mapping[str, Any], tile: TileSize) -> Any:
+def _build_vae(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Any:
     widths = config["block_out_channels"]
     encoder: dict[str, Any] = {
         "double_z": True,
@@ -176,10 +188,7 @@ def _build_vae(weights: Mapping[str, Tensor], config: Mapping[str, Any], tile: T
     stand_in = {"ddconfig": {**encoder, "ch": 32, "ch_mult": [1]}, "embed_dim": config["latent_channels"]}
     vae = comfy.sd.VAE(sd=AutoencoderKL(**stand_in).state_dict(), config={"params": stand_in})
     vae.first_stage_model = engine.eval().to(vae.vae_dtype)
-    vae.patcher = comfy.model_patcher.ModelPatcher(
-        engine, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()
-    )
-    vae.patcher.set_attachments("vsr_tile", tile)
+    vae.patcher = make_patcher(engine, vae.device, comfy.model_management.vae_offload_device())
     return vae
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.utils
 import torch
 from einops import rearrange
@@ -17,15 +16,14 @@ from ...vsr_ops.capm import CAPM, Prompted
 from ...vsr_ops.capm_hints import check_strength
 from ...vsr_ops.cfw import CFW, check_w
 from ...vsr_ops.decode_layout import is_temporal
+from ...vsr_ops.decode_tiles import ComputedIn
 from ...vsr_ops.errors import SettingError
 from ...vsr_ops.latents import CELL, VAE_TILE, decode_video
 from ...vsr_ops.refiner import Refiner, refine
 from ...vsr_ops.stam import STAM
 from ...vsr_ops.streaming_decode import stream_video
+from .device import make_patcher
 from .model import STOCK_TILE
-
-#: What newer hosts make of a module is not always the plain patcher: under dynamic VRAM weights stay on the disk.
-ModelPatcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
 #: How many latents around a streamed tile its convolutions reach, SD's and SVD's decoder.
 STREAM_MARGIN = 8
@@ -78,9 +76,7 @@ def managed(upscale_model: Any) -> Any:
                 " and Load Upscale Model give; wire one of these"
             )
         manage = comfy.model_management
-        upscale_model.patcher = ModelPatcher(
-            module, load_device=manage.get_torch_device(), offload_device=manage.unet_offload_device()
-        )
+        upscale_model.patcher = make_patcher(module, manage.get_torch_device(), manage.unet_offload_device())
     return upscale_model
 
 
@@ -138,6 +134,12 @@ def decoded(
     """Frames `(n, 3, height, width)`: `decode_video` where no tile is asked for and no module acts, else `stream_video`
     on the host's device, with the node's progress bar; modules go back afterwards. `chunk` 0 is the VAE's own."""
     check_w(w)
+    if latents.ndim == 4 and latents.shape[1] != vae.latent_channels:
+        raise SettingError(
+            f"the LATENT has {latents.shape[1]} channels, this VAE decodes {vae.latent_channels}: expected the VAE of"
+            " the MODEL that sampled it; wire that one"
+        )
+    latents = latents.float()
     prompts, levels = _prompts(capm, len(latents))
     adapter, manage = HostVAE(vae), comfy.model_management
     tick = progress(len(latents))
@@ -153,7 +155,7 @@ def decoded(
     if cfw is not None:
         needed += at_once * vae.memory_used_encode((1, 3, *(side * CELL for side in sides)), vae.vae_dtype)
     needed += sum(manage.module_size(module) for module in modules)
-    # Whole: the streaming decoder goes by where the weights lie, and a part of them would stay behind.
+    # Whole: the streaming decoder calls the VAE's layers one by one, tile after tile.
     manage.load_models_gpu([vae.patcher], memory_required=needed, force_full_load=True)
     try:
         for module in modules:
@@ -174,6 +176,7 @@ def decoded(
             chunk=together,
             tile=tile or VAE_TILE,
             alive=manage.throw_exception_if_processing_interrupted,
+            computed_in=ComputedIn(vae.device, vae.vae_dtype),
         )
     finally:
         for module in modules:

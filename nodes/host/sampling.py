@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import comfy.model_management
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
+from .device import intermediate_dtype
 from .hooks import patch_perturbed
 from .model import context_tokens_of, context_width
 
@@ -38,11 +40,11 @@ def context_tokens(model: Any, clip_vision_output: Any) -> Tensor:
     return embeds
 
 
-def null_prompt(model: Any, cuts: Sequence[int] = ()) -> list[Any]:
+def null_prompt(model: Any, scenes: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
     """CONDITIONING of zeros in the shape that a MODEL takes: `(1, tokens, width)`, and a pooled text where it wants
-    one; `cuts` are where the video's scenes change. A UNet's attention gives zeros for zeros, so how many tokens there
-    are changes nothing but what the host can batch with another prompt. Raises SettingError for a MODEL that takes no
-    text in this shape."""
+    one; `scenes` goes with it: where the video's scenes change. A UNet's attention gives zeros for zeros, so how many
+    tokens there are changes nothing but what the host can batch with another prompt. Raises SettingError for a MODEL
+    that takes no text in this shape."""
     width = context_width(model)
     if not isinstance(width, int):
         raise SettingError(
@@ -52,7 +54,7 @@ def null_prompt(model: Any, cuts: Sequence[int] = ()) -> list[Any]:
     tokens = torch.zeros(1, context_tokens_of(model), width)
     wanted = model.model.model_config.unet_config.get("adm_in_channels") is not None
     pooled = {"pooled_output": torch.zeros(1, POOLED_WIDTH)} if wanted else {}
-    return [[tokens, {**pooled, **({"vsr_cuts": tuple(cuts)} if cuts else {})}]]
+    return [[tokens, {**pooled, **scenes}]]
 
 
 def fps_key(fps: int) -> int:
@@ -95,4 +97,4 @@ def sample(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    return {**latent, "samples": out.to(comfy.model_management.intermediate_device())}
+    return {**latent, "samples": out.to(comfy.model_management.intermediate_device(), intermediate_dtype())}

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .conftest import NAME
 
-STEPS, SEED, FRAMES, HEIGHT, WIDTH = 4, 3, 6, 24, 24
-#: Small enough that the video has 4 spatial tiles in 2 windows.
+STEPS, SEED, FRAMES, HEIGHT, WIDTH = 4, 3, 6, 24, 16
+#: Small enough that the video has 2 spatial tiles in 2 windows.
 TILE = (16, 16, 4)
 
 

@@ -87,7 +87,7 @@ def test_null_prompt_carries_scene_cuts(host: ModuleType, nodes: dict[str, Any],
         [seeded(1, 32, 32, 3, seed=seed).sigmoid().expand(count, -1, -1, -1) for seed, count in ((1, 4), (2, 3))]
     )
     null = prompt.execute(sd21, image=video).args[0]
-    assert null[0][1]["vsr_cuts"] == (4,)
+    assert (null[0][1]["vsr_cuts"], null[0][1]["vsr_frames"]) == ((4,), 7)
     frames: list[int] = []
 
     def note(executor: Any, x: Tensor, *args: Any, **rest: Any) -> Tensor:

@@ -82,3 +82,9 @@ def block_patches(model: Any) -> Any:
 
 def host_pag(model: Any) -> Any:
     return importlib.import_module("comfy_extras.nodes_pag").PerturbedAttentionGuidance.execute(model, 100.0).args[0]
+
+
+def refused(*words: str) -> Any:
+    """A ValueError on one line with all of `words`, one of which says what was expected."""
+    every = "".join(f"(?=.*{word})" for word in words)
+    return pytest.raises(ValueError, match=rf"(?i)^{every}(?=.*(expected|must be|need)).*\Z")

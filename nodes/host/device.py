@@ -1,0 +1,41 @@
+"""Where hosts of different age differ on memory: one name for each thing, whichever host it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+
+from ...vsr_ops.memory import Memory
+
+
+def make_patcher(
+    module: torch.nn.Module, load_device: torch.device, offload_device: torch.device, disable_dynamic: bool = False
+) -> Any:
+    """What the host manages a module's weights by. Under dynamic VRAM newer hosts read weights from the disk as they
+    are needed, and one patcher of the older kind beside theirs makes them estimate again. Which kind it is they settle
+    when they start, so it is looked up at each use."""
+    kinds = comfy.model_patcher
+    kind = kinds.ModelPatcher if disable_dynamic else getattr(kinds, "CoreModelPatcher", kinds.ModelPatcher)
+    return kind(module, load_device=load_device, offload_device=offload_device)
+
+
+def _ran_out(error: BaseException) -> bool:
+    """The host's own predicate: more than one class counts since 2026, and it clears what the error left behind."""
+    manage = comfy.model_management
+    if hasattr(manage, "is_oom"):
+        return bool(manage.is_oom(error))
+    # Without an accelerator's class, older hosts take any error for one.
+    return manage.OOM_EXCEPTION is not Exception and isinstance(error, manage.OOM_EXCEPTION)
+
+
+#: How the host tells that memory ran out, and frees it.
+MEMORY = Memory(_ran_out, comfy.model_management.soft_empty_cache)
+
+
+def intermediate_dtype() -> torch.dtype:
+    """What IMAGEs are handed on in: float32, or half of it where the artist has asked the host for that."""
+    asked = getattr(comfy.model_management, "intermediate_dtype", None)
+    return torch.float32 if asked is None else asked()
