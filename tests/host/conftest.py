@@ -19,7 +19,10 @@ from typing import Any
 
 import pytest
 
+from tests.host.graphs import place_swinir
 from tests.host.hosts import HOW, Host, known_hosts
+from tests.host.page import HOW as HOW_PAGE
+from tests.host.page import Browser, Page, known_browser
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -32,6 +35,7 @@ collect_ignore = [] if INSIDE else ["inside"]
 
 #: On each of these runs all that stands here.
 HOSTS = [] if INSIDE else known_hosts()
+BROWSER = known_browser() if HOSTS else None
 
 
 @pytest.fixture(scope="session", params=HOSTS or [None], ids=lambda host: host.version if host else "no ComfyUI")
@@ -46,6 +50,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line, for all that was skipped, on how to run it."""
     if not INSIDE and not HOSTS:
         terminalreporter.write_line(f"tests/host skipped, no ComfyUI: {HOW}")
+    elif not INSIDE and BROWSER is None:
+        terminalreporter.write_line(f"tests/host in its page skipped, no browser: {HOW_PAGE}")
 
 
 @dataclass
@@ -157,6 +163,26 @@ def server(comfyui: Host) -> Iterator[Server]:
             process.kill()
             process.wait()
         shutil.rmtree(base, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def browser(comfyui: Host) -> Browser:
+    """What opens the host's page; where there is none, what asks for a page is skipped before a server is started."""
+    if BROWSER is None:
+        pytest.skip("no browser")
+    return BROWSER
+
+
+@pytest.fixture(scope="session")
+def page(browser: Browser, server: Server) -> Iterator[Page]:
+    """The host's page in a browser, with the files there that graphs ask for."""
+    place_swinir(server.base)
+    # Else the first visit begins with a dialog; the map would lie over a screenshot's corner.
+    assert server.request("/settings/Comfy.TutorialCompleted", True)[0] == 200
+    assert server.request("/settings/Comfy.Minimap.Visible", False)[0] == 200
+    with Page(browser) as made:
+        made.open(server.url)
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,81 @@
+"""The graphs that the pack offers, and those it once offered: where they are, and how one is made quick to run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.host.page import Page, Prompt
+
+ROOT = Path(__file__).resolve().parents[2]
+#: What Browse Templates offers, and what version 0.1.0 offered, which artists have saved.
+EXAMPLES, KEPT = ROOT / "example_workflows", ROOT / "tests" / "graphs" / "0.1.0"
+PACK = "coherent-vsr"
+FRAMES, STEPS = 2, 2
+
+#: A checkpoint of 9 GB is asked for by one graph. The bundled weights take its place, which have no CLIP: its branch is
+#: taken out. Every other node and wire stays.
+LITE_FOR_STOCK = """() => {
+  const { graph } = app;
+  for (const old of graph.nodes.filter((node) => node.type === "ImageOnlyCheckpointLoader")) {
+    const lite = LiteGraph.createNode("VSRLoadLite");
+    graph.add(lite);
+    const links = (slot) => [...(old.outputs[slot].links ?? [])].map((id) => graph.links.get(id));
+    // The checkpoint's outputs are MODEL, CLIP_VISION, VAE; Load Lite's are MODEL, VAE.
+    for (const [from, to] of [[0, 0], [2, 1]])
+      for (const link of links(from)) lite.connect(to, graph.getNodeById(link.target_id), link.target_slot);
+    const clip = graph.nodes.filter((node) => ["CLIPVisionEncode", "ImageFromBatch"].includes(node.type));
+    for (const node of [old, ...clip]) graph.remove(node);
+  }
+}"""
+
+
+def saved(folder: Path, name: str) -> dict[str, Any]:
+    """A graph's file."""
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def make_quick(page: Page) -> Prompt:
+    """The prompt of the page's graph, now with few frames and steps, a scale of 4, and everything else as shipped."""
+    page.evaluate(LITE_FOR_STOCK)
+    page.set("frames", FRAMES, "VSRDemoClip")
+    page.set("steps", STEPS)
+    page.set("scale", 4.0, "VSRUpscaleLR")
+    prompt = page.prompt()
+    assert {node["inputs"]["frames"] for node in prompt.values() if node["class_type"] == "VSRDemoClip"} == {FRAMES}
+    assert {node["inputs"]["steps"] for node in prompt.values() if "steps" in node["inputs"]} == {STEPS}
+    return prompt
+
+
+def of_type(prompt: Prompt, kind: str) -> list[str]:
+    """Ids of the nodes of a type, the oldest first; those inside of subgraphs have a colon and come last."""
+    ids = [key for key, node in prompt.items() if node["class_type"] == kind]
+    return sorted(ids, key=lambda key: (":" in key, [int(part) for part in key.split(":")]))
+
+
+def override(prompt: Prompt, **values: Any) -> Prompt:
+    """The prompt with inputs of these names set, wherever one is there and not linked."""
+
+    def changed(inputs: dict[str, Any]) -> dict[str, Any]:
+        free = {name for name in values if name in inputs and not isinstance(inputs[name], list)}
+        return {**inputs, **{name: values[name] for name in free}}
+
+    return {key: {**node, "inputs": changed(node["inputs"])} for key, node in prompt.items()}
+
+
+def place_swinir(base: Path) -> None:
+    """Under the name of the official one that a graph asks for, a small SwinIR of random weights, laid out as the
+    original's file is."""
+    import torch
+    from spandrel.architectures.SwinIR import SwinIR  # type: ignore[import-untyped]
+
+    torch.manual_seed(0)
+    shape = {"depths": [1, 1], "num_heads": [2, 2], "embed_dim": 12, "window_size": 8, "img_size": 64, "mlp_ratio": 2}
+    module = SwinIR(**shape, upsampler="pixelshuffle", upscale=4)
+    graph = saved(EXAMPLES, "own_swinir_as_dcm")
+    (loader,) = [node for node in graph["nodes"] if node["type"] == "UpscaleModelLoader"]
+    (name,) = loader["widgets_values"]
+    folder = base / "models" / "upscale_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"params": module.state_dict()}, folder / name)

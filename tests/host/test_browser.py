@@ -1,0 +1,135 @@
+"""The pack as an artist has it: every graph opened, run and looked at in ComfyUI's own page."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+
+import av
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+
+from tests.host.graphs import EXAMPLES, FRAMES, KEPT, PACK, ROOT, make_quick, of_type, saved
+
+if TYPE_CHECKING:
+    from tests.host.conftest import Server
+    from tests.host.page import Page, Prompt
+
+WIDTH, HEIGHT = 384, 256
+RUN_SECONDS = 600
+SCREENSHOTS = ROOT / "tests" / "host" / "screenshots"
+#: What saves a graph's result: Save Video now, Save Animated WEBP in version 0.1.0.
+SAVES = ("SaveVideo", "SaveAnimatedWEBP")
+#: The graphs, and how their result and their first Preview Image look: frames, parts across, parts down, and how much
+#: higher than that the picture may be (the tile preview has its windows drawn below).
+OUTPUTS: dict[str, list[tuple[int, int, int, int]]] = {
+    "quickstart": [(FRAMES, 3, 1, 0)],
+    "guidance_swap": [(FRAMES, 2, 2, 0), (FRAMES, 1, 1, 0)],
+    "tile_and_propagation_study": [(FRAMES, 3, 1, 0), (FRAMES, 1, 1, HEIGHT // 4)],
+    "stock_svd_detailer": [(FRAMES, 1, 1, 0)],
+    "sdatc_full": [(FRAMES, 3, 1, 0)],
+    "flow_alignment_on_svd": [(FRAMES, 3, 1, 0), (FRAMES - 1, 1, 1, 0)],
+    "compressed_clip_three_crfs": [(FRAMES, 2, 2, 0)],
+    "own_swinir_as_dcm": [(FRAMES, 3, 1, 0), (FRAMES, 3, 1, 0)],
+}
+#: Of the white lines between parts.
+LINES = 8
+
+
+def frames_of(content: bytes, video: bool) -> list[np.ndarray]:
+    """The frames of a file, `(height, width, 3)` in [0, 1]."""
+    if video:
+        with av.open(io.BytesIO(content)) as container:
+            return [frame.to_ndarray(format="rgb24") / 255 for frame in container.decode(video=0)]
+    with Image.open(io.BytesIO(content)) as opened:
+        return [np.asarray(frame.convert("RGB")) / 255 for frame in ImageSequence.Iterator(opened)]
+
+
+def files_of(server: Server, prompt_id: str, node: str, video: bool = False) -> list[np.ndarray]:
+    """The frames that an output node saved, fetched as the page fetches them."""
+    history = server.get(f"/history/{prompt_id}")[prompt_id]
+    fetched = [server.request("/view?" + urlencode(one)) for one in history["outputs"][node]["images"]]
+    assert {status for status, _ in fetched} == {200}
+    return [frame for _, content in fetched for frame in frames_of(content, video)]
+
+
+def check_frames(frames: list[np.ndarray], count: int, across: int, down: int, below: int) -> None:
+    """They have the right size, and no part of them is constant, which is what NaN is saved as."""
+    assert len(frames) == count
+    for frame in frames:
+        height, width, _ = frame.shape
+        assert 0 <= width - across * WIDTH <= LINES * (across - 1), frame.shape
+        assert 0 <= height - down * HEIGHT <= LINES * (down - 1) + below, frame.shape
+        for part in (p for row in np.array_split(frame, down) for p in np.array_split(row, across, axis=1)):
+            # Below the label, which would not be constant either. A difference map may be faint.
+            assert part[part.shape[0] // 2 :].std() > 0.005
+
+
+def check_files(server: Server, name: str, prompt: Prompt, prompt_id: str) -> None:
+    """What a run saved."""
+    (save,) = [key for kind in SAVES for key in of_type(prompt, kind)]
+    pictures = of_type(prompt, "PreviewImage")
+    for node, expected in zip([save, *pictures], OUTPUTS[name], strict=False):
+        video = prompt[node]["class_type"] == "SaveVideo"
+        check_frames(files_of(server, prompt_id, node, video), *expected)
+    # The rest are plots and temporal profiles, of sizes of their own.
+    for node in pictures[len(OUTPUTS[name]) - 1 :]:
+        assert all(plot.std() > 0.005 for plot in files_of(server, prompt_id, node)), node
+
+
+def check_shown(page: Page, prompt: Prompt) -> None:
+    """Every result is to be seen in its node: loaded, not of one colour, and large enough to be noticed."""
+    shown = page.results()
+    asked = {key for kind in (*SAVES, "PreviewImage") for key in of_type(prompt, kind)}
+    assert {one.node for one in shown} == asked
+    for one in shown:
+        assert one.ready and one.spread > 0.5, one
+        assert one.across >= 100 and one.down >= 30, one
+
+
+def own_errors(said: list[dict[str, str]]) -> list[dict[str, str]]:
+    """What the console says of the pack's files."""
+    return [one for one in said if one["kind"] in ("error", "pageerror") and PACK in one["text"] + one["url"]]
+
+
+# Side by side, so that the second of the two finds in the host's cache what they have in common.
+@pytest.mark.parametrize("version", ["now", "0.1.0"])
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_graph_runs_in_the_page(name: str, version: str, page: Page, server: Server) -> None:
+    """From Browse Templates, or from the file that an artist saved; then Run."""
+    page.dismiss()
+    page.console()
+    if version == "now":
+        page.open_template(PACK, name)
+    else:
+        page.load(saved(KEPT, name), f"{name} of {version}")
+    quick = make_quick(page)
+    assert page.missing() == [] and page.trouble() == []
+
+    end = page.run(RUN_SECONDS)
+    assert end.kind == "execution_success", json.dumps(end.detail, indent=1)[:4000]
+    check_shown(page, quick)
+    page.screenshot(SCREENSHOTS / server.host.version / f"{name}{'' if version == 'now' else ' ' + version}.png")
+    assert page.trouble() == [] and own_errors(page.console()) == []
+    check_files(server, name, quick, end.prompt_id)
+    assert "invalid value encountered in cast" not in server.tail(10**6)
+
+
+def test_trouble_is_seen(page: Page) -> None:
+    """What the test above looks for is found where it is: else it could not fail."""
+    graph: dict[str, Any] = saved(EXAMPLES, "quickstart")
+    (clip,) = [node for node in graph["nodes"] if node["type"] == "VSRDemoClip"]
+    others = [node for node in graph["nodes"] if node is not clip]
+    page.load({**graph, "nodes": [{**clip, "type": "NoSuchNode"}, *others]}, "a")
+    assert page.missing() == ["NoSuchNode"] and "NoSuchNode" in "".join(page.trouble())
+    page.dismiss()
+    assert page.trouble() == []
+
+    page.load(graph, "b")
+    page.set("sampler_name", "nonsense")
+    end = page.run(60)
+    assert end.kind == "refused" and "nonsense" in json.dumps(end.detail) and page.trouble()
+    page.dismiss()
