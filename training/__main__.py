@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 from vsr_ops.errors import VSRError
+from vsr_ops.outputs import files_of, refuse_inputs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=2000")
     parser.add_argument("--cpu", action="store_true", help="the CPU, even where there is a GPU")
     parser.add_argument("--export", type=Path, help="only write the checkpoint's weights to this .safetensors file")
+    parser.add_argument("--overwrite", action="store_true", help="let --export replace files")
     options = parser.parse_args(arguments)
     try:
         return _run(options)
@@ -48,9 +50,12 @@ def _run(options: argparse.Namespace) -> int:
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         recipe = read_recipe(options.recipe, options.set)
         task = make_task(recipe, options.data, options.out)
+        data = files_of(options.data) if options.data.exists() else []
         if options.export:
-            export(recipe, task, options.out, options.export)
+            refuse_inputs(options.export, [options.recipe, *data])
+            export(recipe, task, options.out, options.export, options.overwrite)
         else:
+            refuse_inputs(options.out, data)
             train(recipe, task, options.out, cpu=options.cpu)
     return 0
 

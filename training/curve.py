@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vsr_ops.compare import View, side_by_side
+from vsr_ops.outputs import whole
 
 WIDTH, HEIGHT = 960, 480
 _LEFT, _RIGHT, _TOP, _BOTTOM = 80, 20, 40, 40
@@ -52,7 +53,8 @@ def draw_losses(source: Path, target: Path, title: str) -> None:
         points = [at(step, value) for step, value in zip(steps[::every], values[::every], strict=True)]
         draw.line(points, fill=color, width=width, joint="curve")
     draw.text((_LEFT, _TOP // 2), f"{title}   loss {math.exp(smooth[-1]):.4g}", fill=_PALE, font=font, anchor="lm")
-    image.save(target)
+    with whole(target, overwrite=True) as part:
+        image.save(part)
 
 
 def rows_of(columns: Sequence[tuple[str, Tensor]]) -> Tensor:
@@ -66,7 +68,8 @@ def save_picture(path: Path, picture: Tensor) -> None:
     """`(3, h, w)` in [0, 1] as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = (picture.clamp(0, 1) * 255).round().byte()
-    Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy()).save(path)
+    with whole(path, overwrite=True) as part:
+        Image.fromarray(rearrange(pixels, "c h w -> h w c").numpy()).save(part)
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:

@@ -20,6 +20,8 @@ from training.state import weights_of, write_beside, writing
 from training.task import Batch
 from vsr_ops.dcm import Enlarge, load_dcm
 from vsr_ops.errors import SettingError
+from vsr_ops.outputs import claimed, whole
+from vsr_ops.safefile import json_object
 from vsr_ops.svd import Backbone
 from vsr_ops.upscale import upscale_frames
 
@@ -67,18 +69,30 @@ class Latents:
 
     def render(self, sources: Folder, model: Backbone) -> None:
         """Encodes the shards that are not there. Raises SettingError where those there are of other settings or another
-        VAE, DiskError when the disk is full."""
+        VAE, VideoError while another run adds to them, DiskError when the disk is full."""
         made_from = json.loads(json.dumps(self._made_from(model)))  # as it is read back
         note = self.folder / "latents.json"
-        if note.exists() and (found := json.loads(note.read_text())) != made_from:
-            what = ", ".join(key for key in made_from if found.get(key) != made_from[key])
+        found = (json_object(note.read_text(errors="replace")) or {}) if note.exists() else None
+        if found not in (None, made_from):
+            what = ", ".join(key for key in made_from if (found or {}).get(key) != made_from[key])
             raise SettingError(
                 f"{self.folder}: latents of another recipe ({what} differ); give data.latents another folder"
             )
         with writing(note, "nothing is lost"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps(made_from, sort_keys=True))
-        missing = [number for number in range(self._count) if not self._path(number).exists()]
+        if found is not None and not self._missing():
+            return  # nothing to write, so that any number of runs may be here
+        with claimed(self.folder):
+            if not note.exists():
+                with writing(note, "nothing is lost"), whole(note) as part:
+                    part.write_text(json.dumps(made_from, sort_keys=True))
+            self._render(sources, model)
+
+    def _missing(self) -> list[int]:
+        return [number for number in range(self._count) if not self._path(number).exists()]
+
+    def _render(self, sources: Folder, model: Backbone) -> None:
+        missing = self._missing()
         enlarge = None
         if missing and self.settings.upscaler != "bicubic":
             enlarge = load_dcm(weights_of(self.settings.upscaler), model.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,8 +25,11 @@ from vsr_ops.cfw import load_cfw
 from vsr_ops.compression import load_compression
 from vsr_ops.control import load_control
 from vsr_ops.dcm import load_dcm
+from vsr_ops.errors import VSRError
 from vsr_ops.metrics import aligned, written
 from vsr_ops.metrics_pixels import check_equal
+from vsr_ops.outputs import files_of, held_folder, refuse_inputs, refuse_taken
+from vsr_ops.outputs import whole as whole_file
 from vsr_ops.parts import Parts, Prompts
 from vsr_ops.pipeline import Settings
 from vsr_ops.refiner import load_refiner
@@ -40,6 +44,8 @@ from vsr_ops.video import probe, read_frames
 METRICS = "psnr_y,ssim_y,vmaf,vmaf_neg,haarpsi,tof,warp_error,flicker"
 SD_STEPS = 10
 START = 40
+MODULES = ("dcm", "refiner", "capm", "cfw", "stam", "compression", "sd", "control")
+"""Options that name files of weights."""
 WINDOW = 7
 """Side of the neighbourhood that LDL's local variance is taken over."""
 
@@ -186,7 +192,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="folder for the tables")
     parser.add_argument("--model", default="lite")
-    for name in ("dcm", "refiner", "capm", "cfw", "stam", "compression", "sd", "control"):
+    for name in MODULES:
         parser.add_argument(f"--{name}", default="lite")
     parser.add_argument("--tables", nargs="*", default=["IV", "control", "V", "VI", "VII", "align"])
     parser.add_argument("--crf", type=int, nargs="*", default=[25], help="of all tables but VI, which takes 15, 25, 35")
@@ -195,7 +201,33 @@ def main() -> None:
     parser.add_argument("--clips", nargs="*", help="only these")
     parser.add_argument("--videos", type=Path, nargs="*", default=[], help="these files too")
     parser.add_argument("--small", action="store_true", help="leave the 1280x720 clip out")
+    parser.add_argument("--overwrite", action="store_true", help="replace those tables")
     args = parser.parse_args()
+    try:
+        with ExitStack() as held:
+            if args.out is not None:
+                for table in args.tables:
+                    for crf in _crfs(table, args):
+                        refuse_taken(_file(args.out, table, crf), args.overwrite)
+                named = [Path(getattr(args, name)) for name in ("model", *MODULES)]
+                given = [path for path in (args.data, *args.videos, *named) if path.exists()]
+                refuse_inputs(args.out, [file for path in given for file in files_of(path)])
+                held.enter_context(held_folder(args.out))
+            _run(args)
+    except VSRError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def _crfs(table: str, args: argparse.Namespace) -> list[str]:
+    """What the tables of one name are of."""
+    return ["CRF 15, 25, 35"] if table == "VI" else [f"CRF {crf}" for crf in args.crf]
+
+
+def _file(folder: Path, table: str, crf: str) -> Path:
+    return folder / f"table_{table}_{crf}.txt".replace(" ", "_").replace(",", "")
+
+
+def _run(args: argparse.Namespace) -> None:
     device = pick_device("auto")
     model = load_svd(args.model, device, torch.float32)
     base = Parts(load_dcm(args.dcm, device), load_refiner(args.refiner, device))
@@ -216,8 +248,8 @@ def main() -> None:
             shown = f"Table {table}, ours, {crf}\n\n{text}\n"
             print(shown, flush=True)
             if args.out is not None:
-                args.out.mkdir(parents=True, exist_ok=True)
-                (args.out / f"table_{table}_{crf}.txt".replace(" ", "_").replace(",", "")).write_text(shown)
+                with whole_file(_file(args.out, table, crf), args.overwrite) as part:
+                    part.write_text(shown)
     print(PUBLISHED)
 
 

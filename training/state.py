@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vsr_ops.errors import CheckpointError, SettingError, VSRError
+from vsr_ops.outputs import whole
 
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "weights.safetensors"
 REFINER = "weights_refiner.safetensors"
@@ -56,14 +57,8 @@ def write_beside(path: Path, content: Mapping[str, Any], kept: str) -> None:
 
     Raises DiskError.
     """
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with writing(path, kept):
-            with part.open("wb") as file:
-                torch.save(dict(content), file)
-            part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with writing(path, kept), whole(path, overwrite=True) as part, part.open("wb") as file:
+        torch.save(dict(content), file)
 
 
 def save(folder: Path, saved: Saved) -> None:
@@ -120,11 +115,9 @@ class LossFile:
             self.path.unlink()
             return
         self._columns = rows[0]
-        part = self.path.with_suffix(".part")
-        with writing(self.path, "the last checkpoint is kept"):
-            with part.open("w", newline="") as file:
-                csv.writer(file).writerows([rows[0], *kept])
-            part.replace(self.path)
+        kept_so_far = writing(self.path, "the last checkpoint is kept")
+        with kept_so_far, whole(self.path, overwrite=True) as part, part.open("w", newline="") as file:
+            csv.writer(file).writerows([rows[0], *kept])
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Raises DiskError."""

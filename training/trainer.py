@@ -26,8 +26,9 @@ from tqdm import tqdm
 from training.convolutions import safe_convolutions
 from training.curve import draw_losses, save_picture
 from training.draws import generator_at
+from training.places import check_target, held_run, inputs_of, write_weights
 from training.recipe import PRECISIONS, Optimizer, Recipe, differences, learning_rate
-from training.state import LossFile, Saved, load, refuse_another, save, writing
+from training.state import CHECKPOINT, WEIGHTS, LossFile, Saved, load, refuse_another, save, writing
 from training.task import Batch, Task
 from vsr_ops.errors import CheckpointError, SamplingError, SettingError
 
@@ -65,22 +66,27 @@ def train(recipe: Recipe, task: Task, folder: Path, *, cpu: bool = False, say: C
     """Runs `recipe` to its last step, going on from the checkpoint in `folder` where there is one, and exports.
 
     Leaves `checkpoint.pt`, `loss.csv`, `loss.png`, `samples/` and `weights.safetensors` in `folder`. Raises
-    SettingError for a checkpoint of another recipe, DiskError when the disk is full, SamplingError when the loss is
+    SettingError for a checkpoint of another recipe or files of no run there, VideoError for a folder that another run
+    writes in or that holds an input, DiskError when the disk is full, SamplingError when the loss is
     not finite.
     """
     with writing(folder, "nothing is lost"):
         folder.mkdir(parents=True, exist_ok=True)
-    run = start(recipe, task, folder, cpu=cpu, say=say)
-    run.fit()
-    if run.accelerator.is_main_process:
-        weights = folder / "weights.safetensors"
-        export(recipe, task, folder, weights)
-        say(f"{weights}: {weights.stat().st_size:,} bytes")
+    with held_run(folder, recipe):
+        run = start(recipe, task, folder, cpu=cpu, say=say)
+        run.fit()
+        if run.accelerator.is_main_process:
+            weights = folder / WEIGHTS
+            export(recipe, task, folder, weights, overwrite=True)
+            say(f"{weights}: {weights.stat().st_size:,} bytes")
 
 
-def export(recipe: Recipe, task: Task, folder: Path, target: Path) -> None:
+def export(recipe: Recipe, task: Task, folder: Path, target: Path, overwrite: bool = False) -> None:
     """Writes the weights of the checkpoint in `folder` (their mean, where it has one) to `target`. Frozen weights are
-    those the task builds. Raises SettingError."""
+    those the task builds. Raises SettingError, VideoError where `target` is an input of the recipe, or is there and
+    not to be overwritten."""
+    inputs = inputs_of(recipe)
+    check_target(target, overwrite, inputs)
     saved = load(folder)
     if saved is None:
         raise SettingError(f"{folder}: no checkpoint to export; train first")
@@ -89,7 +95,7 @@ def export(recipe: Recipe, task: Task, folder: Path, target: Path) -> None:
     if saved.ema is not None:
         for parameter, mean in zip(trained(model), saved.ema["shadow_params"], strict=True):
             parameter.data.copy_(mean)
-    task.export(model, target, recipe.run.trained_on)
+    write_weights(lambda path: task.export(model, path, recipe.run.trained_on), target, overwrite, inputs)
 
 
 def built(recipe: Recipe, task: Task, saved: Saved | None) -> nn.Module:
@@ -169,6 +175,9 @@ class Run:
     def fit(self) -> None:
         """Every step that is left."""
         steps, main = self.recipe.train.steps, self.accelerator.is_main_process
+        if main and not (self.folder / CHECKPOINT).exists():
+            # Before any other file, so that what a run writes is known as its own whenever it stops.
+            save(self.folder, self.snapshot())
         log = LossFile(self.folder, self.step) if main else None
         # In a log file a line now and then is enough.
         every = 0.5 if sys.stderr.isatty() else 60

@@ -11,6 +11,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -23,15 +24,17 @@ from training.data import HELD_OUT, PICTURES, halve, read_picture
 from training.degradation import h264
 from vsr_ops.clip import camera_path, load_frames
 from vsr_ops.dcm import load_dcm
+from vsr_ops.errors import VSRError
 from vsr_ops.guidance import GUIDANCE
 from vsr_ops.job import Job
 from vsr_ops.metrics import aligned, written
+from vsr_ops.outputs import files_of, held_folder, refuse_inputs
 from vsr_ops.parts import Parts
 from vsr_ops.pipeline import Settings, make_plan, unet_calls, upscale
 from vsr_ops.propagation import PROPAGATION, Propagation
 from vsr_ops.refiner import load_refiner
 from vsr_ops.resize import quantize8, resize_bicubic
-from vsr_ops.scores import Scores, joined
+from vsr_ops.scores import Scores, check_folder, joined
 from vsr_ops.scoring import score
 from vsr_ops.svd import SVD, Backbone, load_svd, pick_device
 from vsr_ops.tiling import TilePlan
@@ -185,7 +188,29 @@ def main() -> None:
     parser.add_argument("--clips", nargs="*", help="only these")
     parser.add_argument("--small", action="store_true", help="leave the 1280x720 clip out")
     parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--overwrite", action="store_true", help="replace those files")
     args = parser.parse_args()
+    try:
+        with ExitStack() as held:
+            if args.out is not None:
+                for crf in args.crf:
+                    check_folder(args.out / _folder(crf), args.overwrite)
+                refuse_inputs(args.out, files_of(args.data))
+                held.enter_context(held_folder(args.out))
+            _run(args)
+    except VSRError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def _title(crf: int) -> str:
+    return f"CRF {crf}" if crf else "clean"
+
+
+def _folder(crf: int) -> str:
+    return _title(crf).replace(" ", "_").lower()
+
+
+def _run(args: argparse.Namespace) -> None:
     device = pick_device("auto")
     model = load_svd(args.model, device, torch.float32)
     parts = Parts(load_dcm(args.dcm, device), load_refiner(args.refiner, device))
@@ -193,7 +218,6 @@ def main() -> None:
     clips = truths(args.data, args.frames, not args.small)
     clips = {name: clip for name, clip in clips.items() if args.clips is None or name in args.clips}
     for crf in args.crf:
-        title = f"CRF {crf}" if crf else "clean"
         methods = (ablation if args.ablation else comparison)(model, settings, parts)
         made = shrunk(clips, crf or None)
         scores, seconds = measured(methods, made, model, settings)
@@ -205,9 +229,9 @@ def main() -> None:
             text = ablation_rows(scores, seconds, calls)
         else:
             text = scores.table(by_clip=True)
-        print(f"\n{title}\n\n{text}\n", flush=True)
+        print(f"\n{_title(crf)}\n\n{text}\n", flush=True)
         if args.out is not None:
-            scores.write(args.out / title.replace(" ", "_").lower())
+            scores.write(args.out / _folder(crf), overwrite=args.overwrite)
 
 
 if __name__ == "__main__":
