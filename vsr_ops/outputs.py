@@ -188,9 +188,7 @@ def _open(path: Path, lock: Path) -> tuple[int, bool] | None:
     """The lock file and whether it was made here; None where it went away meanwhile. Nothing in it is changed."""
     flags = os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        file = os.open(lock, flags | os.O_CREAT | os.O_EXCL, 0o666)
-        os.write(file, _MARK)
-        return file, True
+        return _make(lock, flags), True
     except FileExistsError:
         pass
     except OSError as error:
@@ -207,6 +205,17 @@ def _open(path: Path, lock: Path) -> tuple[int, bool] | None:
         os.close(file)
         raise _in_the_way(path, lock, "not a file")
     return file, False
+
+
+def _make(lock: Path, flags: int) -> int:
+    file = os.open(lock, flags | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        os.write(file, _MARK)
+    except OSError:
+        os.close(file)
+        lock.unlink()
+        raise
+    return file
 
 
 def _let_go(lock: Path, file: int) -> None:
