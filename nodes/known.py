@@ -97,16 +97,19 @@ def _kept(latent: Mapping[str, Any], known: KnownVideo) -> list[int]:
 
 
 def _first_of_repeated(index: list[int], total: int) -> list[int]:
-    """The numbers before Repeat Latent Batch raised them, where it did: it leaves the video's range."""
+    """The numbers before Repeat Latent Batch raised them, where it did and only one count of repetitions can have led
+    to these: it leaves the video's range."""
     if max(index) < total:
         return index
+    found: list[list[int]] = []
     for period in range(1, len(index) // 2 + 1):
         first = index[:period]
         span = max(first) - min(first) + 1
         raised = [frame + i * span for i in range(len(index) // period) for frame in first]
         if max(first) < total and raised == index:
-            return first
-    return index
+            found.append(first)
+    whole = list(range(total))
+    return whole if whole in found else found[0] if len(found) == 1 else index
 
 
 def _short(index: list[int]) -> str:

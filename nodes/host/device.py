@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
 import torch
+from comfy.patcher_extension import WrappersMP
 
 from ...vsr_ops.memory import Memory
 
@@ -33,6 +36,20 @@ def _ran_out(error: BaseException) -> bool:
 
 #: How the host tells that memory ran out, and frees it.
 MEMORY = Memory(_ran_out, comfy.model_management.soft_empty_cache)
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether Torch Compile, or a node like it, is on a MODEL's UNet."""
+    wrapped = model.get_wrappers(WrappersMP.APPLY_MODEL, "torch.compile")
+    return bool(wrapped) or hasattr(model.get_model_object("diffusion_model"), "_orig_mod")
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Within, compiled modules run as they are written. A compiled UNet would keep the first call's attention, banks
+    and step for ever: nodes that compile guard nothing that is in a call's options."""
+    # Whatever compiles has loaded torch's compiler by now; loading it takes seconds.
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
 
 
 def intermediate_dtype() -> torch.dtype:

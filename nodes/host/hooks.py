@@ -39,7 +39,7 @@ from ..run import (
     sap_lagged,
 )
 from .control import CONTROLS, merged
-from .device import MEMORY
+from .device import MEMORY, is_compiled, uncompiled
 from .model import context_width, factor, is_svd, plan_for, require_unet, spatial_layers, together
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,8 @@ def outer_sample(
     settings = pack_settings(guider.model_options)
     check_run(guider, noise.shape, latent, context_width(guider.model_patcher), is_svd(guider.model_patcher))
     run = make_run(guider.model_patcher, settings, noise.shape, sigmas, run_cuts(guider.conds, noise.shape[0]))
+    if is_compiled(guider.model_patcher):
+        log.warning("Torch Compile is without effect here: VSR's patches change from call to call; take it off")
     guider.model_options = changed(guider.model_options, run=run)
     return executor(noise, latent, sampler, sigmas, *rest, **more)
 
@@ -248,6 +250,7 @@ def _branch(executor: Any, run: Run, branch: Branch, inputs: Inputs, options: di
         if controls := options.get(CONTROLS):
             tiles = [(row.slice, col.slice) for row, col in (run.plan.spatial[m] for m in call.tiles)]
             control = merged(controls, control, part.x, part.t, part.context, tiles, frames)
-        return executor(part.x, part.t, part.concat, part.context, control, own, **part.rest)
+        with uncompiled():
+            return executor(part.x, part.t, part.concat, part.context, control, own, **part.rest)
 
     return run_pass(tile_run, run.step(float(inputs.t.max())), branch, evaluate, run.batch)
