@@ -11,6 +11,7 @@ from tests.host.page import Page, Prompt
 ROOT = Path(__file__).resolve().parents[2]
 #: What Browse Templates offers, and what version 0.1.0 offered, which artists have saved.
 EXAMPLES, KEPT = ROOT / "example_workflows", ROOT / "tests" / "graphs" / "0.1.0"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.json"))
 PACK = "coherent-vsr"
 FRAMES, STEPS = 2, 2
 

@@ -84,8 +84,11 @@ function tools() {
   };
 }
 
-async function settled(name) {
-  await page.waitForFunction((wanted) => app.extensionManager.workflow.activeWorkflow?.filename === wanted, name, { polling: 100 });
+const active = () => page.evaluate(() => app.extensionManager.workflow.activeWorkflow.path);
+// Returns when another graph than `before` is on the page: a second one of a name is called "name (2)".
+async function settled(before) {
+  const other = (path) => app.extensionManager.workflow.activeWorkflow?.path !== path;
+  await page.waitForFunction(other, before, { polling: 100 });
   await page.waitForTimeout(500); // A dialog about missing nodes or files comes after the graph.
 }
 
@@ -93,23 +96,27 @@ const commands = {
   async open({ url }) {
     await page.addInitScript(tools);
     await page.goto(url);
-    await page.waitForFunction(() => window.app?.extensionManager?.spinner === false, null, { polling: 100, timeout: 120_000 });
+    // The page opens a first graph when it knows all nodes.
+    const ready = () => window.app?.extensionManager?.spinner === false && app.extensionManager.workflow.activeWorkflow;
+    await page.waitForFunction(ready, null, { polling: 100, timeout: 120_000 });
     await page.evaluate(() => vsr.listen());
   },
 
   // As an artist does it: Templates in the side bar, the pack in the list, the graph's card.
   async template({ pack, name }) {
+    const before = await active();
     await page.getByRole("button", { name: "Templates" }).first().click();
     const dialog = page.getByRole("dialog");
     await dialog.getByText(pack, { exact: true }).first().click();
     await dialog.getByTestId(`template-workflow-${name}`).click();
     await dialog.waitFor({ state: "hidden" });
-    await settled(name);
+    await settled(before);
   },
 
   async load({ graph, name }) {
+    const before = await active();
     await page.evaluate(([content, title]) => app.loadGraphData(content, true, true, title).then(() => null), [graph, name]);
-    await settled(name);
+    await settled(before);
   },
 
   missing: () => page.evaluate(() => vsr.missing()),
@@ -123,7 +130,10 @@ const commands = {
     await page.locator(RUN).first().click();
     const answer = await asked;
     const body = await answer.json();
-    if (answer.status() !== 200) return { kind: "refused", detail: body, prompt_id: "" };
+    if (answer.status() !== 200) {
+      await page.locator(TROUBLE).first().waitFor().catch(() => null);
+      return { kind: "refused", detail: body, prompt_id: "" };
+    }
     const id = body.prompt_id;
     await page.waitForFunction((key) => vsr.ends[key], id, { polling: 200, timeout: 1000 * seconds });
     return { ...(await page.evaluate((key) => vsr.ends[key], id)), prompt_id: id };

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlencode
 
-import av
 import numpy as np
 import pytest
-from PIL import Image, ImageSequence
 
 from tests.host.graphs import EXAMPLES, FRAMES, KEPT, PACK, ROOT, make_quick, of_type, saved
+from tests.host.results import files_of
 
 if TYPE_CHECKING:
     from tests.host.conftest import Server
@@ -39,23 +36,6 @@ OUTPUTS: dict[str, list[tuple[int, int, int, int]]] = {
 LINES = 8
 
 
-def frames_of(content: bytes, video: bool) -> list[np.ndarray]:
-    """The frames of a file, `(height, width, 3)` in [0, 1]."""
-    if video:
-        with av.open(io.BytesIO(content)) as container:
-            return [frame.to_ndarray(format="rgb24") / 255 for frame in container.decode(video=0)]
-    with Image.open(io.BytesIO(content)) as opened:
-        return [np.asarray(frame.convert("RGB")) / 255 for frame in ImageSequence.Iterator(opened)]
-
-
-def files_of(server: Server, prompt_id: str, node: str, video: bool = False) -> list[np.ndarray]:
-    """The frames that an output node saved, fetched as the page fetches them."""
-    history = server.get(f"/history/{prompt_id}")[prompt_id]
-    fetched = [server.request("/view?" + urlencode(one)) for one in history["outputs"][node]["images"]]
-    assert {status for status, _ in fetched} == {200}
-    return [frame for _, content in fetched for frame in frames_of(content, video)]
-
-
 def check_frames(frames: list[np.ndarray], count: int, across: int, down: int, below: int) -> None:
     """They have the right size, and no part of them is constant, which is what NaN is saved as."""
     assert len(frames) == count
@@ -70,14 +50,14 @@ def check_frames(frames: list[np.ndarray], count: int, across: int, down: int, b
 
 def check_files(server: Server, name: str, prompt: Prompt, prompt_id: str) -> None:
     """What a run saved."""
+    history = server.get(f"/history/{prompt_id}")[prompt_id]
     (save,) = [key for kind in SAVES for key in of_type(prompt, kind)]
     pictures = of_type(prompt, "PreviewImage")
     for node, expected in zip([save, *pictures], OUTPUTS[name], strict=False):
-        video = prompt[node]["class_type"] == "SaveVideo"
-        check_frames(files_of(server, prompt_id, node, video), *expected)
+        check_frames(files_of(server, history, node), *expected)
     # The rest are plots and temporal profiles, of sizes of their own.
     for node in pictures[len(OUTPUTS[name]) - 1 :]:
-        assert all(plot.std() > 0.005 for plot in files_of(server, prompt_id, node)), node
+        assert all(plot.std() > 0.005 for plot in files_of(server, history, node)), node
 
 
 def check_shown(page: Page, prompt: Prompt) -> None:
