@@ -92,6 +92,11 @@ async function settled(before) {
   await page.waitForTimeout(500); // A dialog about missing nodes or files comes after the graph.
 }
 
+async function ended(id, seconds) {
+  await page.waitForFunction((key) => vsr.ends[key], id, { polling: 200, timeout: 1000 * seconds });
+  return page.evaluate((key) => vsr.ends[key], id);
+}
+
 const commands = {
   async open({ url }) {
     await page.addInitScript(tools);
@@ -130,13 +135,10 @@ const commands = {
     await page.locator(RUN).first().click();
     const answer = await asked;
     const body = await answer.json();
-    if (answer.status() !== 200) {
-      await page.locator(TROUBLE).first().waitFor().catch(() => null);
-      return { kind: "refused", detail: body, prompt_id: "" };
-    }
-    const id = body.prompt_id;
-    await page.waitForFunction((key) => vsr.ends[key], id, { polling: 200, timeout: 1000 * seconds });
-    return { ...(await page.evaluate((key) => vsr.ends[key], id)), prompt_id: id };
+    const end = answer.status() === 200 ? await ended(body.prompt_id, seconds) : { kind: "refused", detail: body };
+    // The page tells of what went wrong a moment later.
+    if (end.kind !== "execution_success") await page.locator(TROUBLE).first().waitFor().catch(() => null);
+    return { ...end, prompt_id: body.prompt_id ?? "" };
   },
 
   // What the nodes show, once all of it has come.

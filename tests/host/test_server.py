@@ -38,7 +38,7 @@ def input_specs(info: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any]]]:
 def quickstart(page: Page) -> Prompt:
     """The quickstart graph as the page hands it in, with few frames and steps."""
     page.load(saved(EXAMPLES, "quickstart"), "quickstart")
-    return make_quick(page)
+    return make_quick(page, "quickstart")
 
 
 def message(history: dict[str, Any], kind: str) -> dict[str, Any]:
