@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,6 +110,29 @@ def test_graph_runs_in_the_page(
     assert page.trouble() == [] and own_errors(page.console()) == []
     check_files(server, name, quick, end.prompt_id)
     assert "invalid value encountered in cast" not in server.tail(10**6)
+
+
+@pytest.mark.parametrize("folder", [EXAMPLES, KEPT], ids=["now", "0.1.0"])
+def test_saved_values_arrive_by_name(folder: Path, page: Page) -> None:
+    """They are saved by place, and hosts differ in how many places a node has."""
+    graph = saved(folder, "quickstart")
+    page.load(graph, "values")
+    prompt = page.prompt()
+    (sampler,) = of_type(prompt, "VSRTiledSVDSampler")
+    expected = {"scale": 4, "steps": 4, "cfg": 1, "seed": 1, "guidance": "none", "guidance_scale": 1, "denoise": 1}
+    expected |= {"sampler_name": "euler", "scheduler": "karras", "tile_height": 0, "tile_width": 0, "tile_frames": 0}
+    expected |= {"overlap": 0.5, "propagation": "sap+tap", "sap_mode": "auto", "color": "none"}
+    taken = prompt[sampler]["inputs"]
+    assert {name: taken[name] for name in expected} == expected
+    (save,) = [key for kind in SAVES for key in of_type(prompt, kind)]
+    assert prompt[save]["inputs"]["filename_prefix"] == "vsr_quickstart"
+    fps = [
+        node["inputs"]["fps"] for node in prompt.values() if node["class_type"] in ("CreateVideo", "SaveAnimatedWEBP")
+    ]
+    assert fps == [8]
+    # Hosts of 2026 have the codec inside of the format.
+    inputs = prompt[save]["inputs"]
+    assert {value for name, value in inputs.items() if name in ("format", "codec", "format.codec")} <= {"auto"}
 
 
 def test_trouble_is_seen(page: Page) -> None:
