@@ -55,7 +55,8 @@ def environment() -> Path:
 
 def demo(python: Path, rest: list[str]) -> None:
     """Upscales the bundled clip on bundled weights, prints the table, writes pictures to demo_output/."""
-    run(python, "-m", "vsr_ops", "demo", *rest)
+    # Its own folder in the repository: a second run may replace what the first one made.
+    run(python, "-m", "vsr_ops", "demo", "--overwrite", *rest)
 
 
 def test(python: Path, rest: list[str]) -> None:

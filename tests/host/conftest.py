@@ -12,7 +12,8 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tests.host.page import Browser, Page, known_browser
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 START_SECONDS, RUN_SECONDS = 180, 180
+CPU = ("--cpu", "--use-pytorch-cross-attention")
 
 # The tests in there import the host's own modules: `test_inside.py` runs them in the host's Python.
 INSIDE = os.environ.get("VSR_INSIDE_HOST") == "1"
@@ -138,20 +140,20 @@ def wait_until_up(server: Server) -> None:
     pytest.fail(f"ComfyUI did not answer in {START_SECONDS} s:\n{server.tail()}", pytrace=False)
 
 
-@pytest.fixture(scope="session")
-def server(comfyui: Host) -> Iterator[Server]:
-    """The host, on the loopback alone, with folders of its own."""
+@contextmanager
+def running(host: Host, flags: Sequence[str] = CPU) -> Iterator[Server]:
+    """A host, on the loopback alone, with folders of its own."""
     base, port = Path(tempfile.mkdtemp(prefix="coherent-vsr-")), free_port()
     place_pack(base / "custom_nodes")
     command = [
-        *(comfyui.python, "main.py", "--cpu", "--use-pytorch-cross-attention"),
+        *(host.python, "main.py", *flags),
         *("--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(base)),
         *("--disable-api-nodes", "--database-url", f"sqlite:///{base / 'x.db'}"),
     ]
     log = base / "log.txt"
     with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=comfyui.folder, stdout=out, stderr=subprocess.STDOUT)
-    made = Server(f"http://127.0.0.1:{port}", comfyui, base, log, process)
+        process = subprocess.Popen(command, cwd=host.folder, stdout=out, stderr=subprocess.STDOUT)
+    made = Server(f"http://127.0.0.1:{port}", host, base, log, process)
     try:
         wait_until_up(made)
         yield made
@@ -163,6 +165,13 @@ def server(comfyui: Host) -> Iterator[Server]:
             process.kill()
             process.wait()
         shutil.rmtree(base, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: Host) -> Iterator[Server]:
+    """The host on the CPU."""
+    with running(comfyui) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")
