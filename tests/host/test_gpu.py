@@ -112,9 +112,8 @@ def test_a_gpu_shows_what_a_cpu_shows(comfyui: Host, on_the_cpu: dict[str, np.nd
         server.run(prompt(tile=24), seconds=600)
         again = shown(server)
         log = server.tail(10**6)
-    print(
-        f"\n{comfyui.version} {' '.join(flags)}: dynamic VRAM {'on' if 'DynamicVRAM support detected' in log else 'off'}"
-    )
+    dynamic = "on" if "DynamicVRAM support detected" in log else "off"
+    print(f"\n{comfyui.version} {' '.join(flags)}: dynamic VRAM is {dynamic}")
     for name, expected in on_the_cpu.items():
         for each in (found, again):
             difference = np.abs(each[name] - expected)
