@@ -9,7 +9,7 @@ import { createInterface } from "node:readline";
 
 const [, , playwright, executablePath] = process.argv;
 const { chromium } = createRequire(import.meta.url)(playwright);
-const WAIT = 20_000;
+const WAIT = 60_000; // For a click: machines that run tests are busy.
 const SMALL = { width: 1600, height: 900 };
 // What the page puts in front of the user when something is wrong, in the front ends of 0.3.64 and of 0.33.
 const TROUBLE = "[role=dialog], [role=alertdialog], [data-testid=error-overlay], .p-toast-message-error";
@@ -72,6 +72,12 @@ function tools() {
           }
       return count;
     },
+    // Pairs of nodes of which one covers a part of the other, as large as they are now. Titles stand above a node's place.
+    overlaps() {
+      const titled = root().nodes.map(({ pos: [x, y], size: [w, h], title }) => ({ x, y: y - 30, right: x + w, down: y + h, title }));
+      const meet = (a, b) => a.x < b.right && b.x < a.right && a.y < b.down && b.y < a.down;
+      return titled.flatMap((a, k) => titled.slice(k + 1).filter((b) => meet(a, b)).map((b) => [a.title, b.title]));
+    },
     // Whether every node that has been given pictures shows some.
     shown: () =>
       Object.entries(app.nodeOutputs).every(([id, output]) => !output.images?.length || vsr.results().some((one) => one.node === id && one.ready)),
@@ -125,6 +131,7 @@ const commands = {
   },
 
   missing: () => page.evaluate(() => vsr.missing()),
+  overlaps: () => page.evaluate(() => vsr.overlaps()),
   prompt: () => page.evaluate(async () => (await app.graphToPrompt()).output),
   set: ({ name, value, type }) => page.evaluate((all) => vsr.set(...all), [name, value, type]),
   evaluate: ({ code, value }) => page.evaluate(`(${code})(${JSON.stringify(value ?? null)})`),

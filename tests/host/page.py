@@ -130,6 +130,10 @@ class Page:
         """Types of nodes in the graph that the page does not know."""
         return self._ask("missing")
 
+    def overlaps(self) -> list[list[str]]:
+        """Titles of pairs of nodes of which one covers a part of the other."""
+        return self._ask("overlaps")
+
     def prompt(self) -> Prompt:
         """The graph as the page hands it in."""
         return self._ask("prompt")

@@ -114,16 +114,6 @@ def test_example_is_in_the_pages_format(name: str, object_info: dict[str, Any]) 
     assert [node for node in graph["nodes"] if node["type"] == "MarkdownNote"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_no_two_nodes_of_an_example_overlap(name: str) -> None:
-    """As saved, titles included, which stand above a node's position."""
-    boxes = [(*node["pos"], *node["size"], node["id"]) for node in saved(EXAMPLES, name)["nodes"]]
-    for x, y, width, height, one in boxes:
-        for x2, y2, width2, height2, other in boxes:
-            across, down = min(x + width, x2 + width2) - max(x, x2), min(y + height, y2 + height2) - max(y, y2) + 30
-            assert one == other or across <= 0 or down <= 0, (one, other)
-
-
 def test_interrupted_run_ends_and_the_next_is_clean(page: Page, server: Server) -> None:
     # A video's pictures are compressed: these are not.
     prompt = quickstart(page)
