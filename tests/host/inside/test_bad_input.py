@@ -48,7 +48,7 @@ def tiny_sd(depth: int, middle: int) -> Any:
 
 def tiny_flux() -> Any:
     """A MODEL of Flux's kind, without weights."""
-    config = {
+    config: dict[str, Any] = {
         "image_model": "flux",
         "in_channels": 16,
         "out_channels": 16,
@@ -60,13 +60,14 @@ def tiny_flux() -> Any:
         "depth": 1,
         "depth_single_blocks": 1,
         "axes_dim": [4, 6, 6],
-        # Newer hosts ask for them.
-        "txt_ids_dims": [],
         "theta": 10000,
         "patch_size": 2,
         "qkv_bias": True,
         "guidance_embed": False,
     }
+    # Newer hosts ask for it, older ones know none.
+    if "txt_ids_dims" in importlib.import_module("comfy.ldm.flux.model").FluxParams.__dataclass_fields__:
+        config["txt_ids_dims"] = []
     made = importlib.import_module("comfy.supported_models").Flux(config)
     made.set_inference_dtype(torch.float32, None)
     cpu = torch.device("cpu")
