@@ -48,9 +48,12 @@ def hypertile(model: Any) -> Any:
 def compiled(model: Any) -> Any:
     """What Torch Compile does to a MODEL, without the minutes of its backend."""
     m = model.clone()
-    skip = importlib.import_module("comfy_extras.nodes_torch_compile").skip_torch_compile_dict
-    helpers = importlib.import_module("comfy_api.torch_helpers")
-    helpers.set_torch_compile_wrapper(model=m, backend="eager", options={"guard_filter_fn": skip})
+    # Newer hosts have no guard on what is in a call's options.
+    skip = getattr(importlib.import_module("comfy_extras.nodes_torch_compile"), "skip_torch_compile_dict", None)
+    options = None if skip is None else {"guard_filter_fn": skip}
+    importlib.import_module("comfy_api.torch_helpers").set_torch_compile_wrapper(
+        model=m, backend="eager", options=options
+    )
     return m
 
 
