@@ -104,8 +104,8 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     ),
     "test_bad_input.py::test_context_windows": ("comfy.samplers ~ context_handler",),
     "test_hooks.py::test_the_host_is_told_the_tiles_size": ("comfy.model_base.BaseModel.memory_required(self, shape)",),
-    "test_hooks.py::test_runs_leave_nothing_behind": (f"{_MEMORY}.throw_exception_if_processing_interrupted()",),
-    "test_hooks.py::test_out_of_memory_halves_the_batch": (
+    "test_runs.py::test_runs_leave_nothing_behind": (f"{_MEMORY}.throw_exception_if_processing_interrupted()",),
+    "test_runs.py::test_out_of_memory_halves_the_batch": (
         f"{_MEMORY}.OOM_EXCEPTION",
         f"?{_MEMORY}.is_oom(error)",
         f"{_MEMORY}.soft_empty_cache()",
