@@ -80,7 +80,7 @@ function tools() {
     },
     // Whether every node that has been given pictures shows some.
     shown: () =>
-      Object.entries(app.nodeOutputs).every(([id, output]) => !output.images?.length || vsr.results().some((one) => one.node === id && one.ready)),
+      Object.entries(app.nodeOutputs).every(([id, output]) => !output?.images?.length || vsr.results().some((one) => one.node === id && one.ready)),
     results: () =>
       root().nodes.flatMap((node) => {
         // Videos and animated pictures are elements of the page, in a widget; plain pictures are drawn on the canvas.
