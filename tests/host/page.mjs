@@ -78,9 +78,11 @@ function tools() {
       const meet = (a, b) => a.x < b.right && b.x < a.right && a.y < b.down && b.y < a.down;
       return titled.flatMap((a, k) => titled.slice(k + 1).filter((b) => meet(a, b)).map((b) => [a.title, b.title]));
     },
-    // Whether every node that has been given pictures shows some.
-    shown: () =>
-      Object.entries(app.nodeOutputs).every(([id, output]) => !output?.images?.length || vsr.results().some((one) => one.node === id && one.ready)),
+    // Whether every node that has been given pictures shows some. A video's first frame is drawn a little after it is there.
+    shown() {
+      const all = vsr.results().filter((one) => one.ready && one.spread > 0);
+      return Object.entries(app.nodeOutputs).every(([id, output]) => !output?.images?.length || all.some((one) => one.node === id));
+    },
     results: () =>
       root().nodes.flatMap((node) => {
         // Videos and animated pictures are elements of the page, in a widget; plain pictures are drawn on the canvas.
@@ -91,12 +93,8 @@ function tools() {
 }
 
 const active = () => page.evaluate(() => app.extensionManager.workflow.activeWorkflow.path);
-// Returns when another graph than `before` is on the page: a second one of a name is called "name (2)".
-async function settled(before) {
-  const other = (path) => app.extensionManager.workflow.activeWorkflow?.path !== path;
-  await page.waitForFunction(other, before, { polling: 100 });
-  await page.waitForTimeout(500); // A dialog about missing nodes or files comes after the graph.
-}
+// A dialog about missing nodes or files comes after the graph.
+const settle = () => page.waitForTimeout(500);
 
 async function ended(id, seconds) {
   await page.waitForFunction((key) => vsr.ends[key], id, { polling: 200, timeout: 1000 * seconds });
@@ -121,13 +119,14 @@ const commands = {
     await dialog.getByText(pack, { exact: true }).first().click();
     await dialog.getByTestId(`template-workflow-${name}`).click();
     await dialog.waitFor({ state: "hidden" });
-    await settled(before);
+    const other = (path) => app.extensionManager.workflow.activeWorkflow?.path !== path;
+    await page.waitForFunction(other, before, { polling: 100 });
+    await settle();
   },
 
   async load({ graph, name }) {
-    const before = await active();
     await page.evaluate(([content, title]) => app.loadGraphData(content, true, true, title).then(() => null), [graph, name]);
-    await settled(before);
+    await settle();
   },
 
   missing: () => page.evaluate(() => vsr.missing()),
