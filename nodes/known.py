@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..vsr_ops.errors import SettingError
 
-#: Where it stands in a LATENT, and in a conditioning.
+#: Where it stands in a LATENT. (A conditioning, which nobody cuts, has `vsr_cuts` and `vsr_frames`.)
 KNOWN = "vsr_video"
 
 _DECODE_FIRST = "decode first, and cut or join the pictures instead"
