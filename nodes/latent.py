@@ -143,7 +143,7 @@ class Decode(io.ComfyNode):
     ) -> io.NodeOutput:
         seen = None if reference is None else to_frames(reference, "reference")
         size = size_of(latent) if seen is None else tuple(seen.shape[-2:])
-        cuts = host.latent_cuts(latent)
+        cuts = host.latent_cuts(latent) if host.sees_time(vae, stam) else ()
         return io.NodeOutput(
             to_image(host.decoded(vae, latent["samples"], chunk_frames, cuts, size, seen, cfw, stam, w, tile, capm))
         )

@@ -29,14 +29,18 @@ NO_FILE = "no file found"
 def load_lite(path: Path, vae_path: Path) -> tuple[Any, Any]:
     """Bundled weights as the host's own MODEL and VAE: its memory management, precision and LoRA apply. `path` holds an
     SVD, or a Stable Diffusion, whose VAE is that of the SVD in `vae_path`. Raises SettingError for a missing file."""
-    model, own = lite_model(path), "vae" in _read(path)[1]
-    return model, _lite_vae(path if own else vae_path)
+    weights, config = _read(path)
+    model = _model(path, weights, config)
+    return model, _lite_vae(*((weights, config) if "vae" in config else _read(vae_path)))
 
 
 def lite_model(path: Path, disable_dynamic: bool = False) -> Any:
     """The bundled MODEL alone. The host calls this itself where it wants a second one, of other devices or for
     torch.compile, and may ask for one without dynamic VRAM."""
-    weights, config = _read(path)
+    return _model(path, *_read(path), disable_dynamic)
+
+
+def _model(path: Path, weights: Mapping[str, Tensor], config: dict[str, Any], disable_dynamic: bool = False) -> Any:
     build = _svd if "vae" in config else _stable_diffusion
     model = _placed(*build(config), weights, disable_dynamic)
     model.set_attachments("vsr_tile", TileSize(*config["tile"]))
@@ -44,8 +48,7 @@ def lite_model(path: Path, disable_dynamic: bool = False) -> Any:
     return model
 
 
-def _lite_vae(path: Path) -> Any:
-    weights, config = _read(path)
+def _lite_vae(weights: Mapping[str, Tensor], config: dict[str, Any]) -> Any:
     vae = _build_vae(weights, config["vae"])
     vae.patcher.set_attachments("vsr_tile", TileSize(*config["tile"]))
     return vae

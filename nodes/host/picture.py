@@ -118,6 +118,11 @@ def _prompts(capm: Prompted | None, frames: int) -> tuple[CAPM | None, Tensor | 
     return capm.model, capm.hint(frames)
 
 
+def sees_time(vae: Any, stam: STAM | None) -> bool:
+    """Whether frames see each other while a VAE decodes them: only then do scene cuts matter there."""
+    return stam is not None or is_temporal(vae.first_stage_model)
+
+
 def decoded(
     vae: Any,
     latents: Tensor,
@@ -150,7 +155,7 @@ def decoded(
     together = chunk or adapter.chunk
     margin = STREAM_MARGIN + (0 if prompts is None else CAPM_MARGIN)
     sides = [min(side, (tile or VAE_TILE) + 2 * margin) for side in latents.shape[-2:]]
-    at_once = min(len(latents), together) if stam is not None or is_temporal(vae.first_stage_model.decoder) else 1
+    at_once = min(len(latents), together) if sees_time(vae, stam) else 1
     needed = at_once * vae.memory_used_decode((1, 4, *sides), vae.vae_dtype)
     if cfw is not None:
         needed += at_once * vae.memory_used_encode((1, 3, *(side * CELL for side in sides)), vae.vae_dtype)

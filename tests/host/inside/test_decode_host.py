@@ -83,14 +83,19 @@ def test_tiles_are_the_picture_of_one_pass(decode: Any) -> None:
     assert 0 < float((tiled - whole).abs().max()) <= ALLOWED
 
 
-def test_tiles_of_the_hosts_picture_vae_are_one_pass(host: ModuleType, nodes: dict[str, Any]) -> None:
+def picture_vae() -> Any:
+    """The host's own VAE of Stable Diffusion, tiny, of random weights."""
     import comfy.sd
     from comfy.ldm.models.autoencoder import AutoencoderKL
 
     shape = {"double_z": True, "z_channels": 4, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32}
     shape |= {"ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
     config = {"params": {"ddconfig": shape, "embed_dim": 4}}
-    vae = comfy.sd.VAE(sd=filled(AutoencoderKL(**config["params"])).state_dict(), config=config)
+    return comfy.sd.VAE(sd=filled(AutoencoderKL(**config["params"])).state_dict(), config=config)
+
+
+def test_tiles_of_the_hosts_picture_vae_are_one_pass(host: ModuleType, nodes: dict[str, Any]) -> None:
+    vae = picture_vae()
     latent = {"samples": torch.randn(2, 4, 11, 9, generator=torch.Generator().manual_seed(2))}
     whole = nodes["VSRDecode"].execute(vae, latent, 0).args[0]
     tiled = nodes["VSRDecode"].execute(vae, latent, 0, tile=6).args[0]

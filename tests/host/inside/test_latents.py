@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from .test_decode_host import picture_vae
 from .wiring import refused
 
 #: Where a LATENT says what is known of its video.
@@ -136,6 +137,14 @@ def test_a_rebatched_latent_has_its_cut_found_again(decode: Any, latent: Any) ->
 def test_frames_that_cannot_be_told_are_refused(decode: Any, latent: Any, change: Any, words: tuple[str, ...]) -> None:
     with refused(*words):
         decode(change(latent))
+
+
+def test_a_picture_vae_has_no_scenes(nodes: dict[str, Any], latent: Any) -> None:
+    """Where frames do not see each other it does not matter which they are: nothing is refused."""
+    vae = picture_vae()
+    twice = core("LatentBatch", latent, latent)
+    once = nodes["VSRDecode"].execute(vae, latent, 4).args[0]
+    assert torch.allclose(nodes["VSRDecode"].execute(vae, twice, 4).args[0], torch.cat([once, once]), atol=1e-5)
 
 
 RESIZED: dict[str, Any] = {
