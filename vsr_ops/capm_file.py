@@ -13,12 +13,13 @@ from torch import nn
 from .capm import CAPM, CAPMShape
 from .errors import CheckpointError
 from .module_file import fill, read_module, write_module
+from .weights import bundled
 
 KIND = "capm"
 #: The weights that come with the pack, made for its lite SVD: both halves.
-LITE_CAPM = Path(__file__).parent / "weights" / "capm_lite.safetensors"
+LITE_CAPM = bundled("capm_lite")
 #: Those made for its lite Stable Diffusion with its control.
-LITE_CAPM_SD = LITE_CAPM.with_name("capm_sd_lite.safetensors")
+LITE_CAPM_SD = bundled("capm_sd_lite")
 #: What the pack itself has, by the names that `load_capms` takes.
 BUNDLED = {"lite": LITE_CAPM, "sd_lite": LITE_CAPM_SD}
 

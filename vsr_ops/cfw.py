@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from .errors import CheckpointError, SettingError
 from .module_file import fill, read_module, write_module
 from .safefile import PICKLE_SUFFIXES, open_safely, read_pickle
+from .weights import bundled
 
 KIND = "cfw"
 #: The weights that come with the pack, made for its lite SVD's VAE.
-LITE_CFW = Path(__file__).parent / "weights" / "cfw_lite.safetensors"
+LITE_CFW = bundled("cfw_lite")
 _KEY = re.compile(r"(?:^|\.)fusion_layer_(\d+)\.(.+)$")
 
 

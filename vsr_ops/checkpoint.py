@@ -34,9 +34,10 @@ from .safefile import (
     write_whole,
 )
 from .svd_parts import IMAGE_ENCODER_PART, PARTS, UNET_PART, VAE_PART, Part, in_transformers_names
+from .weights import bundled
 
 #: The weights that come with the pack.
-LITE = Path(__file__).parent / "weights" / "svd_lite.safetensors"
+LITE = bundled("svd_lite")
 
 KIND = "svd"
 VERSION = "1"

@@ -18,10 +18,11 @@ from .blocks import ResidualBlock
 from .chart import Panel, draw_panels
 from .errors import CheckpointError, SettingError
 from .module_file import fill, read_module, write_module
+from .weights import bundled
 
 KIND = "compression"
 #: The weights that come with the pack.
-LITE_COMPRESSION = Path(__file__).parent / "weights" / "compression_lite.safetensors"
+LITE_COMPRESSION = bundled("compression_lite")
 #: The CRF that level 1 stands for.
 COARSEST = 51
 #: Pixels a side of the crops of a frame, and the most of them along a side. Nothing is resized: that hides compression.

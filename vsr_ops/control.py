@@ -17,13 +17,14 @@ from . import control_keys
 from .errors import CheckpointError, SettingError
 from .module_file import fill, read_module, write_module
 from .safefile import PICKLE_SUFFIXES, open_safely, read_pickle, refuse_differences
+from .weights import bundled
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 KIND = "control"
 #: The weights that come with the pack, made for its lite Stable Diffusion.
-LITE_CONTROL = Path(__file__).parent / "weights" / "control_lite.safetensors"
+LITE_CONTROL = bundled("control_lite")
 #: The host's own bound.
 STRONGEST = 10.0
 

@@ -17,12 +17,13 @@ from torch import Tensor
 from .errors import CheckpointError
 from .safefile import PICKLE_SUFFIXES, Source, open_safely, read_pickle
 from .tiling import Merger, TileSize, cut_tile, plan_tiles
+from .weights import bundled
 
 Enlarge = Callable[[Tensor], Tensor]
 """Frames `(n, 3, h, w)` RGB in [0, 1] to `(n, 3, s*h, s*w)` in [0, 1]."""
 
 #: The weights that come with the pack: x4.
-LITE_DCM = Path(__file__).parent / "weights" / "dcm_lite.safetensors"
+LITE_DCM = bundled("dcm_lite")
 #: Larger pictures go through in tiles of this many LR pixels a side: memory is flat in area.
 TILE, OVERLAP = 192, 0.25
 _ANY = re.compile("")

@@ -18,10 +18,11 @@ from .errors import CheckpointError, SettingError
 from .flow import SMALLEST, dis_flow, visibility, warp
 from .module_file import fill, read_module, write_module
 from .tiling import cores
+from .weights import bundled
 
 KIND = "refiner"
 #: The weights that come with the pack, made for its lite SVD.
-LITE_REFINER = Path(__file__).parent / "weights" / "refiner_lite.safetensors"
+LITE_REFINER = bundled("refiner_lite")
 #: Pixels a side of what goes through at once; a margin of the network's reach makes the seams exact.
 TILE = 512
 #: Frames that are refined together, beside their neighbours.

@@ -24,9 +24,10 @@ from .keymap import UNET, VAE
 from .safefile import Shapes, Source, json_object, open_safely, refuse_differences, refuse_not_finite, write_whole
 from .sd_keymap import infer_sd_unet, picture_vae_map, sd_unet_map
 from .svd_parts import Part, infer_vae
+from .weights import bundled
 
 #: The weights that come with the pack.
-LITE_SD = Path(__file__).parent / "weights" / "sd_lite.safetensors"
+LITE_SD = bundled("sd_lite")
 
 KIND = "sd"
 VERSION = "1"

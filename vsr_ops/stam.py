@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 from .errors import CheckpointError, SettingError
 from .module_file import fill, read_module, write_module
+from .weights import bundled
 
 KIND = "stam"
 #: The weights that come with the pack, made for its lite SVD's VAE.
-LITE_STAM = Path(__file__).parent / "weights" / "stam_lite.safetensors"
+LITE_STAM = bundled("stam_lite")
 #: Positions that attend at once: CUDA's kernels take no more than 65535 sequences, and memory stays flat.
 POSITIONS = 8192
 
