@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import build, describe, heading, interleaved, parser, ratio, read, table
-from vsr_ops.align import ROUNDS, SHARE, align
-from vsr_ops.flow import inside
-from vsr_ops.flow_field import Flow, streamed_flow
-from vsr_ops.latents import CELL
-from vsr_ops.pipeline import Settings, sample
-from vsr_ops.propagation import Propagation
-from vsr_ops.svd import SIGMA_MAX, SVD
-from vsr_ops.tiling import TilePlan, TileSize, plan_tiles
+from vsr_ops.backbones.svd import SIGMA_MAX, SVD
+from vsr_ops.flow.field import Flow, streamed_flow
+from vsr_ops.flow.warp import inside
+from vsr_ops.pipeline.sampler import Settings, sample
+from vsr_ops.sampling.align import ROUNDS, SHARE, align
+from vsr_ops.sampling.propagation import Propagation
+from vsr_ops.sampling.tiling import TilePlan, TileSize, plan_tiles
+from vsr_ops.vae.latents import CELL
 
 STEP, FLOW = "tiles alone", "flow by DIS, a pair of frames"
 #: Mode and lambda. At 1 a gradient step is too long, and is halved again and again.

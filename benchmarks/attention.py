@@ -19,13 +19,13 @@ from einops import rearrange
 from torch import Tensor
 
 from benchmarks.common import MIB, Options, heading, interleaved, parser, peak_bytes, randomize, ratio, read, table
-from training.svd import UNET_LITE
-from vsr_ops.attention import SelfAttention, Tempered, plain
-from vsr_ops.guidance import Branch
-from vsr_ops.layers import Layer
-from vsr_ops.propagation import Call, Propagation, Step, TileRun
-from vsr_ops.svd import SVD, PatchedAttention
-from vsr_ops.tiling import plan_tiles
+from training.tasks.svd import UNET_LITE
+from vsr_ops.backbones.svd import SVD, PatchedAttention
+from vsr_ops.sampling.attention import SelfAttention, Tempered, plain
+from vsr_ops.sampling.guidance import Branch
+from vsr_ops.sampling.layers import Layer
+from vsr_ops.sampling.propagation import Call, Propagation, Step, TileRun
+from vsr_ops.sampling.tiling import plan_tiles
 
 #: Width and heads of the layers at the UNet's own resolution.
 SHAPES = {"full": (320, 5), "lite": (UNET_LITE["block_out_channels"][0], UNET_LITE["num_attention_heads"][0])}

@@ -18,11 +18,11 @@ from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemp
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from training.svd import FRAMES, UNET_LITE
-from training.vae import temporal_vae
-from vsr_ops.checkpoint import LITE
-from vsr_ops.svd import SVD, load_svd, pick_device, pick_dtype
-from vsr_ops.tiling import TileSize
+from training.tasks.svd import FRAMES, UNET_LITE
+from training.tasks.vae import temporal_vae
+from vsr_ops.backbones.svd import SVD, load_svd, pick_device, pick_dtype
+from vsr_ops.checkpoints.svd import LITE
+from vsr_ops.sampling.tiling import TileSize
 
 #: Tiles as the checkpoints of each size were trained; the lite VAE has 24 latents a side in its training clips.
 TILES = {"full": TileSize(64, 64, 14), "lite": TileSize(24, 24, FRAMES)}

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import build, describe, heading, interleaved, parser, ratio, read, table
-from vsr_ops.pipeline import Settings, sample
-from vsr_ops.propagation import Propagation
-from vsr_ops.svd import SVD
-from vsr_ops.tiling import TilePlan, TileSize, plan_tiles
+from vsr_ops.backbones.svd import SVD
+from vsr_ops.pipeline.sampler import Settings, sample
+from vsr_ops.sampling.propagation import Propagation
+from vsr_ops.sampling.tiling import TilePlan, TileSize, plan_tiles
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import MIB, Options, build, heading, parser, peak_bytes, read, table
-from vsr_ops import latents
-from vsr_ops.latents import CELL, decode_frames, encode_frames
-from vsr_ops.pipeline import Settings, sample
-from vsr_ops.propagation import Propagation
-from vsr_ops.svd import SVD
-from vsr_ops.tiling import plan_tiles
+from vsr_ops.backbones.svd import SVD
+from vsr_ops.pipeline.sampler import Settings, sample
+from vsr_ops.sampling.propagation import Propagation
+from vsr_ops.sampling.tiling import plan_tiles
+from vsr_ops.vae import latents
+from vsr_ops.vae.latents import CELL, decode_frames, encode_frames
 
 STEPS = 3  # SAP, TAP, and a SAP step that reads banks
 #: LR, its zeros, noise, x, two estimates, the blend under way with its weights, the update's temporaries.

@@ -18,18 +18,19 @@ import torch
 from torch import nn
 
 from benchmarks.common import Options, build, describe, heading, interleaved, parser, randomize, ratio, read, table
-from vsr_ops.capm import CAPM, SVD_UNET, SVD_VAE, CAPMShape, attached, decoder_widths
-from vsr_ops.cfw import CFW, CFWShape
-from vsr_ops.clip import degraded, write_video
-from vsr_ops.dcm import load_dcm
-from vsr_ops.decode_layout import level_widths, residual_widths
-from vsr_ops.job import Enlarged, Job
-from vsr_ops.parts import Parts
-from vsr_ops.pipeline import Settings, upscale
-from vsr_ops.refiner import load_refiner
-from vsr_ops.stam import STAM, STAMShape
-from vsr_ops.streaming_decode import stream_decode
-from vsr_ops.svd import SVD
+from vsr_ops.backbones.svd import SVD
+from vsr_ops.cli.demo_clip import degraded, write_video
+from vsr_ops.modules.capm import CAPM, SVD_UNET, SVD_VAE, CAPMShape, attached, decoder_widths
+from vsr_ops.modules.cfw import CFW, CFWShape
+from vsr_ops.modules.dcm import load_dcm
+from vsr_ops.modules.refiner import load_refiner
+from vsr_ops.modules.stam import STAM, STAMShape
+from vsr_ops.pipeline.job import Enlarged, Job
+from vsr_ops.pipeline.parts import Parts
+from vsr_ops.pipeline.sampler import Settings
+from vsr_ops.pipeline.upscale import upscale
+from vsr_ops.vae.layout import level_widths, residual_widths
+from vsr_ops.vae.stream import stream_decode
 from vsr_ops.video import probe
 
 PLAIN = "none"

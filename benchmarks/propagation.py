@@ -19,13 +19,13 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.common import MIB, Options, interleaved, ratio, table
-from vsr_ops.attention import Fused, fused_attention
-from vsr_ops.guidance import COND
-from vsr_ops.layers import Layer
-from vsr_ops.memory import ran_out
-from vsr_ops.propagation import Call, Kind, Propagation, Step, TileRun, gather_tiles, sap_rate, token_grid
-from vsr_ops.svd import SVD
-from vsr_ops.tiling import Merger, TileSize, plan_tiles
+from vsr_ops.backbones.svd import SVD
+from vsr_ops.sampling.attention import Fused, fused_attention
+from vsr_ops.sampling.guidance import COND
+from vsr_ops.sampling.layers import Layer
+from vsr_ops.sampling.propagation import Call, Kind, Propagation, Step, TileRun, gather_tiles, sap_rate, token_grid
+from vsr_ops.sampling.tiling import Merger, TileSize, plan_tiles
+from vsr_ops.system.memory import ran_out
 
 TILES_ALONE = "tiles alone"
 #: Middle of the three windows of the plan: TAP has a neighbour on both sides.

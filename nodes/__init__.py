@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .capm import CompressionPrompts
-from .compression import CompressionEstimate
-from .control import LoadControl
+from .capm import CompressionEstimate, CompressionPrompts
 from .encode import Encode, MatchLatent
 from .flow import EstimateFlow, FlowGuidedLatents, FlowPreview
 from .guiders import DSSAGGuider, PAGGuider, SAGGuider
-from .latent import Decode, SVDConditioning
-from .load import DemoClip, LoadCFW, LoadDCM, LoadLite, LoadRefiner, LoadSTAM
+from .latent import Decode, NullPrompt, SVDConditioning
+from .load import DemoClip, LoadCFW, LoadControl, LoadDCM, LoadLite, LoadRefiner, LoadSTAM
 from .metrics import Metrics
-from .patches import DSSAG, TiledDiffusion
+from .patches import DSSAG, TiledDiffusion, TilePreview
 from .picture import ColorMatch, Compare, Refine, UpscaleLR
-from .preview import TilePreview
-from .prompt import NullPrompt
 from .sampler import TiledSVDSampler
 
 NODES: list[type[io.ComfyNode]] = [

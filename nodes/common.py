@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..vsr_ops.errors import SettingError
-from ..vsr_ops.layers import LAYERS
+from ..vsr_ops.sampling.layers import LAYERS
 from . import host
 
 CATEGORY = "VSR"

@@ -8,13 +8,13 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..vsr_ops.color import adain
-from ..vsr_ops.latents import encode_video
-from ..vsr_ops.scenes import find_cuts
+from ..vsr_ops.image.color import adain
+from ..vsr_ops.vae.latents import encode_video
+from ..vsr_ops.video.scenes import find_cuts
 from . import host
 from .common import CATEGORY, check_choice, choice, number, to_frames
-from .known import KNOWN, KnownVideo
 from .latent import CUTS, STARTS
+from .session.known import KNOWN, KnownVideo
 
 
 class Encode(io.ComfyNode):

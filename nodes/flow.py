@@ -7,10 +7,10 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..vsr_ops.align import MODES
-from ..vsr_ops.flow_field import ESTIMATORS
-from ..vsr_ops.flow_picture import preview
-from ..vsr_ops.scenes import find_cuts
+from ..vsr_ops.flow.field import ESTIMATORS
+from ..vsr_ops.sampling.align import MODES
+from ..vsr_ops.video.scenes import find_cuts
+from ..vsr_ops.views.flow import preview
 from . import host
 from .common import CATEGORY, check_choice, choice, number, to_frames, to_image
 from .latent import CUTS

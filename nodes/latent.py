@@ -8,13 +8,13 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..vsr_ops.latents import encode_video, with_augmentation
-from ..vsr_ops.scenes import find_cuts
+from ..vsr_ops.vae.latents import encode_video, with_augmentation
+from ..vsr_ops.video.scenes import find_cuts
 from . import host
 from .capm import CAPM
 from .common import CATEGORY, check_choice, choice, count, number, to_frames, to_image
-from .known import KNOWN, KnownVideo, size_of
 from .load import CFW, STAM
+from .session.known import KNOWN, KnownVideo, size_of
 
 STARTS = {"noise": False, "LR latent": True}
 CUTS = {"detect": True, "one scene": False}
@@ -147,3 +147,42 @@ class Decode(io.ComfyNode):
         return io.NodeOutput(
             to_image(host.decoded(vae, latent["samples"], chunk_frames, cuts, size, seen, cfw, stam, w, tile, capm))
         )
+
+
+class NullPrompt(io.ComfyNode):
+    """Zeros in the shape of a prompt."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRNullPrompt",
+            display_name="Null Prompt (VSR)",
+            category=f"{CATEGORY}/conditioning",
+            description=(
+                "A prompt of zeros in the MODEL's own width: no text encoder is needed. Zeros are not what CLIP makes"
+                " of an empty text, which checkpoints trained on prompts may prefer."
+            ),
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip=(
+                        "The model that will sample, such as SD 1.5, SD 2.1 or the lite SD. Zeros are not CLIP's empty"
+                        " prompt: where the checkpoint's CLIP is at hand, try CLIP Text Encode with an empty text too."
+                    ),
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The video: its scene cuts travel with the prompt, and no window of tiles crosses one.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="conditioning", tooltip="For positive, negative, or both at cfg 1.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, image: Tensor | None = None) -> io.NodeOutput:
+        frames = None if image is None else to_frames(image)
+        scenes = {} if frames is None else {"vsr_cuts": find_cuts(iter(frames)), "vsr_frames": len(frames)}
+        return io.NodeOutput(host.null_prompt(model, scenes))

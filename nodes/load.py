@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..vsr_ops import clip
-from ..vsr_ops.cfw import load_cfw
-from ..vsr_ops.checkpoint import LITE
-from ..vsr_ops.dcm import read_dcm
-from ..vsr_ops.refiner import load_refiner
-from ..vsr_ops.safefile import PICKLE_SUFFIXES
-from ..vsr_ops.sd_checkpoint import LITE_SD
-from ..vsr_ops.stam import load_stam
+from ..vsr_ops.checkpoints.safefile import PICKLE_SUFFIXES
+from ..vsr_ops.checkpoints.sd import LITE_SD
+from ..vsr_ops.checkpoints.svd import LITE
+from ..vsr_ops.cli import demo_clip
+from ..vsr_ops.modules.cfw import load_cfw
+from ..vsr_ops.modules.control import LITE_CONTROL
+from ..vsr_ops.modules.dcm import read_dcm
+from ..vsr_ops.modules.refiner import load_refiner
+from ..vsr_ops.modules.stam import load_stam
 from . import host
 from .common import CATEGORY, REFINER, check_choice, choice, count, to_image
 
@@ -21,8 +22,17 @@ DCM_FOLDER, REFINER_FOLDER = "upscale_models", "vsr_refiners"
 CFW_FOLDER, STAM_FOLDER = "vsr_cfw", "vsr_stam"
 #: Suffixes of those files. SwinIR and StableSR's CFW were published as pickles, of which tensors alone are read.
 FILES = (".safetensors", *sorted(PICKLE_SUFFIXES))
+#: The host's folder for ControlNets, and the suffixes of controls: DiffBIR's were published as pickles, of which
+#: tensors alone are read.
+CONTROL_FOLDER = "controlnet"
+CONTROL_FILES = (".safetensors", *sorted(PICKLE_SUFFIXES - {".bin", ".pkl"}))
 #: What goes from their loaders to Decode Video.
 CFW, STAM = io.Custom("VSR_CFW"), io.Custom("VSR_STAM")
+
+
+def bundled_controls() -> tuple[str, ...]:
+    """The controls that the pack itself has."""
+    return ("lite",) if LITE_CONTROL.is_file() else ()
 
 
 class LoadLite(io.ComfyNode):
@@ -190,7 +200,9 @@ class DemoClip(io.ComfyNode):
                 " upscale on a fresh installation, with the truth to compare with."
             ),
             inputs=[
-                count("frames", 8, 1, clip.FRAMES, "Frames to take from the start; a new scene begins at the 13th."),
+                count(
+                    "frames", 8, 1, demo_clip.FRAMES, "Frames to take from the start; a new scene begins at the 13th."
+                ),
                 count(
                     "crf",
                     16,
@@ -208,5 +220,41 @@ class DemoClip(io.ComfyNode):
 
     @classmethod
     def execute(cls, frames: int, crf: int = 16) -> io.NodeOutput:
-        small, truth = clip.degraded(crf), clip.ground_truth()[0]
+        small, truth = demo_clip.degraded(crf), demo_clip.ground_truth()[0]
         return io.NodeOutput(to_image(small[:frames]), to_image(truth[:frames]))
+
+
+class LoadControl(io.ComfyNode):
+    """What lets Stable Diffusion see the low-resolution video."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRLoadControl",
+            display_name="Load Control (VSR)",
+            category=f"{CATEGORY}/loaders",
+            description=(
+                "SDATC's control: a copy of Stable Diffusion's encoder that sees the upscaled video's latents and"
+                " steers the UNet by them. DiffBIR's files load too. Use it with Apply ControlNet and the VAE wired."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "which",
+                    options=host.weights_files(CONTROL_FOLDER, CONTROL_FILES, bundled_controls()),
+                    tooltip="lite: the pack's own, for its lite Stable Diffusion; or a file from models/controlnet: a"
+                    " control of this pack, or DiffBIR's for Stable Diffusion 2.1.",
+                )
+            ],
+            outputs=[
+                io.ControlNet.Output(
+                    display_name="control_net",
+                    tooltip="For Apply ControlNet: image is the upscaled video, and vae must be wired.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, which: str) -> io.NodeOutput:
+        return io.NodeOutput(
+            host.load_host_control(host.weights_file(CONTROL_FOLDER, which, CONTROL_FILES, bundled_controls()))
+        )

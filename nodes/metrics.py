@@ -7,8 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..vsr_ops.scenes import find_cuts
-from ..vsr_ops.scoring import score_pair
+from ..vsr_ops.metrics.scoring import score_pair
+from ..vsr_ops.video.scenes import find_cuts
 from . import host
 from .common import CATEGORY, count, to_frames, to_image
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
-from ..vsr_ops.propagation import PROPAGATION, SAP_MODES, Propagation
-from ..vsr_ops.tiling import TileSize
+from ..vsr_ops.errors import SettingError
+from ..vsr_ops.sampling.propagation import PROPAGATION, SAP_MODES, Propagation
+from ..vsr_ops.sampling.tiling import TileSize
+from ..vsr_ops.video.scenes import find_cuts
+from ..vsr_ops.views.tile_overlay import preview
 from . import host
-from .common import CATEGORY, check_choice, choice, count, layers_input, number
+from .common import CATEGORY, check_choice, choice, count, layers_input, number, to_frames, to_image
 
 
 class TiledDiffusion(io.ComfyNode):
@@ -118,3 +122,38 @@ class DSSAG(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, scale: float, rho: float, layers: str) -> io.NodeOutput:
         return io.NodeOutput(host.patch_perturbed(model, "dssag", scale, layers, rho))
+
+
+class TilePreview(io.ComfyNode):
+    """The tiles of a tiled MODEL on a video, and what a run will cost."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRTilePreview",
+            display_name="Preview Tiles (VSR)",
+            category=f"{CATEGORY}/model",
+            description="Draws the tiles of Tiled Diffusion on the video, and says what a run will take.",
+            inputs=[
+                io.Model.Input("model", tooltip="A model from Tiled Diffusion."),
+                count("steps", 10, 1, 1000, "Sampling steps of the run to estimate."),
+                count("passes", 2, 1, 4, "UNet passes a step: none 1; CFG or DSSAG 2; PAG or SAG 2, with CFG 3."),
+                io.Image.Input("image", optional=True, tooltip="The video at the size of the result."),
+                io.Latent.Input("latent", optional=True, tooltip="Or its latent."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="preview", tooltip="Every frame with its tiles and windows."),
+                io.String.Output(display_name="plan", tooltip="Tiles, UNet passes, memory and time as text."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, steps: int, passes: int, image: Tensor | None = None, latent: dict[str, Any] | None = None
+    ) -> io.NodeOutput:
+        if image is None and latent is None:
+            raise SettingError("neither image nor latent is wired: expected one of them; wire the upscaled video")
+        frames = host.latent_picture(model, latent["samples"]) if image is None else to_frames(image)
+        cuts = find_cuts(iter(frames)) if latent is None else host.latent_cuts(latent)
+        plan = host.preview_plan(model, frames, cuts)
+        return io.NodeOutput(to_image(preview(plan, frames)), host.describe(model, plan, steps, passes))

@@ -7,11 +7,11 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..vsr_ops.color import COLOR, correct
-from ..vsr_ops.compare import COMPARE, compare
-from ..vsr_ops.resize import RESIZE
-from ..vsr_ops.scenes import find_cuts
-from ..vsr_ops.upscale import target_size, upscale_frames
+from ..vsr_ops.image.color import COLOR, correct
+from ..vsr_ops.image.resize import RESIZE
+from ..vsr_ops.image.upscale import target_size, upscale_frames
+from ..vsr_ops.video.scenes import find_cuts
+from ..vsr_ops.views.compare import COMPARE, compare
 from . import host
 from .common import CATEGORY, REFINER, check_choice, choice, count, number, to_frames, to_image
 

@@ -8,8 +8,8 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..vsr_ops.color import COLOR
-from ..vsr_ops.propagation import PROPAGATION, SAP_MODES
+from ..vsr_ops.image.color import COLOR
+from ..vsr_ops.sampling.propagation import PROPAGATION, SAP_MODES
 from . import host
 from .common import CATEGORY, REFINER, check_choice, choice, count, number
 from .guiders import DSSAGGuider, PAGGuider, SAGGuider

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from vsr_ops.svd import SVD
+    from vsr_ops.backbones.svd import SVD
 
 torch.set_num_threads(1)
 
@@ -63,8 +63,8 @@ def tiny() -> SVD:
     """An SVD of about 2.4 million random parameters: diffusers' own UNet and temporal VAE; tiles 8x8x4, no CLIP."""
     from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
 
-    from vsr_ops.checkpoint import SVDWeights
-    from vsr_ops.svd import build_svd
+    from vsr_ops.backbones.svd import build_svd
+    from vsr_ops.checkpoints.svd import SVDWeights
 
     unet, vae = UNetSpatioTemporalConditionModel(**TINY_UNET), AutoencoderKLTemporalDecoder(**TINY_VAE)
     randomise(unet, 1)

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from vsr_ops import clip
+from vsr_ops.cli import demo_clip
 
 ROOT = Path(__file__).resolve().parents[1]
-NODE_FILES = sorted((ROOT / "nodes").glob("*.py"))
 HOST_FILES = sorted((ROOT / "nodes/host").glob("*.py"))
+NODE_FILES = sorted(set((ROOT / "nodes").rglob("*.py")) - set(HOST_FILES))
 PACK_FILES = [ROOT / "__init__.py", *NODE_FILES, *HOST_FILES, *sorted((ROOT / "vsr_ops").rglob("*.py"))]
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "web/docs").glob("*.md"))}
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -186,7 +186,7 @@ MAKERS = {
     for node in tree.body
     if isinstance(node, ast.FunctionDef) and node.name not in WIDGETS
 }
-NAMED = {"clip.FRAMES": clip.FRAMES}
+NAMED = {"demo_clip.FRAMES": demo_clip.FRAMES}
 
 
 def made(node: ast.expr, given: dict[str, ast.expr] | None = None) -> Iterator[tuple[ast.Call, dict[str, ast.expr]]]:

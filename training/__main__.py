@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 
 from vsr_ops.errors import VSRError
-from vsr_ops.outputs import files_of, refuse_inputs
+from vsr_ops.system.outputs import files_of, refuse_inputs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,9 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     # Slow to import, and --help needs neither.
-    from training.recipe import read_recipe
-    from training.tasks import make_task
-    from training.trainer import export, train
+    from training.loop.recipe import read_recipe
+    from training.loop.trainer import export, train
+    from training.tasks.tasks import make_task
 
     with warnings.catch_warnings():
         # Unreadable clips are named in warnings: a line each, without the place in the code.

@@ -15,20 +15,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from . import cost
-from .demo import check_demo, run_demo
+from .backbones.svd import Backbone, pick_device
+from .cli.demo import check_demo, run_demo
+from .cli.options import add_sampling, files_read, model_of, parts_of, settings_of
 from .errors import SettingError, VSRError
-from .evaluate import evaluate
-from .job import Job, scene_cuts
-from .memory import ran_out
-from .metrics import METRICS
-from .options import add_sampling, files_read, model_of, parts_of, settings_of
-from .outputs import files_of, held_folder
-from .pipeline import Settings, make_plan, upscale
-from .published import PUBLISHED
-from .scores import check_folder
-from .svd import Backbone, pick_device
-from .tiling import TilePlan, TileSize, plan_tiles
+from .metrics.evaluate import evaluate
+from .metrics.published import PUBLISHED
+from .metrics.report import check_folder
+from .metrics.table import METRICS
+from .pipeline import cost
+from .pipeline.job import Job, scene_cuts
+from .pipeline.sampler import Settings, make_plan
+from .pipeline.upscale import upscale
+from .sampling.tiling import TilePlan, TileSize, plan_tiles
+from .system.memory import ran_out
+from .system.outputs import files_of, held_folder
 from .video import CODECS, VideoInfo, check_output, probe
 
 

@@ -1,6 +1,6 @@
 """The room of everything in the pack that touches ComfyUI's internals (seen in 0.3.64 where nothing else is said)."""
 
-from ..run import Tiles
+from ..session.run import Tiles
 from .capm import patch_capm
 from .control import load_host_control
 from .cost import describe, latent_cuts, latent_picture, preview_plan

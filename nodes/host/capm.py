@@ -8,10 +8,10 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...vsr_ops.capm import CAPM, SD_UNET, SVD_UNET, Prompted, shared_weights
-from ...vsr_ops.capm_hints import check_strength
 from ...vsr_ops.errors import SettingError
-from ..run import KEY, Run
+from ...vsr_ops.modules.capm import CAPM, SD_UNET, SVD_UNET, Prompted, shared_weights
+from ...vsr_ops.modules.capm_hints import check_strength
+from ..session.run import KEY, Run
 from .device import make_patcher
 from .model import is_svd
 

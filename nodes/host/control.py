@@ -14,10 +14,10 @@ from comfy.controlnet import ControlBase
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor
 
-from ...vsr_ops.control import Control, load_control
 from ...vsr_ops.errors import SettingError
-from ...vsr_ops.latents import CELL, encode_frames
-from ..run import KEY
+from ...vsr_ops.modules.control import Control, load_control
+from ...vsr_ops.vae.latents import CELL, encode_frames
+from ..session.run import KEY
 from .device import make_patcher
 from .picture import HostVAE
 

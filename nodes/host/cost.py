@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...vsr_ops.errors import SettingError
-from ...vsr_ops.latents import CELL
-from ...vsr_ops.plan_cost import Bank, describe_plan, lagged_bytes, matmul_speed, tap_bytes
-from ...vsr_ops.scenes import find_cuts
-from ...vsr_ops.tiling import TilePlan, TileSize
-from ..known import cuts_of
-from ..run import sap_lagged
+from ...vsr_ops.pipeline.plan_cost import Bank, describe_plan, lagged_bytes, matmul_speed, tap_bytes
+from ...vsr_ops.sampling.tiling import TilePlan, TileSize
+from ...vsr_ops.vae.latents import CELL
+from ...vsr_ops.video.scenes import find_cuts
+from ..session.known import cuts_of
+from ..session.run import sap_lagged
 from .model import context_tokens_of, plan_for, spatial_layers, tiles_of, together
 
 

@@ -11,7 +11,7 @@ import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ...vsr_ops.memory import Memory
+from ...vsr_ops.system.memory import Memory
 
 
 def make_patcher(

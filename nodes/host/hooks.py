@@ -1,7 +1,7 @@
 """The hooks of a MODEL that the pack has patched, and the one run they share.
 
 A MODEL patch is one settings object under `KEY` in the model's transformer options, and one set of hooks, the same for
-every patch and installed once: wiring order cannot matter. What a run remembers is in `nodes/run.py`.
+every patch and installed once: wiring order cannot matter. What a run remembers is in `nodes/session/run.py`.
 """
 
 from __future__ import annotations
@@ -17,27 +17,17 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...vsr_ops.attention import Tempered, identity
 from ...vsr_ops.errors import SettingError
-from ...vsr_ops.guidance import COND, UNCOND, Branch, push, sag_degrade, sag_renoise
-from ...vsr_ops.latents import CELL
-from ...vsr_ops.layers import check_layers
-from ...vsr_ops.propagation import Call, Propagation, TileRun, run_pass
-from ...vsr_ops.tiling import TileSize, plan_tiles
-from ..run import (
-    KEY,
-    Inputs,
-    Perturbed,
-    Run,
-    Tiles,
-    attention_override,
-    changed,
-    check_run,
-    main_branches,
-    pack_settings,
-    run_cuts,
-    sap_lagged,
-)
+from ...vsr_ops.sampling.attention import Tempered, identity
+from ...vsr_ops.sampling.guidance import COND, UNCOND, Branch, push, sag_degrade, sag_renoise
+from ...vsr_ops.sampling.layers import check_layers
+from ...vsr_ops.sampling.propagation import Call, Propagation, TileRun, run_pass
+from ...vsr_ops.sampling.tiling import TileSize, plan_tiles
+from ...vsr_ops.vae.latents import CELL
+from ..session.attention import attention_override
+from ..session.checks import check_run, run_cuts
+from ..session.inputs import Inputs
+from ..session.run import KEY, Perturbed, Run, Tiles, changed, main_branches, pack_settings, sap_lagged
 from .control import CONTROLS, merged
 from .device import MEMORY, is_compiled, uncompiled
 from .model import context_width, factor, is_svd, plan_for, require_unet, spatial_layers, together

@@ -19,7 +19,7 @@ from comfy.model_base import ModelType
 from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
-from ...vsr_ops.tiling import TileSize
+from ...vsr_ops.sampling.tiling import TileSize
 from .device import make_patcher
 
 #: What a loader's list shows while its folder is empty.

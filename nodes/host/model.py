@@ -11,9 +11,9 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from ...vsr_ops.errors import SettingError
-from ...vsr_ops.layers import Layer, place_layers
-from ...vsr_ops.tiling import TilePlan, TileSize, plan_tiles
-from ..run import KEY, Tiles, resolve_tile
+from ...vsr_ops.sampling.layers import Layer, place_layers
+from ...vsr_ops.sampling.tiling import TilePlan, TileSize, plan_tiles
+from ..session.run import KEY, Tiles, resolve_tile
 
 #: What SVD was published with; it suits Stable Diffusion too.
 STOCK_TILE = TileSize(64, 64, 14)

@@ -11,11 +11,11 @@ import folder_paths
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...vsr_ops.align import ROUNDS, SHARE, align, check_strength
 from ...vsr_ops.errors import SettingError
-from ...vsr_ops.flow_field import Flow, check_fits, estimate_flow, latent_flow, raft_memory
-from ...vsr_ops.latents import CELL
-from ..run import KEY
+from ...vsr_ops.flow.field import Flow, check_fits, estimate_flow, latent_flow, raft_memory
+from ...vsr_ops.sampling.align import ROUNDS, SHARE, align, check_strength
+from ...vsr_ops.vae.latents import CELL
+from ..session.run import KEY
 from .picture import progress
 
 #: Name of the alignment's hook, which works without the pack's others.

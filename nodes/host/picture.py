@@ -12,16 +12,16 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ...vsr_ops.capm import CAPM, Prompted
-from ...vsr_ops.capm_hints import check_strength
-from ...vsr_ops.cfw import CFW, check_w
-from ...vsr_ops.decode_layout import is_temporal
-from ...vsr_ops.decode_tiles import ComputedIn
 from ...vsr_ops.errors import SettingError
-from ...vsr_ops.latents import CELL, VAE_TILE, decode_video
-from ...vsr_ops.refiner import Refiner, refine
-from ...vsr_ops.stam import STAM
-from ...vsr_ops.streaming_decode import stream_video
+from ...vsr_ops.modules.capm import CAPM, Prompted
+from ...vsr_ops.modules.capm_hints import check_strength
+from ...vsr_ops.modules.cfw import CFW, check_w
+from ...vsr_ops.modules.refiner import Refiner, refine
+from ...vsr_ops.modules.stam import STAM
+from ...vsr_ops.vae.latents import CELL, VAE_TILE, decode_video
+from ...vsr_ops.vae.layout import is_temporal
+from ...vsr_ops.vae.stream import stream_video
+from ...vsr_ops.vae.tiles import ComputedIn
 from .device import make_patcher
 from .model import STOCK_TILE
 
@@ -33,7 +33,7 @@ CAPM_MARGIN = 6
 
 @dataclass(frozen=True)
 class HostVAE:
-    """The host's VAE as `vsr_ops.latents` wants one. Chunks are decoded whole, however much memory is free."""
+    """The host's VAE as `vsr_ops.vae.latents` wants one. Chunks are decoded whole, however much memory is free."""
 
     vae: Any
 

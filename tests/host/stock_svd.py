@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vsr_ops.checkpoint import SVDWeights, write_svd
+from vsr_ops.checkpoints.svd import SVDWeights, write_svd
 
 UNET: dict[str, Any] = {
     "block_out_channels": (320, 320, 320, 320),

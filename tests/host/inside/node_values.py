@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .conftest import NAME
+from tests.host.inside.conftest import NAME
 
 #: Choices, by node.
 COMBOS = {
@@ -55,7 +55,7 @@ IMAGE_INPUTS = [(node, name) for node, names in IMAGES.items() for name in names
 def values_for(node: Any, lite: Any, small: Any) -> dict[str, Any]:
     """Arguments that a node takes: its defaults, and something real in every socket."""
     picture = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(0))
-    flow = importlib.import_module(f"{NAME}.vsr_ops.flow_field")
+    flow = importlib.import_module(f"{NAME}.vsr_ops.flow.field")
     sockets = {
         "MODEL": lite[0],
         "VAE": lite[1],
@@ -63,7 +63,7 @@ def values_for(node: Any, lite: Any, small: Any) -> dict[str, Any]:
         "CONDITIONING": small[0],
         "LATENT": small[2],
         "VSR_FLOW": flow.estimate_flow(picture.movedim(-1, 1), cuts=()),
-        "VSR_REFINER": importlib.import_module(f"{NAME}.vsr_ops.refiner").load_refiner("lite"),
+        "VSR_REFINER": importlib.import_module(f"{NAME}.vsr_ops.modules.refiner").load_refiner("lite"),
     }
     found: dict[str, Any] = {}
     for item in node.define_schema().inputs:

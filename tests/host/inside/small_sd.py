@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conftest import NAME
-from .wiring import TILE, sampled, wrapped
+from tests.host.inside.conftest import NAME
+from tests.host.inside.wiring import TILE, sampled, wrapped
 
 CPU = torch.device("cpu")
 #: Of the small UNets: what the middle shrinks a latent by, and the width of their tokens.
@@ -91,7 +91,7 @@ ALONE = (TILE[2], 4, *TILE[:2])
 
 
 def plan_of(shape: tuple[int, ...]) -> Any:
-    tiling = importlib.import_module(f"{NAME}.vsr_ops.tiling")
+    tiling = importlib.import_module(f"{NAME}.vsr_ops.sampling.tiling")
     return tiling.plan_tiles(shape[0], *shape[2:], tiling.TileSize(*TILE), 0.5, factor=FACTOR)
 
 
@@ -109,7 +109,7 @@ def cut_by_hand(control: Features, frames: slice, rows: slice, cols: slice) -> F
 
 def by_hand(model: Any, x: Tensor, sigma: Tensor, context: Tensor, control: Features | None = None) -> Tensor:
     """The blended answers to every tile of `x`, each asked for on its own."""
-    tiling = importlib.import_module(f"{NAME}.vsr_ops.tiling")
+    tiling = importlib.import_module(f"{NAME}.vsr_ops.sampling.tiling")
     plan, base = plan_of(tuple(x.shape)), model.model
     merger = tiling.Merger(plan)
     for n, window in enumerate(plan.windows):

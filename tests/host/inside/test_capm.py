@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from .conftest import NAME, SIZE, part
-from .test_decode_host import filled, module
-from .test_flow import tiled
-from .test_parity import headless, pipeline, relative
+from tests.host.inside.conftest import NAME, SIZE, part
+from tests.host.inside.test_decode_host import filled, module
+from tests.host.inside.test_flow import tiled
+from tests.host.inside.test_parity import headless, pipeline, relative
 
 __all__ = ["headless", "pipeline"]
 
@@ -31,7 +31,7 @@ def node(file: str, name: str) -> Any:
 
 @pytest.fixture(scope="session")
 def capm(host: ModuleType) -> ModuleType:
-    return module("vsr_ops.capm")
+    return module("vsr_ops.modules.capm")
 
 
 def half(capm: ModuleType, backbone: str, widths: dict[str, int], fresh: bool = False) -> Any:
@@ -107,7 +107,7 @@ def test_the_hosts_unet_and_diffusers_agree(
     on = host.patch_capm(lite[0], capm.Prompted(unets, hint, 1.5))
     on.add_wrapper_with_key("diffusion_model", "spy", spy)
     sampled(host, on, small, cfg)
-    conditions = torch.tensor([module("vsr_ops.svd").MICRO_CONDITIONS])
+    conditions = torch.tensor([module("vsr_ops.backbones.svd").MICRO_CONDITIONS])
     for (x, timesteps, context), found in calls:
         videos = x.shape[0] // 4
         given = (x.unflatten(0, (videos, 4)), timesteps[0], context[::4], conditions.expand(videos, -1))
@@ -122,9 +122,9 @@ def test_levels_go_with_the_frames_of_their_tiles(
     host: ModuleType, lite: Any, wired: Any, capm: ModuleType, unets: Any, headless: Any, pipeline: ModuleType
 ) -> None:
     """Windows of four frames in six, tiles of 16 x 16 in 24 x 24, one at a time or several."""
-    tiling, lr = module("vsr_ops.tiling"), wired[0][0][1]["concat_latent_image"]
+    tiling, lr = module("vsr_ops.sampling.tiling"), wired[0][0][1]["concat_latent_image"]
     plan = tiling.plan_tiles(*SIZE, tiling.TileSize(16, 16, 4), 0.5)
-    propagation = module("vsr_ops.propagation").Propagation.named("none")
+    propagation = module("vsr_ops.sampling.propagation").Propagation.named("none")
     settings = pipeline.Settings(steps=1, propagation=propagation, seed=SEED, guidance="none")
 
     def in_diffusers(hint: Tensor) -> Tensor:
@@ -183,8 +183,10 @@ def test_other_packs_patches_of_the_same_blocks_act_after_it(
 
 
 def test_tiles_of_a_whole_window_share_their_weights(host: ModuleType, capm: ModuleType, unets: Any) -> None:
-    hook, run = importlib.import_module(f"{NAME}.nodes.host.capm"), importlib.import_module(f"{NAME}.nodes.run")
-    plan = module("vsr_ops.tiling").plan_tiles(4, 24, 24, module("vsr_ops.tiling").TileSize(16, 16, 4), 0.5)
+    hook, run = importlib.import_module(f"{NAME}.nodes.host.capm"), importlib.import_module(f"{NAME}.nodes.session.run")
+    plan = module("vsr_ops.sampling.tiling").plan_tiles(
+        4, 24, 24, module("vsr_ops.sampling.tiling").TileSize(16, 16, 4), 0.5
+    )
 
     class Running:
         pass
@@ -296,7 +298,7 @@ def own(capm: ModuleType, unets: Any, vaes: Any) -> Iterator[str]:
     """An artist's file with both halves."""
     place = Path(importlib.import_module("folder_paths").models_dir) / "vsr_capm"
     place.mkdir(parents=True, exist_ok=True)
-    file = module("vsr_ops.capm_file")
+    file = module("vsr_ops.modules.capm_file")
     file.write_capms(place / "own.safetensors", file.CAPMs(unets, vaes), "nothing")
     yield "own.safetensors"
     (place / "own.safetensors").unlink()
@@ -324,7 +326,7 @@ def test_the_node_hands_both_halves_on(
 
 
 def test_levels_are_estimated_drawn_and_told(host: ModuleType) -> None:
-    compression = module("vsr_ops.compression")
+    compression = module("vsr_ops.modules.compression")
     place = Path(importlib.import_module("folder_paths").models_dir) / "vsr_compression"
     place.mkdir(parents=True, exist_ok=True)
     head = compression.CompressionHead(compression.HeadShape((8,), (1,)))

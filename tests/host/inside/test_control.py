@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .conftest import NAME
+from tests.host.inside.conftest import NAME
 
 FRAMES, HEIGHT, WIDTH, SEED, STEPS = 5, 16, 24, 3, 3
 CONFIG: dict[str, Any] = {
@@ -32,7 +32,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def ops(host: ModuleType) -> ModuleType:
-    return importlib.import_module(f"{NAME}.vsr_ops.control")
+    return importlib.import_module(f"{NAME}.vsr_ops.modules.control")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def unet(host: ModuleType) -> Any:
 def hosted(unet: Any, **changed: Any) -> Any:
     """The host's own MODEL with a UNet's weights, where its configuration is left as it is."""
     models, patcher = (importlib.import_module(f"comfy.{name}") for name in ("supported_models", "model_patcher"))
-    keymap = importlib.import_module(f"{NAME}.vsr_ops.sd_keymap").sd_unet_map(CONFIG)
+    keymap = importlib.import_module(f"{NAME}.vsr_ops.checkpoints.sd_keymap").sd_unet_map(CONFIG)
     config = {
         "image_size": 32,
         "in_channels": 4,
@@ -263,7 +263,7 @@ def test_in_a_tiled_run_it_acts_tile_by_tile(
     fresh = wrapped(host, ops.Control.of(unet).requires_grad_(False))
     assert torch.equal(sampled(parts, applied(fresh, video, lite[1])), sampled(parts, plain))
     # Never more of it at once than one tile of one branch.
-    module, seen = importlib.import_module(f"{NAME}.vsr_ops.control").Control, set[tuple[int, ...]]()
+    module, seen = importlib.import_module(f"{NAME}.vsr_ops.modules.control").Control, set[tuple[int, ...]]()
     forward = module.forward
 
     def note(self: Any, z: Tensor, *rest: Any) -> Any:

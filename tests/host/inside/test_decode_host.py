@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .conftest import NAME
+from tests.host.inside.conftest import NAME
 
 #: As far as a picture of tiles may be from that of one pass.
 ALLOWED = 2 / 255
@@ -55,22 +55,26 @@ def decode(nodes: dict[str, Any], lite: tuple[Any, Any], latent: dict[str, Any])
 
 @pytest.fixture
 def cfw(lite: tuple[Any, Any]) -> Any:
-    widths = module("vsr_ops.decode_layout").level_widths(lite[1].first_stage_model)
-    return module("vsr_ops.cfw").CFW(module("vsr_ops.cfw").CFWShape((1,), (widths[1],), 1, 4, "svd")).eval()
+    widths = module("vsr_ops.vae.layout").level_widths(lite[1].first_stage_model)
+    return (
+        module("vsr_ops.modules.cfw")
+        .CFW(module("vsr_ops.modules.cfw").CFWShape((1,), (widths[1],), 1, 4, "svd"))
+        .eval()
+    )
 
 
 @pytest.fixture
 def stam(lite: tuple[Any, Any]) -> Any:
-    widths = module("vsr_ops.decode_layout").residual_widths(lite[1].first_stage_model)
+    widths = module("vsr_ops.vae.layout").residual_widths(lite[1].first_stage_model)
     blocks = tuple((name, widths[name]) for name in ("mid_1", "up_0_0"))
-    return module("vsr_ops.stam").STAM(module("vsr_ops.stam").STAMShape(blocks, backbone="svd")).eval()
+    return module("vsr_ops.modules.stam").STAM(module("vsr_ops.modules.stam").STAMShape(blocks, backbone="svd")).eval()
 
 
 def test_without_modules_and_tiles_it_is_the_decoder_it_was(
     host: ModuleType, lite: tuple[Any, Any], decode: Any, latent: dict[str, Any], frames: Tensor
 ) -> None:
     adapter, size = host.HostVAE(lite[1]), tuple(frames.shape[1:3])
-    before = module("vsr_ops.latents").decode_video(adapter, latent["samples"], adapter.chunk, (), size)
+    before = module("vsr_ops.vae.latents").decode_video(adapter, latent["samples"], adapter.chunk, (), size)
     assert torch.equal(decode(), before.movedim(1, -1))
     assert torch.equal(decode(reference=frames, w=0.3), decode())
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .conftest import NAME
+from tests.host.inside.conftest import NAME
 
 
 def module(name: str) -> ModuleType:
@@ -38,7 +38,7 @@ def refiner(nodes: dict[str, Any]) -> Any:
 def test_dcm_is_the_headless_one(nodes: dict[str, Any], dcm: Any) -> None:
     small = video(18, 27)
     large = nodes["VSRUpscaleLR"].execute(small, 4.0, 0, 0, "bicubic", dcm).args[0]
-    expected = module("vsr_ops.dcm").load_dcm("lite", torch.device("cpu"))(small.movedim(-1, 1)).movedim(1, -1)
+    expected = module("vsr_ops.modules.dcm").load_dcm("lite", torch.device("cpu"))(small.movedim(-1, 1)).movedim(1, -1)
     assert large.shape == (2, 72, 108, 3) and (large - expected).abs().max() < 1e-5
     bicubic = nodes["VSRUpscaleLR"].execute(small, 4.0, 0, 0, "bicubic").args[0]
     assert (large - bicubic).abs().mean() > 1e-3
@@ -59,8 +59,8 @@ def test_dcm_with_another_scale_than_its_own(nodes: dict[str, Any], dcm: Any) ->
 def test_refine_is_the_headless_one(nodes: dict[str, Any], refiner: Any) -> None:
     decoded, upscaled = video(33, 41), video(33, 41, seed=1)
     channels_first = [x.movedim(-1, 1).contiguous() for x in (decoded, upscaled)]
-    cuts = module("vsr_ops.scenes").find_cuts(iter(channels_first[1]))
-    expected = module("vsr_ops.refiner").refine(refiner, *channels_first, 0.25, cuts).movedim(1, -1)
+    cuts = module("vsr_ops.video.scenes").find_cuts(iter(channels_first[1]))
+    expected = module("vsr_ops.modules.refiner").refine(refiner, *channels_first, 0.25, cuts).movedim(1, -1)
     found = nodes["VSRRefine"].execute(decoded, upscaled, refiner, 0.25).args[0]
     assert found.shape == decoded.shape and (found - expected).abs().max() < 1e-5
     assert (found - upscaled).abs().mean() > 1e-4

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .conftest import NAME
+from tests.host.inside.conftest import NAME
 
 STEPS, SEED, FRAMES, HEIGHT, WIDTH = 4, 3, 6, 24, 16
 #: Small enough that the video has 2 spatial tiles in 2 windows.
@@ -23,7 +23,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 @pytest.fixture(scope="session")
 def pipeline(host: ModuleType) -> ModuleType:
-    return importlib.import_module(f"{NAME}.vsr_ops.pipeline")
+    return importlib.import_module(f"{NAME}.vsr_ops.pipeline.upscale")
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def video() -> Tensor:
 
 @pytest.fixture(scope="session")
 def headless(host: ModuleType) -> Any:
-    svd = importlib.import_module(f"{NAME}.vsr_ops.svd")
+    svd = importlib.import_module(f"{NAME}.vsr_ops.backbones.svd")
     return svd.load_svd("lite", torch.device("cpu"), torch.float32)
 
 
@@ -91,9 +91,9 @@ def test_the_host_and_the_headless_pipeline_agree(
     name: str,
 ) -> None:
     case = CASES[name]
-    propagation = importlib.import_module(f"{NAME}.vsr_ops.propagation")
-    latents = importlib.import_module(f"{NAME}.vsr_ops.latents")
-    tiling = importlib.import_module(f"{NAME}.vsr_ops.tiling")
+    propagation = importlib.import_module(f"{NAME}.vsr_ops.sampling.propagation")
+    latents = importlib.import_module(f"{NAME}.vsr_ops.vae.latents")
+    tiling = importlib.import_module(f"{NAME}.vsr_ops.sampling.tiling")
     settings = pipeline.Settings(
         steps=STEPS,
         guidance=case["guidance"],

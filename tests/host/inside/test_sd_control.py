@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from .conftest import NAME
-from .small_sd import (
+from tests.host.inside.conftest import NAME
+from tests.host.inside.small_sd import (
     ALONE,
     CONTROL_CONFIG,
     SHAPE,
@@ -30,16 +30,7 @@ from .small_sd import (
     video,
     wire,
 )
-from .wiring import (
-    custom_sampled,
-    dssag,
-    host_pag,
-    no_memory,
-    relative,
-    sampled,
-    tiled,
-    wrapped,
-)
+from tests.host.inside.wiring import custom_sampled, dssag, host_pag, no_memory, relative, sampled, tiled, wrapped
 
 # --- ControlNets ------------------------------------------------------------------------------------------------------
 
@@ -169,8 +160,10 @@ def test_features_between_cells_are_interpolated(
     host: ModuleType, nodes: dict[str, Any], sd21: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A ramp stays one: a tile that starts at latent 5 finds 2.5 in its first cell of 2 latents. It is told of once."""
-    run, propagation = (importlib.import_module(f"{NAME}.{name}") for name in ("nodes.run", "vsr_ops.propagation"))
-    guidance = importlib.import_module(f"{NAME}.vsr_ops.guidance")
+    run, propagation = (
+        importlib.import_module(f"{NAME}.{name}") for name in ("nodes.session.inputs", "vsr_ops.sampling.propagation")
+    )
+    guidance = importlib.import_module(f"{NAME}.vsr_ops.sampling.guidance")
     plan = plan_of((4, 4, 21, 16))
     assert [span.start for span in plan.rows] == [0, 5]
     ramp = torch.arange(11.0).view(1, 1, 11, 1).expand(4, 1, 11, 8)
@@ -199,7 +192,7 @@ def test_features_of_another_size(host: ModuleType, nodes: dict[str, Any], sd21:
 @pytest.fixture(scope="session")
 def control(nodes: dict[str, Any]) -> Any:
     """The pack's, of the small SD 2.1, with random weights."""
-    made = importlib.import_module(f"{NAME}.vsr_ops.control").Control(CONTROL_CONFIG).requires_grad_(False)
+    made = importlib.import_module(f"{NAME}.vsr_ops.modules.control").Control(CONTROL_CONFIG).requires_grad_(False)
     fill(made, 7)
     return made
 
@@ -218,7 +211,7 @@ def test_our_control_sees_its_tile(
     host: ModuleType, nodes: dict[str, Any], lite: Any, sd21: Any, control: Any, mode: str, batch: int
 ) -> None:
     """What a call gets is the control on what that call's UNet gets, and on the hint's latents of the same place."""
-    latents = importlib.import_module(f"{NAME}.vsr_ops.latents")
+    latents = importlib.import_module(f"{NAME}.vsr_ops.vae.latents")
     frames = video().movedim(-1, 1)
     hint = torch.stack(list(latents.encode_frames(host.HostVAE(lite[1]), frames, *SHAPE[2:]))) * 0.18215
     plan = plan_of(SHAPE)

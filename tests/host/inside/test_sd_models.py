@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from .conftest import NAME
-from .small_sd import (
+from tests.host.inside.conftest import NAME
+from tests.host.inside.small_sd import (
     ALONE,
     CPU,
     SHAPE,
@@ -27,14 +27,7 @@ from .small_sd import (
     video,
     wire,
 )
-from .wiring import (
-    TILE,
-    overridden,
-    relative,
-    sampled,
-    tiled,
-    wrapped,
-)
+from tests.host.inside.wiring import TILE, overridden, relative, sampled, tiled, wrapped
 
 # --- What is known of a model -----------------------------------------------------------------------------------------
 
@@ -43,7 +36,9 @@ from .wiring import (
 def test_the_plan_in_words(host: ModuleType, nodes: dict[str, Any], models: dict[str, Any], kind: str) -> None:
     """Its banks are the keys and values that the layers really have."""
     model = tiled(nodes, models[kind])
-    cost, tiling = (importlib.import_module(f"{NAME}.{name}") for name in ("nodes.host.cost", "vsr_ops.tiling"))
+    cost, tiling = (
+        importlib.import_module(f"{NAME}.{name}") for name in ("nodes.host.cost", "vsr_ops.sampling.tiling")
+    )
     seen: list[tuple[int, int]] = []
 
     def watch(func: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -145,7 +140,7 @@ def lite_file(path: Path, heads: Any, prediction: str) -> Any:
     """Random weights in a file of ours, and diffusers' UNet of them."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    files = importlib.import_module(f"{NAME}.vsr_ops.sd_checkpoint")
+    files = importlib.import_module(f"{NAME}.vsr_ops.checkpoints.sd")
     config = {**LITE_CONFIG, "attention_head_dim": heads}
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**config)
@@ -214,7 +209,7 @@ def test_the_host_and_the_headless_path_agree(
     sampled(host, tiles, wired, 1.0, 3)
     headless = sd.load_sd(path, CPU, torch.float32, control if controlled_too else None, 0.5)
     settings = carried.Propagation.named(propagation, sap_lagged=mode == "lagged")
-    plan = importlib.import_module(f"{NAME}.vsr_ops.tiling").plan_tiles(
+    plan = importlib.import_module(f"{NAME}.vsr_ops.sampling.tiling").plan_tiles(
         6, 24, 16, headless.tile.__class__(16, 16, 4), 0.5
     )
     run, bare = carried.TileRun(plan, settings), carried.TileRun(plan, carried.Propagation(()))

@@ -13,16 +13,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .conftest import NAME
-from .small_sd import (
-    ALONE,
-    SHAPE,
-    by_hand,
-    one_step,
-    plan_of,
-    wire,
-)
-from .wiring import (
+from tests.host.inside.conftest import NAME
+from tests.host.inside.small_sd import ALONE, SHAPE, by_hand, one_step, plan_of, wire
+from tests.host.inside.wiring import (
     TILE,
     block_patches,
     custom_sampled,
@@ -157,7 +150,7 @@ def test_sap_by_hand(host: ModuleType, nodes: dict[str, Any], sd: Any, monkeypat
     with monkeypatch.context() as patch:
         extended(sd, extend)(patch)
         answers = sd.model.apply_model(batch, sigma[:1].expand(len(batch)), None, context, None, {})
-    tiling = importlib.import_module(f"{NAME}.vsr_ops.tiling")
+    tiling = importlib.import_module(f"{NAME}.vsr_ops.sampling.tiling")
     assert relative(found, tiling.merge(plan, [list(answers.chunk(count))])) < 1e-5
 
 
@@ -179,7 +172,7 @@ def test_tap_by_hand(host: ModuleType, nodes: dict[str, Any], sd: Any, monkeypat
         for window in plan.windows:
             part = x[window.span.slice]
             answers.append([sd.model.apply_model(part, sigma[:4], None, context, None, {})])
-    assert relative(found, importlib.import_module(f"{NAME}.vsr_ops.tiling").merge(plan, answers)) < 1e-5
+    assert relative(found, importlib.import_module(f"{NAME}.vsr_ops.sampling.tiling").merge(plan, answers)) < 1e-5
 
 
 def test_tap_does_not_cross_a_scene_cut(host: ModuleType, nodes: dict[str, Any], sd21: Any) -> None:

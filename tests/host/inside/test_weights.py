@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from .conftest import NAME, part
-from .wiring import dssag, relative, sampled, tiled, wrapped
+from tests.host.inside.conftest import NAME, part
+from tests.host.inside.wiring import dssag, relative, sampled, tiled, wrapped
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +136,7 @@ def test_modules_of_ours_are_the_hosts_to_move(host: ModuleType, nodes: dict[str
 def test_upscale_models_of_any_loader(nodes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours, the host's, and another pack's, which knows of no patcher: under our node, and ours under the host's."""
     paths, extras = importlib.import_module("folder_paths"), importlib.import_module("comfy_extras.nodes_upscale_model")
-    file = importlib.import_module(f"{NAME}.vsr_ops.dcm").LITE_DCM
+    file = importlib.import_module(f"{NAME}.vsr_ops.modules.dcm").LITE_DCM
     monkeypatch.setattr(paths, "get_full_path_or_raise", lambda folder, name: str(file))
     mine = nodes["VSRLoadDCM"].execute("lite").args[0]
     core = extras.UpscaleModelLoader.execute("dcm_lite.safetensors").args[0]

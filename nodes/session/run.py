@@ -1,0 +1,106 @@
+"""What one sampling run remembers, and the attention it puts into the host's: ComfyUI's data, none of its modules.
+
+A run's state lives in a `Run` that this run's own copy of the model options refers to, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ...vsr_ops.sampling.attention import Tempered
+from ...vsr_ops.sampling.guidance import COND, UNCOND, Branch, gamma_at, schedule_ends
+from ...vsr_ops.sampling.layers import Layer
+from ...vsr_ops.sampling.propagation import Propagation, Step, TileRun, step_at, step_index
+from ...vsr_ops.sampling.tiling import TilePlan, TileSize
+
+#: Where the pack keeps its settings in a MODEL's transformer options, and the name of its hooks.
+KEY = "coherent_vsr"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What `VSRTiledDiffusion` asks for; `tile` axes of 0 take the checkpoint's own."""
+
+    tile: TileSize
+    overlap: float
+    propagation: Propagation
+    sap_mode: str
+    start: float = 0.0
+    end: float = 1.0
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class Perturbed:
+    """A perturbed-attention guidance: its strength, its layers, and rho where it has a gamma."""
+
+    scale: float
+    layers: str
+    rho: float = 0.5
+
+
+def pack_settings(model_options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the pack's nodes and hooks have put into model options."""
+    return model_options["transformer_options"][KEY]
+
+
+def changed(model_options: dict[str, Any], **values: object) -> dict[str, Any]:
+    """Model options with some of the pack's settings changed; the given ones stay as they are."""
+    options = model_options["transformer_options"]
+    return {**model_options, "transformer_options": {**options, KEY: {**options[KEY], **values}}}
+
+
+def resolve_tile(tile: TileSize, own: TileSize) -> TileSize:
+    """`tile` with the zeros filled from the checkpoint's own."""
+    return TileSize(tile.height or own.height, tile.width or own.width, tile.frames or own.frames)
+
+
+def sap_lagged(tiles: Tiles, plan: TilePlan, at_once: int) -> bool:
+    """Whether SAP reads the last step's bank."""
+    return at_once < len(plan.spatial) or tiles.sap_mode == "lagged"
+
+
+@dataclass
+class Run:
+    """What one sampling run remembers. `order` counts the evaluations of one step, to keep nested ones apart; `warned`
+    is whether the artist has been told of features between cells."""
+
+    model: Any
+    sigmas: list[float]
+    layers: dict[str, Layer]
+    plan: TilePlan
+    tiles: Tiles | None
+    propagation: Propagation
+    batch: int = 1
+    at_once: int = 1
+    order: int = 0
+    warned: bool = False
+    passes: dict[tuple[object, ...], TileRun] = field(default_factory=dict)
+
+    def gamma(self, sigma: float, rho: float) -> float:
+        sampling = self.model.get_model_object("model_sampling")
+        ends = schedule_ends(self.sigmas, float(sampling.sigma_max), float(sampling.sigma_min))
+        return gamma_at(sigma, *ends, rho)
+
+    def step(self, sigma: float) -> Step:
+        index = step_index(self.sigmas, sigma)
+        if self.tiles is None:
+            return Step(index)
+        sampling = self.model.get_model_object("model_sampling")
+        first, last = (sampling.percent_to_sigma(share) for share in (self.tiles.start, self.tiles.end))
+        acts = last <= sigma <= first
+        return step_at(index, self.propagation.kinds) if acts else Step(index)
+
+
+def main_branches(
+    settings: Mapping[str, Any], gamma: Callable[[float, float], float], sigma: float, cfg: bool
+) -> list[Branch]:
+    """Conditional and unconditional branch as CFG evaluates them; with CFG, DSSAG blurs the second (equation 9)."""
+    branches = [COND, UNCOND]
+    if cfg and (dssag := settings.get("dssag")) is not None:
+        branches[1] = replace(UNCOND, attention=Tempered(gamma(sigma, dssag.rho)), layers=dssag.layers)
+    if settings.get("sag") is not None:
+        branches = [replace(branch, observe=True) for branch in branches]
+    return branches

@@ -1,0 +1,1 @@
+"""Any training run: the loop, its recipe, its state, its folder."""

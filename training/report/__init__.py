@@ -1,0 +1,1 @@
+"""How trained weights do, on clips kept out of training."""

@@ -1,0 +1,1 @@
+"""What can be trained: a task for each kind of recipe."""

@@ -1,0 +1,137 @@
+"""CAPM for a Stable Diffusion's UNet, which is frozen, as its control is: the loss of what that predicts on frames of
+known compression, with the upscaled LR video's latents as the control's hint (SDATC, section III-C)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from training.loop.draws import uniform
+from training.loop.recipe import Recipe, from_table
+from training.loop.state import weights_of
+from training.loop.task import Batch
+from training.tasks import control
+from training.tasks.capm import Loss as CAPMLoss
+from training.tasks.capm import disagreement, one_batch, parts_of, settling, watched
+from training.tasks.control import ControlTask, controlled
+from training.tasks.sd import decoded_rows
+from vsr_ops.errors import SettingError
+from vsr_ops.modules.capm import CAPM, SD_UNET, CAPMShape, attached, decoder_widths
+from vsr_ops.modules.capm_file import CAPMs, load_capms, write_capms
+from vsr_ops.modules.compression import rank_correlation
+
+
+@dataclass(frozen=True)
+class Shape(control.Shape):
+    """`start`, `vae` and `control` ("lite", a file or a run) stay as they are. `capm`: a file, "lite", or a run, whose
+    VAE half joins what is written; the run goes on from its half for an SD's UNet, and where there is none makes a new
+    one of the other settings."""
+
+    control: str = "lite"
+    capm: str = ""
+    components: int = CAPMShape.components
+    code: int = CAPMShape.code
+    prompt: int = CAPMShape.prompt
+    size: int = CAPMShape.size
+
+
+@dataclass(frozen=True)
+class Loss(control.Loss):
+    """As the control's `drop`; `untold` is the share of samples whose compression level is not told, `agree` weighs how
+    far d lies from what the level would have put in its place."""
+
+    untold: float = CAPMLoss.untold
+    agree: float = CAPMLoss.agree
+
+
+class CAPMSDTask(ControlTask):
+    """Task "capm_sd". A sample is the control's, its clip's level, and what CAPM is told of that (NaN: nothing)."""
+
+    shape: Shape
+    weights: Loss
+
+    def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
+        shape = from_table(Shape, recipe.model, "model")
+        weights = from_table(Loss, recipe.loss, "loss")
+        super().__init__(replace(recipe, model=_of(control.Shape, shape), loss=_of(control.Loss, weights)), data, out)
+        self.shape, self.weights = shape, weights
+        if not shape.control:
+            raise SettingError(
+                "model.control is empty: expected the control that stays as it is (--set model.control=lite): without"
+                " it the SD sees no LR video"
+            )
+        if min(shape.components, shape.code, shape.prompt, shape.size) < 1:
+            raise SettingError(f"the CAPM of {shape}: expected at least 1 of each; correct [model]")
+        if not 0 <= weights.untold <= 1:
+            raise SettingError(f"loss.untold is {weights.untold}: expected a share from 0 to 1")
+        self._first: Batch | None = None
+
+    def prepare(self, device: torch.device) -> None:
+        super().prepare(device)
+        self._first = one_batch(self.sample)
+
+    def build(self) -> nn.Module:
+        unet, controls = control.parts_of(super().build())
+        widths = decoder_widths(cast(Any, unet).config["block_out_channels"])
+        shape, capm = self.shape, self._before().unet
+        if capm is None or capm.shape.backbone != SD_UNET:
+            capm = CAPM(CAPMShape(SD_UNET, widths, shape.components, shape.code, shape.prompt, shape.size))
+            if self._first is not None:
+                with settling(capm, unet):
+                    super().loss(nn.ModuleDict({"unet": unet, "control": controls}), self._first)
+        capm.check_fits(SD_UNET, widths)
+        return nn.ModuleDict({"unet": unet, "control": controls, "capm": capm})
+
+    def _before(self) -> CAPMs:
+        return load_capms(weights_of(self.shape.capm)) if self.shape.capm else CAPMs()
+
+    def trains(self, name: str) -> bool:
+        return name.startswith("capm.")
+
+    def sample(self, rng: torch.Generator) -> Batch:
+        state = rng.get_state()
+        level = self._latents.draw(rng)["level"]
+        rng.set_state(state)
+        sample = super().sample(rng)
+        told = uniform(rng, 0, 1) >= self.weights.untold
+        return {**sample, "level": level, "told": level if told else torch.full_like(level, torch.nan)}
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        unet, capm = parts_of(model)
+        level = batch["level"]
+        with watched(capm, unet) as features, attached(capm, unet, batch["told"]):
+            found, _ = super().loss(model, batch)
+        kept = batch["hint"].flatten(1).any(1)  # without LR latents there is nothing to read
+        agree = (disagreement(capm, features, level) * kept).mean()
+        readings = torch.stack([capm.reading(name, value) for name, value in features.items()]).mean(0)
+        return found + self.weights.agree * agree, {
+            "found": float(found.detach()),
+            "agree": float(agree.detach()),
+            "rank": rank_correlation(readings, level),
+        }
+
+    def picture(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Two places, sampled from one noise with the control alone, and with CAPM told the level."""
+        unet, capm = parts_of(model)
+        clean, hint, noise, level = (batch[key][:2] for key in ("clean", "hint", "noise", "level"))
+        found: dict[str, Tensor] = {}
+        predict: Callable[[Tensor, Tensor], Tensor] = partial(controlled, model, hint)
+        for name, beside in (("control", nullcontext()), ("CAPM", attached(capm, unet, level))):
+            with beside:
+                found[name] = self._sampled(predict, noise)
+        return decoded_rows(self.coder(torch.device("cpu")), {"LR": hint, **found, "truth": clean})
+
+    def export(self, model: nn.Module, path: Path, trained_on: str) -> None:
+        write_capms(path, CAPMs(parts_of(model)[1], self._before().vae), trained_on)
+
+
+def _of(kind: type, values: object) -> dict[str, object]:
+    """Those settings that are `kind`'s as well."""
+    return {field.name: getattr(values, field.name) for field in fields(kind)}

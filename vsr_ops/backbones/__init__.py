@@ -1,0 +1,1 @@
+"""The UNets that sample, as diffusers has them: Stable Video Diffusion and Stable Diffusion."""

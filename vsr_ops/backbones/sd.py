@@ -1,0 +1,164 @@
+"""Stable Diffusion 1.5, 2.1 and the lite one without a host, on diffusers' own classes: the frames of a video are its
+batch.
+
+Frames are `(frames, 3, h, w)` RGB in [0, 1], latents `(frames, 4, h/8, w/8)`; noise levels are EDM sigmas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import ClassVar, cast
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import AutoencoderKLTemporalDecoder
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor, nn
+
+from ..checkpoints.sd import LITE_SD, SDWeights, read_sd
+from ..checkpoints.svd import LITE, read_svd
+from ..modules.control import Control, check_strength
+from ..sampling.tiling import TileSize
+from .svd import Backbone, build_vae, context_width
+
+TIMESTEPS = 1000
+BETAS = (0.00085, 0.012)
+
+
+@cache
+def model_sigmas() -> Tensor:
+    """The noise levels `(1000,)` float64, rising, that Stable Diffusion learned: betas linear in their square root."""
+    first, last = (beta**0.5 for beta in BETAS)
+    kept = (1 - torch.linspace(first, last, TIMESTEPS, dtype=torch.float64) ** 2).cumprod(0)
+    return ((1 - kept) / kept).sqrt()
+
+
+def timestep_of(sigma: float) -> int:
+    """The timestep whose noise level is nearest, by logarithm: what the UNet is told, as the host tells it."""
+    return int((model_sigmas().log() - torch.tensor(sigma, dtype=torch.float64).log()).abs().argmin())
+
+
+def sigma_at(timestep: float) -> float:
+    """The noise level of a timestep in [0, 999]; between two, by logarithm."""
+    low = min(int(timestep), TIMESTEPS - 2)
+    levels = model_sigmas()[low : low + 2].log()
+    return float((levels[0] + (levels[1] - levels[0]) * (timestep - low)).exp())
+
+
+@dataclass
+class SD(Backbone):
+    """Stable Diffusion with, where there is one, a `control` that sees the LR latents. At `control_strength` 0 it is as
+    without. Raises SettingError for a control of another UNet, or a strength outside [0, 10].
+
+    `prediction` is what the UNet was trained to find: "v_prediction" or "epsilon".
+    """
+
+    prediction: str = field(default="v_prediction", kw_only=True)
+    control: Control | None = field(default=None, kw_only=True)
+    control_strength: float = field(default=1.0, kw_only=True)
+
+    #: A control's hint is no condition of CFG's: DiffBIR gives it to both branches.
+    always_sees_lr: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_strength(self.control_strength)
+        if self.control is not None:
+            config = self.unet.config
+            blocks = config["layers_per_block"]
+            widths = list(config["block_out_channels"])
+            self.control.check_fits(
+                widths, context_width(self.unet), [blocks] * len(widths) if isinstance(blocks, int) else list(blocks)
+            )
+
+    @property
+    def sigma_max(self) -> float:
+        return float(model_sigmas()[-1])
+
+    @property
+    def sigma_min(self) -> float:
+        return float(model_sigmas()[0])
+
+    def sigmas(self, steps: int) -> list[float]:
+        """At timesteps spaced evenly from the last to the first: the host's scheduler "normal"."""
+        times = torch.linspace(TIMESTEPS - 1, 0, steps, dtype=torch.float64)
+        return [*(sigma_at(float(time)) for time in times), 0.0]
+
+    def denoise(self, x: Tensor, sigma: float, concat: Tensor, context: Tensor, frames: int) -> Tensor:
+        """Denoised estimate of tiles `(videos*frames, 4, h, w)` float32.
+
+        The UNet takes `x / sqrt(s^2+1)` and the nearest timestep; x0 is `x/(s^2+1) - v s/sqrt(s^2+1)`, or `x - s eps`.
+        `concat` holds the LR latents (unscaled): the control's hint. `context` is `(1, tokens, dim)`.
+        """
+        scaled = (x.float() / (sigma**2 + 1) ** 0.5).to(self.device, self.dtype)
+        timestep = torch.tensor(timestep_of(sigma), device=self.device)
+        tokens = context.to(self.device, self.dtype).expand(x.shape[0], -1, -1)
+        skips, middle = self._controlled(scaled, timestep, tokens, concat)
+        found: Tensor = self.unet(
+            scaled,
+            timestep,
+            tokens,
+            down_block_additional_residuals=skips,
+            mid_block_additional_residual=middle,
+            return_dict=False,
+        )[0]
+        found = found.float().to(x.device)
+        if self.prediction == "epsilon":
+            return x.float() - sigma * found
+        return x.float() / (sigma**2 + 1) - found * (sigma / (sigma**2 + 1) ** 0.5)
+
+    def _controlled(
+        self, scaled: Tensor, timestep: Tensor, tokens: Tensor, concat: Tensor
+    ) -> tuple[tuple[Tensor, ...] | None, Tensor | None]:
+        """What the control adds to the skips and the middle; None where nothing."""
+        strength = self.control_strength
+        if self.control is None or strength == 0:
+            return None, None
+        hint = concat.to(self.device, torch.float32) * self.scaling_factor
+        skips, middle = self.control(scaled, timestep, tokens, hint.to(self.dtype))
+        return tuple(skip * strength for skip in skips), middle * strength
+
+
+def build_sd(
+    weights: SDWeights,
+    device: torch.device,
+    dtype: torch.dtype,
+    control: Control | None = None,
+    control_strength: float = 1.0,
+) -> SD:
+    """The models of `weights` (which are `dtype` already); the VAE is the bundled SVD's where they have none. The
+    control goes to `device` and `dtype`."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**weights.unet_config)
+    unet.load_state_dict(weights.unet, assign=True)
+    cast(nn.Module, unet).to(device).eval().requires_grad_(False)
+    if weights.vae_config is None or weights.vae is None:
+        bundled = read_svd(LITE, dtype)
+        vae = build_vae(AutoencoderKLTemporalDecoder, bundled.vae_config, bundled.vae, device, dtype)
+    else:
+        vae = build_vae(AutoencoderKL, weights.vae_config, weights.vae, device, dtype)
+    return SD(
+        unet,
+        vae,
+        None,
+        TileSize(*weights.tile),
+        device,
+        dtype,
+        prediction=weights.prediction,
+        control=None if control is None else control.to(device, dtype).eval(),
+        control_strength=control_strength,
+    )
+
+
+def load_sd(
+    path: Path | str,
+    device: torch.device,
+    dtype: torch.dtype,
+    control: Control | None = None,
+    control_strength: float = 1.0,
+) -> SD:
+    """The bundled weights for "lite", else the Stable Diffusion at `path`. Raises CheckpointError."""
+    weights = read_sd(LITE_SD if str(path) == "lite" else Path(path), dtype)
+    return build_sd(weights, device, dtype, control, control_strength)

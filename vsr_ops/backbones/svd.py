@@ -1,0 +1,323 @@
+"""Stable Video Diffusion without a host, on diffusers' own classes, with our self-attention in its spatial layers.
+
+`Backbone` is what it shares with Stable Diffusion (sd.py). Frames are `(frames, 3, h, w)` RGB in [0, 1], latents
+`(frames, 4, h/8, w/8)`; noise levels are EDM sigmas.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import AutoencoderKLTemporalDecoder
+from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from einops import rearrange, repeat
+from kornia.geometry.transform import resize
+from torch import Tensor, nn
+
+from ..checkpoints.svd import LITE, SVDWeights, match_host_epsilon, read_svd
+from ..errors import DeviceError
+from ..sampling.attention import plain
+from ..sampling.layers import Layer, place_layers
+from ..sampling.propagation import Call, TileRun
+from ..sampling.tiling import TileSize
+
+#: What the UNet is told beside the picture: frame rate (the paper's 8, as the UNet sees it), motion bucket, noise.
+MICRO_CONDITIONS = (8.0, 127.0, 0.0)
+
+#: Stock SVD's sampler: EDM, Karras spacing between these sigmas.
+SIGMA_MAX, SIGMA_MIN = 700.0, 0.002
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def spatial_self_attention(unet: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, attention) of every spatial self-attention layer, in the order the UNet runs them."""
+    stages = [("down_blocks", "down_blocks"), ("mid_block", "mid_block"), ("up_blocks", "up_blocks")]
+    return [
+        (f"{stage}.{name}", module)
+        for stage, attribute in stages
+        for name, module in cast("Iterable[tuple[str, nn.Module]]", getattr(unet, attribute).named_modules())
+        if ".transformer_blocks." in name and name.endswith(".attn1") and "temporal" not in name
+    ]
+
+
+def find_layers(unet: nn.Module) -> dict[str, Layer]:
+    """Every spatial self-attention layer by name, with the choices it belongs to."""
+    names = [name for name, _ in spatial_self_attention(unet)]
+    return place_layers(names, [name for name in names if name.startswith("mid_block.")])
+
+
+class PatchedAttention:
+    """diffusers' attention processor for one spatial self-attention layer: projections, then `attend`."""
+
+    def __init__(self, model: Backbone, layer: Layer) -> None:
+        self._model = model
+        self._layer = layer
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        q, k, v = (
+            rearrange(project(hidden_states), "b n (h d) -> b h n d", h=attn.heads)
+            for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        if attn.upcast_attention:  # SD 2.1's logits overflow float16
+            q, k, v = q.float(), k.float(), v.float()
+        active = self._model.active
+        if active is None:
+            out = plain(q, k, v, None, 1)
+        else:
+            run, call = active
+            out = run.attend(call, self._layer, q, k, v)
+        return attn.to_out[1](attn.to_out[0](rearrange(out, "b h n d -> b n (h d)").to(hidden_states.dtype)))
+
+
+class OneTokenAttention:
+    """diffusers' attention processor for cross-attention to one token: a softmax over one key is 1, so every query gets
+    that token's value. The usual attention where the context has more tokens."""
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *rest: Any, **named: Any
+    ) -> Tensor:
+        context = encoder_hidden_states
+        if context.shape[1] != 1:
+            return AttnProcessor2_0()(attn, hidden_states, context, *rest, **named)
+        if context.stride(0) == 0:
+            # The temporal blocks' expanded view: as it is, a linear layer copies its weight for every row on the CPU.
+            context = context[:1]
+        value = attn.to_out[1](attn.to_out[0](attn.to_v(context)))
+        return value.expand(*hidden_states.shape[:2], -1)
+
+
+@dataclass
+class Backbone(ABC):
+    """A loaded UNet and VAE. `active` is the run and call that the attention layers serve; None outside `serving`.
+
+    Takes over the UNet's attention processors: one UNet belongs to one Backbone.
+    """
+
+    unet: Any
+    vae: Any
+    image_encoder: Any
+    tile: TileSize
+    device: torch.device
+    dtype: torch.dtype
+    active: tuple[TileRun, Call] | None = None
+
+    #: Whether CFG's branch without a condition sees the LR latents too.
+    always_sees_lr: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        layers = find_layers(self.unet)
+        for name, module in spatial_self_attention(self.unet):
+            cast(Any, module).set_processor(PatchedAttention(self, layers[name]))
+        for name, module in cast("Iterable[tuple[str, nn.Module]]", self.unet.named_modules()):
+            if name.endswith(".attn2"):
+                cast(Any, module).set_processor(OneTokenAttention())
+
+    @property
+    def scaling_factor(self) -> float:
+        return float(self.vae.config["scaling_factor"])
+
+    @property
+    def factor(self) -> int:
+        """By how much the UNet shrinks a latent: tiles and frames must be multiples of it."""
+        return 2 ** (len(self.unet.config["block_out_channels"]) - 1)
+
+    @property
+    @abstractmethod
+    def sigma_max(self) -> float:
+        """The most noise that the model was trained on."""
+
+    @property
+    @abstractmethod
+    def sigma_min(self) -> float:
+        """The least."""
+
+    @abstractmethod
+    def sigmas(self, steps: int) -> list[float]:
+        """`steps` falling noise levels and a final 0, spaced as the model's own sampler has them."""
+
+    @abstractmethod
+    def denoise(self, x: Tensor, sigma: float, concat: Tensor, context: Tensor, frames: int) -> Tensor:
+        """Denoised estimate of tiles `(videos*frames, 4, h, w)` float32 at noise level `sigma`; `concat` holds the LR
+        latents (unscaled), `context` `(1, tokens, dim)`."""
+
+    @contextmanager
+    def serving(self, run: TileRun, call: Call) -> Generator[None]:
+        """Lets the attention layers know what is being evaluated."""
+        self.active = (run, call)
+        try:
+            yield
+        finally:
+            self.active = None
+
+    def context(self, image: Tensor | None) -> Tensor:
+        """Cross-attention tokens `(1, 1, dim)`: CLIP's embedding of one frame `(1, 3, h, w)`, or zeros without an
+        encoder or an image."""
+        if self.image_encoder is None or image is None:
+            return torch.zeros(1, 1, context_width(self.unet), device=self.device, dtype=self.dtype)
+        return rearrange(
+            self.image_encoder(clip_pixels(image).to(self.device, self.dtype)).image_embeds, "b d -> b 1 d"
+        )
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Unscaled latents `(n, 4, h/8, w/8)` float32 (the distribution's mode) of frames; h, w multiples of 8."""
+        moments = self.vae.quant_conv(self.vae.encoder((frames * 2 - 1).to(self.device, self.vae.dtype)))
+        return moments[:, :4].float().to(frames.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames of one chunk of unscaled latents; not clamped."""
+        z = latents.to(self.device, self.vae.dtype)
+        if isinstance(self.vae, AutoencoderKLTemporalDecoder):
+            indicator = torch.zeros(1, z.shape[0], device=z.device, dtype=z.dtype)
+            out = self.vae.decoder(z, num_frames=z.shape[0], image_only_indicator=indicator)
+        else:
+            out = self.vae.decoder(self.vae.post_quant_conv(z))
+        return (out.float() / 2 + 0.5).to(latents.device)
+
+
+class SVD(Backbone):
+    """Stable Video Diffusion."""
+
+    @property
+    def sigma_max(self) -> float:
+        return SIGMA_MAX
+
+    @property
+    def sigma_min(self) -> float:
+        return SIGMA_MIN
+
+    def sigmas(self, steps: int) -> list[float]:
+        return sigmas(steps)
+
+    def denoise(self, x: Tensor, sigma: float, concat: Tensor, context: Tensor, frames: int) -> Tensor:
+        """Denoised estimate of tiles `(videos*frames, 4, h, w)` float32: EDM preconditioning of a v-prediction UNet.
+
+        c_in = 1/sqrt(s^2+1), c_skip = 1/(s^2+1), c_out = -s/sqrt(s^2+1), c_noise = ln(s)/4. `concat` holds the LR
+        latents (unscaled, as SVD's are), `context` `(1, tokens, dim)`.
+        """
+        videos = x.shape[0] // frames
+        scaled = (x.float() / (sigma**2 + 1) ** 0.5).to(self.device, self.dtype)
+        model_input = torch.cat([scaled, concat.to(self.device, self.dtype)], dim=1)
+        timestep = torch.tensor(sigma, dtype=torch.float64).log().mul(0.25).to(self.device, torch.float32)
+        conditions = torch.tensor([MICRO_CONDITIONS], device=self.device, dtype=self.dtype)
+        v = self.unet(
+            rearrange(model_input, "(b t) c h w -> b t c h w", t=frames),
+            timestep,
+            repeat(context, "1 n d -> b n d", b=videos),
+            conditions.expand(videos, -1),
+            return_dict=False,
+        )[0]
+        v = rearrange(v, "b t c h w -> (b t) c h w").float().to(x.device)
+        return x.float() / (sigma**2 + 1) - v * (sigma / (sigma**2 + 1) ** 0.5)
+
+
+def context_width(unet: Any) -> int:
+    """Width of the tokens that a UNet's cross-attention takes."""
+    width = unet.config["cross_attention_dim"]
+    return width if isinstance(width, int) else width[0]
+
+
+def clip_pixels(image: Tensor) -> Tensor:
+    """A frame as SVD's CLIP takes it: 224 x 224 by the resize it was trained with, CLIP's mean and deviation."""
+    small = resize(image.float() * 2 - 1, (224, 224), interpolation="bicubic", align_corners=True, antialias=True)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
+    deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
+    return (small / 2 + 0.5 - mean.to(small)) / deviation.to(small)
+
+
+def sigmas(steps: int) -> list[float]:
+    """`steps` falling noise levels and a final 0: diffusers' scheduler, set up as stock SVD's."""
+    scheduler: Any = EulerDiscreteScheduler(
+        prediction_type="v_prediction",
+        use_karras_sigmas=True,
+        sigma_min=SIGMA_MIN,
+        sigma_max=SIGMA_MAX,
+        timestep_type="continuous",
+        timestep_spacing="leading",
+        steps_offset=1,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        interpolation_type="linear",
+    )
+    scheduler.set_timesteps(steps)
+    return [float(sigma) for sigma in scheduler.sigmas]
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name` ("auto": CUDA, else Apple's, else the CPU). Raises DeviceError if it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"device is {name!r}: expected auto, cpu, cuda, cuda:0 ... or mps") from None
+    there = available.get(device.type, False)
+    if not there or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise DeviceError(
+            f"device {name!r} is not there on this machine: use --device cpu, or install a torch that sees it"
+        )
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision called `name`; "auto" is float32 on the CPU and float16 elsewhere. Raises DeviceError."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if name not in DTYPES:
+        raise DeviceError(f"dtype is {name!r}: expected auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def build_svd(weights: SVDWeights, device: torch.device, dtype: torch.dtype) -> SVD:
+    """The models of `weights` (which are `dtype` already), built without a second copy of the tensors."""
+    with torch.device("meta"):
+        unet = UNetSpatioTemporalConditionModel(**weights.unet_config)
+    unet.load_state_dict(weights.unet, assign=True)
+    match_host_epsilon(unet)
+    image_encoder = None
+    if weights.image_encoder is not None:
+        image_encoder = _build_image_encoder(weights).to(device).eval().requires_grad_(False)
+    cast(nn.Module, unet).to(device).eval().requires_grad_(False)
+    vae = build_vae(AutoencoderKLTemporalDecoder, weights.vae_config, weights.vae, device, dtype)
+    return SVD(unet, vae, image_encoder, TileSize(*weights.tile), device, dtype)
+
+
+def build_vae(
+    kind: Callable[..., Any],
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Any:
+    """A VAE of diffusers' class `kind`, frozen; wider than `dtype` where it must be."""
+    with torch.device("meta"):
+        vae = kind(**config)
+    vae.load_state_dict(state, assign=True)
+    if dtype == torch.float16:
+        # SVD's encoder overflows float16; diffusers widens it too.
+        vae.float()
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def _build_image_encoder(weights: SVDWeights) -> nn.Module:
+    # transformers is needed for stock SVD's CLIP alone, and slow to import.
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**(weights.image_encoder_config or {})))
+    encoder.load_state_dict(weights.image_encoder or {}, strict=False)
+    return cast(nn.Module, encoder).to(next(iter((weights.image_encoder or {}).values())).dtype)
+
+
+def load_svd(path: Path | str, device: torch.device, dtype: torch.dtype) -> SVD:
+    """The bundled weights for "lite", else the SVD at `path`. Raises CheckpointError."""
+    return build_svd(read_svd(LITE if str(path) == "lite" else Path(path), dtype), device, dtype)

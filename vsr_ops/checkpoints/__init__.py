@@ -1,0 +1,1 @@
+"""Files of weights: read safely, written whole, and names translated between projects."""

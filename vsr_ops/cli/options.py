@@ -1,0 +1,186 @@
+"""The command line's options of sampling, and what they stand for: settings, parts and a model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..backbones.sd import load_sd
+from ..backbones.svd import DTYPES, Backbone, load_svd, pick_device, pick_dtype
+from ..errors import SettingError
+from ..image.color import COLOR
+from ..modules.capm_file import load_capms
+from ..modules.capm_hints import check_strength
+from ..modules.cfw import check_w, load_cfw
+from ..modules.compression import level_of, load_compression
+from ..modules.control import check_strength as check_control_strength
+from ..modules.control import load_control
+from ..modules.dcm import load_dcm
+from ..modules.refiner import load_refiner
+from ..modules.stam import load_stam
+from ..pipeline.parts import Parts, Prompts
+from ..pipeline.sampler import Settings
+from ..sampling.align import MODES as ALIGN_MODES
+from ..sampling.guidance import GUIDANCE
+from ..sampling.propagation import PROPAGATION, SAP_MODES, Propagation
+from ..sampling.tiling import TileSize
+from ..system.outputs import files_of
+
+#: What the bundled weights are sampled with: they learnt from the results of few steps without guidance.
+LITE_STEPS, LITE_GUIDANCE = 4, "none"
+
+#: The options that may name a file of weights, and what stands there for no file of the user's.
+_WEIGHTS = ("model", "upscaler", "refiner", "control", "capm", "cfw", "stam")
+_NAMES = {"lite", "sd_lite", "none", "auto", "dcm", "bicubic"}
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that samples."""
+    add = parser.add_argument
+    add(
+        "--model",
+        default="lite",
+        metavar="lite|PATH",
+        help="bundled weights, or an SVD .safetensors or diffusers folder; with --control a Stable Diffusion",
+    )
+    add("--steps", type=int, help=f"{LITE_STEPS} with the bundled SVD, else {Settings.steps}; 0 is no diffusion")
+    auto = f"auto ({LITE_GUIDANCE} with the bundled weights unless a strength is given, else {Settings.guidance})"
+    add("--guidance", default="auto", help=", ".join([auto, *GUIDANCE]))
+    add("--cfg", type=float, help="classifier-free guidance; 1 is off. With dssag it is equation 9's 1 + s")
+    add("--guidance-scale", type=float, help="the s of dssag, pag and sag; 0 is off")
+    add("--tile", metavar="HxWxT", help="in latents (8 pixels each) and frames; the model's own by default")
+    add("--overlap", type=float, default=0.5, help="share of a tile, 0 to 0.75")
+    add("--propagation", default="sap+tap", help=", ".join(PROPAGATION))
+    add("--sap-mode", default="auto", help=", ".join(SAP_MODES))
+    add("--sap-rate", type=int, help="every s-th token in y and x; by default 4, more where tiles are many")
+    add("--tap-frames", type=int, default=4)
+    add("--tap-rate", type=int, default=1, help="1 is the paper's setting, 4 is cheaper")
+    add("--upscaler", default="dcm", metavar="dcm|bicubic|PATH", help="enlarges the input; PATH: a SwinIR, say")
+    add("--refiner", default="auto", metavar="auto|none|PATH", help="auto: the bundled one with the bundled weights")
+    add("--refiner-w", type=float, default=0.0, help="0: as refined, 1: the upscaled input as it is")
+    add("--color", default="auto", help=", ".join(["auto (none after a refiner, else detail)", *COLOR]))
+    add("--control", default="none", metavar="none|lite|PATH", help="a ControlNet on Stable Diffusion, in SVD's place")
+    add("--control-strength", type=float, default=1.0)
+    add("--capm", default="none", metavar="none|lite|sd_lite|PATH", help="compression prompts in UNet and decoder")
+    add("--capm-strength", type=float, default=1.0, help="0 is off, 1 what was trained")
+    add("--crf", type=float, default=-1.0, help="what CAPM is told of the input, 0 to 51; below 0: it is estimated")
+    add("--decode-w", type=float, default=0.0, metavar="W", help="CFW's weight in the decoder; 0 is off, try 0.75")
+    add("--cfw", default="lite", metavar="lite|PATH", help="the CFW that --decode-w weighs: StableSR's, or this pack's")
+    add("--stam", default="none", metavar="none|lite|PATH", help="attention over time in the decoder")
+    add(
+        "--align",
+        type=float,
+        default=0.0,
+        metavar="LAMBDA",
+        help="along the input's motion; 0 is off, try 0.5 (propagate: 0.1)",
+    )
+    add("--align-mode", default="gradient", help=", ".join(ALIGN_MODES))
+    add("--seed", type=int, default=0)
+    add("--denoise", type=float, default=1.0, help="below 1: start from the LR latent at partial noise")
+    add("--batch", type=int, default=1, help="spatial tiles through the UNet together")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:0 ..., mps")
+    add("--dtype", default="auto", help=", ".join(["auto", *DTYPES]))
+
+
+def files_read(args: argparse.Namespace) -> list[Path]:
+    """The files that the options of weights name: no output may be one of them."""
+    given = {str(getattr(args, name)) for name in _WEIGHTS} - _NAMES
+    return [file for path in map(Path, sorted(given)) if path.exists() for file in files_of(path)]
+
+
+def settings_of(args: argparse.Namespace, scale: float) -> Settings:
+    """Raises SettingError."""
+    if args.sap_mode not in SAP_MODES:
+        raise SettingError(f"SAP mode is {args.sap_mode!r}: expected one of {', '.join(SAP_MODES)}")
+    propagation = Propagation.named(
+        args.propagation,
+        sap_lagged=args.sap_mode == "lagged",
+        sap_rate=args.sap_rate,
+        tap_frames=args.tap_frames,
+        tap_rate=args.tap_rate,
+    )
+    return Settings(
+        scale=scale,
+        steps=_steps(args),
+        guidance=_guidance(args),
+        cfg=args.cfg,
+        guidance_scale=args.guidance_scale,
+        tile=None if args.tile is None else TileSize.parse(args.tile),
+        overlap=args.overlap,
+        propagation=propagation,
+        color=_color(args),
+        seed=args.seed,
+        denoise=args.denoise,
+        batch=args.batch,
+        align=args.align,
+        align_mode=args.align_mode,
+    )
+
+
+def _steps(args: argparse.Namespace) -> int:
+    if args.steps is not None:
+        return int(args.steps)
+    return LITE_STEPS if args.model == "lite" and args.control == "none" else Settings.steps
+
+
+def _guidance(args: argparse.Namespace) -> str:
+    """The guidance asked for; a strength alone asks for the paper's."""
+    if args.guidance != "auto":
+        return str(args.guidance)
+    plain = args.model == "lite" and args.cfg is None and args.guidance_scale is None
+    return LITE_GUIDANCE if plain else Settings.guidance
+
+
+def _refiner_name(args: argparse.Namespace) -> str:
+    """The refiner asked for; auto is the bundled one with the bundled weights, which it was made for."""
+    if args.refiner == "auto":
+        return "lite" if args.model == "lite" else "none"
+    return str(args.refiner)
+
+
+def _color(args: argparse.Namespace) -> str:
+    """The colour correction asked for; a refiner has put the input's colours back already."""
+    if args.color != "auto":
+        return str(args.color)
+    return Settings.color if _refiner_name(args) == "none" else "none"
+
+
+def parts_of(args: argparse.Namespace) -> Parts:
+    """What stands around the diffusion, loaded. Raises VSRError."""
+    if not 0 <= args.refiner_w <= 1:
+        raise SettingError(f"refiner w is {args.refiner_w}: expected a share from 0 to 1")
+    check_w(args.decode_w)
+    device = pick_device(args.device)
+    upscaler = "lite" if args.upscaler == "dcm" else args.upscaler
+    refiner = _refiner_name(args)
+    return Parts(
+        enlarge=None if upscaler == "bicubic" else load_dcm(upscaler, device),
+        refiner=None if refiner == "none" else load_refiner(refiner, device),
+        w=args.refiner_w,
+        cfw=load_cfw(args.cfw).to(device) if args.decode_w > 0 else None,
+        decode_w=args.decode_w,
+        stam=None if args.stam == "none" else load_stam(args.stam).to(device),
+        prompts=_prompts(args),
+    )
+
+
+def _prompts(args: argparse.Namespace) -> Prompts | None:
+    """CAPM and what it is told; None where it is off."""
+    check_strength(args.capm_strength)
+    if args.crf >= 0:
+        level_of(args.crf)
+    if args.capm == "none" or args.capm_strength == 0:
+        return None
+    device = pick_device(args.device)
+    head = load_compression(device=device) if args.crf < 0 else None
+    return Prompts(load_capms(args.capm, device), args.capm_strength, head, args.crf)
+
+
+def model_of(args: argparse.Namespace) -> Backbone:
+    """SVD, or with a control Stable Diffusion. Raises VSRError."""
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    if args.control == "none":
+        return load_svd(args.model, device, dtype)
+    check_control_strength(args.control_strength)
+    return load_sd(args.model, device, dtype, load_control(args.control), args.control_strength)

@@ -1,0 +1,1 @@
+"""Optical flow: warping along it, and estimating it."""

@@ -1,0 +1,1 @@
+"""Single pictures: sizes, and colours."""

@@ -1,0 +1,59 @@
+"""The low-resolution video at the result's size: what diffusion is conditioned on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..errors import SettingError
+from .resize import resize
+
+#: Frames that are enlarged together.
+CHUNK = 4
+LARGEST = 16384
+
+
+def target_size(size: tuple[int, int], scale: float = 4.0, width: int = 0, height: int = 0) -> tuple[int, int]:
+    """Height and width of the result in pixels, of a video of `size`.
+
+    A width or height of 0 follows from the other in proportion; both 0: `scale` decides. Raises SettingError.
+    """
+    if width < 0 or height < 0 or (not width and not height and not scale > 0):
+        raise SettingError(
+            f"size is {width}x{height} at scale {scale}: expected positive numbers (0 leaves a side to the other)"
+        )
+    if width and height:
+        wanted = (height, width)
+    elif width or height:
+        ratio = width / size[1] if width else height / size[0]
+        wanted = (height or round(size[0] * ratio), width or round(size[1] * ratio))
+    else:
+        wanted = (round(size[0] * scale), round(size[1] * scale))
+    if not 1 <= min(wanted) <= max(wanted) <= LARGEST:
+        raise SettingError(
+            f"{size[1]}x{size[0]} would become {wanted[1]}x{wanted[0]} (width x height): expected 1 to {LARGEST} pixels"
+            " a side; change the scale or the size"
+        )
+    return wanted
+
+
+def upscale_frames(
+    frames: Tensor,
+    size: tuple[int, int],
+    method: str = "bicubic",
+    enlarge: Callable[[Tensor], Tensor] | None = None,
+    tick: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """`(n, 3, h, w)` in [0, 1] at exactly `size` = (height, width), a few frames at a time.
+
+    `enlarge`, an upscale model, goes first; `method` (a name in RESIZE) does the rest. `tick` is told of every frames
+    done. Raises SettingError.
+    """
+    out = frames.new_empty((*frames.shape[:2], *size))
+    for first in range(0, frames.shape[0], CHUNK):
+        part = frames[first : first + CHUNK]
+        larger = part if enlarge is None else enlarge(part)
+        out[first : first + CHUNK] = resize(method, larger.to(out), size).clamp(0, 1)
+        tick(part.shape[0])
+    return out

@@ -1,0 +1,1 @@
+"""The networks beside a backbone: upscaler, control, CAPM, STAM, CFW, refiner, compression head."""

@@ -1,0 +1,157 @@
+"""What a run will take before it is spent: tiles, UNet passes, banks, memory, time.
+
+Counts are exact; bytes of banks are exact for the plan; activation memory and time are estimates and labelled so.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import psutil
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..backbones.sd import SD
+from ..backbones.svd import Backbone, find_layers, spatial_self_attention
+from ..sampling.guidance import COND, guide
+from ..sampling.propagation import calls, step_at
+from ..sampling.tiling import TilePlan, TileSize
+from ..units import readable
+from .job import Job
+from .plan_cost import EFFICIENCY, Bank, lagged_bytes, matmul_speed, tap_bytes
+from .sampler import Noise, Settings, strengths, unet_calls
+
+#: Live copies of the widest activation at the peak of a UNet call: rough, good to a factor of about 2.
+ACTIVATION_COPIES = 24
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Numbers of a planned run; bytes and seconds."""
+
+    unet_calls: int
+    tile_passes: int
+    weights_bytes: int
+    lagged_bytes: int
+    tap_bytes: int
+    activation_bytes: int
+    flops: float
+    seconds: float
+
+
+def banks(model: Backbone, tile: TileSize, layers: str = "ends") -> list[Bank]:
+    """The layers of a choice of LAYERS, for tiles of one size."""
+    chosen = {name for name, layer in find_layers(model.unet).items() if layers in layer.places}
+    found: list[Bank] = []
+    for name, module in spatial_self_attention(model.unet):
+        attention = cast(Any, module)
+        if name in chosen:
+            shrink = 2 ** _depth(name, len(model.unet.config["block_out_channels"]))
+            width = int(attention.to_k.out_features + attention.to_v.out_features)
+            found.append(Bank(-(-tile.height // shrink), -(-tile.width // shrink), width))
+    return found
+
+
+def _depth(name: str, levels: int) -> int:
+    """How often the latent has been halved where a layer stands, from its name."""
+    stage, number = name.split(".")[:2]
+    return int(number) if stage == "down_blocks" else levels - 1 - int(number)
+
+
+def activation_bytes(model: Backbone, tile: TileSize, tiles: int) -> int:
+    """Roughly what one UNet call of `tiles` tiles needs beside the weights."""
+    width = model.unet.config["block_out_channels"][0]
+    return ACTIVATION_COPIES * tiles * tile.frames * tile.height * tile.width * width * model.dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory free now, on the GPU or in the machine."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def resolve_sap(model: Backbone, plan: TilePlan, settings: Settings, mode: str) -> Settings:
+    """Settings with SAP's mode decided: "auto" is synchronous where a window's tiles fit in half the free memory."""
+    if mode == "auto":
+        needed = activation_bytes(model, plan.tile_size(0), len(plan.spatial))
+        lagged = needed > free_bytes(model.device) / 2
+    else:
+        lagged = mode == "lagged"
+    return replace(settings, propagation=replace(settings.propagation, sap_lagged=lagged))
+
+
+def tile_flops(model: Backbone, tile: TileSize) -> float:
+    """Operations of one tile's UNet call, a control's among them, counted on copies without data."""
+    frames, width = tile.frames, model.context(None).shape[-1]
+    with torch.device("meta"):
+        unet = type(model.unet)(**dict(model.unet.config))
+        x, time = torch.empty(frames, 4, tile.height, tile.width), torch.empty(())
+        context, micro = torch.empty(1, 1, width), torch.empty(1, 3)
+    cast(nn.Module, unet).to("meta")  # the mixers' factors ignore the lines above
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        if not isinstance(model, SD):
+            unet(torch.cat([x, x], 1)[None], time, context, micro)
+        else:
+            tokens = context.expand(frames, -1, -1)
+            unet(x, time, tokens)
+            if model.control is not None:
+                deepcopy(model.control).to("meta")(x, time, tokens, x)
+    return float(counter.get_total_flops())
+
+
+def estimate(model: Backbone, plan: TilePlan, settings: Settings) -> Estimate:
+    """Numbers for a plan whose SAP mode is decided (`resolve_sap`). Measures the device for a tenth of a second."""
+    tile = max((plan.tile_size(n) for n in range(len(plan.windows))), key=lambda t: t.frames)
+    layers, kinds = banks(model, tile, settings.propagation.layers), settings.propagation.kinds
+    guidance, powers = guide(settings.guidance), strengths(settings, Noise.of(model))
+    tile_passes = sum(guidance.passes(power) for power in powers) * plan.tiles
+    together = max(
+        len(call.tiles)
+        for index in range(len(powers))
+        for call in calls(
+            plan, step_at(index, kinds), COND, settings.batch, synchronous=not settings.propagation.sap_lagged
+        )
+    )
+    flops = tile_flops(model, tile)
+    seconds = tile_passes * flops / (EFFICIENCY * matmul_speed(model.device, model.dtype))
+    held = [model.unet, model.vae, *([model.control] if isinstance(model, SD) and model.control is not None else [])]
+    weights = sum(p.nbytes for module in held for p in module.parameters())
+    size = model.dtype.itemsize
+    branches = guidance.passes(powers[0])
+    return Estimate(
+        unet_calls=unet_calls(plan, settings, Noise.of(model)),
+        tile_passes=tile_passes,
+        weights_bytes=weights,
+        lagged_bytes=lagged_bytes(plan, settings.propagation, branches, layers, size),
+        tap_bytes=tap_bytes(plan, settings.propagation, settings.batch, layers, size),
+        activation_bytes=activation_bytes(model, tile, together),
+        flops=flops,
+        seconds=seconds,
+    )
+
+
+def describe(job: Job, plan: TilePlan, settings: Settings, numbers: Estimate) -> str:
+    """The plan as text for a person."""
+    height, width = job.size
+    rows, cols, windows = len(plan.rows), len(plan.cols), len(plan.windows)
+    tile = plan.tile_size(0)
+    scenes = plan.windows[-1].scene + 1
+    mode = "lagged" if settings.propagation.sap_lagged else "synchronous"
+    kinds = " + ".join(settings.propagation.kinds) or "none"
+    lines = [
+        f"input        {job.info.width}x{job.info.height}, {job.frames} of {job.info.frames} frames",
+        f"output       {width}x{height}; latents {plan.width}x{plan.height}",
+        f"tiles        {rows} rows x {cols} columns x {windows} windows of {tile} latents, {scenes} scene(s)",
+        f"propagation  {kinds}" + (f" (SAP {mode})" if "sap" in settings.propagation.kinds else ""),
+        f"UNet         {numbers.unet_calls} calls, {numbers.tile_passes} tile passes of {numbers.flops / 1e9:.1f} GFLOP"
+        f" ({settings.guidance}, {settings.steps} steps)",
+        f"memory       weights {readable(numbers.weights_bytes)}, activations about"
+        f" {readable(numbers.activation_bytes)},"
+        f" TAP banks {readable(numbers.tap_bytes)}; in host memory: SAP's lagged banks"
+        f" {readable(numbers.lagged_bytes)},"
+        f" latents {readable(5 * 4 * 4 * plan.frames * plan.height * plan.width)}",
+        f"time         about {numbers.seconds / 60:.1f} minutes of sampling (good to a factor of 2)",
+    ]
+    return "\n".join(lines)

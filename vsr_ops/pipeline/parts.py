@@ -1,0 +1,172 @@
+"""What stands around the diffusion in the main job: upscaler, decoder modules, compression prompts, refiner."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from ..backbones.sd import SD
+from ..backbones.svd import Backbone
+from ..errors import SettingError
+from ..modules.capm import SD_UNET, SVD_UNET, attached, decoder_widths
+from ..modules.capm_file import CAPMs
+from ..modules.capm_hints import check_strength
+from ..modules.cfw import CFW, check_w
+from ..modules.compression import CompressionHead, estimate_levels, level_of
+from ..modules.dcm import Enlarge
+from ..modules.refiner import Refiner, refine_frames
+from ..modules.stam import STAM
+from ..vae.latents import decode_frames
+from ..vae.layout import backbone_of, level_widths, output_widths, residual_widths
+from ..vae.stream import stream_decode
+from ..video import Frame
+from .job import Job
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """CAPM with its `strength`. The compression level of every frame is that of `crf`; without one (below 0) `head`
+    estimates it, and without a head CAPM reads it from its own features."""
+
+    capms: CAPMs
+    strength: float = 1.0
+    head: CompressionHead | None = None
+    crf: float = -1.0
+
+    def __post_init__(self) -> None:
+        check_strength(self.strength)
+        if self.crf >= 0:
+            level_of(self.crf)
+
+    def levels(self, job: Job) -> Tensor | None:
+        """Levels `(frames,)` of a job's frames, where they are known before."""
+        if self.crf >= 0:
+            return torch.full((job.frames,), level_of(self.crf))
+        if self.head is None:
+            return None
+        return torch.tensor(list(estimate_levels(self.head, (frame.image for frame in job.read()))))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Before the diffusion `enlarge` (a DCM; None is bicubic); in UNet and decoder `prompts`; in the decoder `cfw` with
+    its `decode_w`, and `stam`; after it a `refiner` with its `w`."""
+
+    enlarge: Enlarge | None = None
+    refiner: Refiner | None = None
+    w: float = 0.0
+    cfw: CFW | None = None
+    decode_w: float = 0.75
+    stam: STAM | None = None
+    prompts: Prompts | None = None
+
+    def __post_init__(self) -> None:
+        check_w(self.decode_w)
+
+    def check_fits(self, model: Backbone) -> None:
+        """Raises SettingError for a module that was made for another UNet or VAE, before any work."""
+        capms = CAPMs() if self.prompts is None else self.prompts.capms
+        if capms.unet is not None:
+            backbone = SD_UNET if isinstance(model, SD) else SVD_UNET
+            capms.unet.check_fits(backbone, decoder_widths(model.unet.config["block_out_channels"]))
+        if capms.vae is not None:
+            capms.vae.check_fits(f"{backbone_of(model.vae)}-vae", output_widths(model.vae))
+        if self.cfw is not None and self.decode_w > 0:
+            self.cfw.check_fits(backbone_of(model.vae), level_widths(model.vae))
+        if self.stam is not None:
+            self.stam.check_fits(backbone_of(model.vae), residual_widths(model.vae))
+
+
+@contextmanager
+def prompted(model: Backbone, prompts: Prompts | None, levels: Tensor | None) -> Generator[None, None, None]:
+    """Within, the levels of `model`'s UNet decoder go through CAPM, which fits it."""
+    capm = None if prompts is None else prompts.capms.unet
+    if prompts is None or capm is None:
+        yield
+        return
+
+    def hint() -> Tensor | None:
+        """Of the frames of the call that is being evaluated."""
+        if levels is None:
+            return None
+        assert model.active is not None, "the UNet is called inside `serving`"
+        run, call = model.active
+        return levels[run.plan.windows[call.window].span.slice]
+
+    with attached(capm, model.unet, hint, prompts.strength):
+        yield
+
+
+class Rolling:
+    """A video `(frames, 3, h, w)` that is read once: slices of frames that only ever move forward."""
+
+    def __init__(self, frames: Iterable[Tensor], count: int, size: tuple[int, int]) -> None:
+        self._frames, self._held, self._first = iter(frames), deque[Tensor](), 0
+        self.shape = torch.Size((count, 3, *size))
+
+    def __getitem__(self, frames: slice) -> Tensor:
+        start, stop = frames.start, frames.stop
+        if start < self._first:
+            raise SettingError(f"frame {start} was read already and given back: ask for frames in their order")
+        while self._first < start:
+            if self._held:
+                self._held.popleft()
+            else:
+                next(self._frames)
+            self._first += 1
+        self._held.extend(islice(self._frames, stop - self._first - len(self._held)))
+        return torch.stack(list(islice(self._held, stop - start)))
+
+
+def decoded(
+    model: Backbone,
+    latents: Tensor,
+    parts: Parts,
+    levels: Tensor | None,
+    references: Callable[[], Iterator[Frame]],
+    size: tuple[int, int],
+    cuts: Sequence[int],
+) -> Iterator[Tensor]:
+    """Frames `(3, 8h, 8w)` of unscaled latents, not clamped, through the modules that there are."""
+    prompts = parts.prompts
+    capm = None if prompts is None else prompts.capms.vae
+    cfw = parts.cfw if parts.decode_w > 0 else None
+    if capm is None and cfw is None and parts.stam is None:
+        return decode_frames(model, latents, model.tile.frames, cuts)
+    reference: Rolling | None = None
+    if cfw is not None:
+        reference = Rolling((frame.image for frame in references()), latents.shape[0], size)
+    return stream_decode(
+        model.vae,
+        latents,
+        cuts,
+        reference=reference,
+        cfw=cfw,
+        w=parts.decode_w,
+        stam=parts.stam,
+        capm=capm,
+        levels=levels,
+        strength=1.0 if prompts is None else prompts.strength,
+        chunk=model.tile.frames,
+    )
+
+
+def refined(parts: Parts, pairs: Iterator[tuple[Tensor, Frame]], cuts: Sequence[int]) -> Iterator[tuple[Tensor, Frame]]:
+    """Decoded frames refined, each with its reference; as they are without a refiner."""
+    if parts.refiner is None:
+        return pairs
+    waiting: deque[Frame] = deque()
+
+    def noted() -> Iterator[tuple[Tensor, Tensor]]:
+        for frame, reference in pairs:
+            waiting.append(reference)
+            yield frame, reference.image
+
+    frames = refine_frames(parts.refiner, noted(), parts.w, cuts)
+    return ((frame, waiting.popleft()) for frame in frames)

@@ -1,0 +1,177 @@
+"""DC-VSR's sampling over tiles, with any guidance and propagation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..backbones.svd import SIGMA_MAX, SIGMA_MIN, Backbone, sigmas
+from ..errors import SettingError
+from ..flow.field import Flow, check_fits
+from ..image.color import COLOR
+from ..sampling.align import ROUNDS, align, check_strength
+from ..sampling.guidance import COND, Branch, Strength, gamma_at, guide, strength
+from ..sampling.propagation import Call, Propagation, Step, TileRun, calls, gather_tiles, run_pass, step_at
+from ..sampling.tiling import TilePlan, TileSize, plan_tiles
+from .job import Job
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `upscale` does. None takes the model's or the strategy's own value.
+
+    `steps` 0 decodes the LR latent as it is, to see what the diffusion adds. `denoise` below 1 starts from the LR
+    latent at partial noise, keeping `steps`. `batch` is how many spatial tiles go
+    through the UNet together where they need not all. `align` is lambda of SDATC's alignment along the flow, 0 is off.
+    """
+
+    scale: float = 4.0
+    steps: int = 10
+    guidance: str = "dssag"
+    cfg: float | None = None
+    guidance_scale: float | None = None
+    rho: float = 0.5
+    tile: TileSize | None = None
+    overlap: float = 0.5
+    propagation: Propagation = field(default_factory=Propagation)
+    color: str = "detail"
+    seed: int = 0
+    denoise: float = 1.0
+    batch: int = 1
+    align: float = 0.0
+    align_mode: str = "gradient"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale <= 16:
+            raise SettingError(f"scale is {self.scale}: expected a number above 0, at most 16")
+        if not 0 <= self.steps <= 1000:
+            raise SettingError(f"steps is {self.steps}: expected a whole number from 1 to 1000, or 0 for no diffusion")
+        if not 0.01 <= self.denoise <= 1:
+            raise SettingError(f"denoise is {self.denoise}: expected a share from 0.01 to 1")
+        if not 0 < self.rho <= 100:
+            raise SettingError(f"rho is {self.rho}: expected a number above 0, at most 100 (0.5 is the paper's)")
+        if self.batch < 1:
+            raise SettingError(f"batch is {self.batch}: expected a whole number from 1")
+        if self.color not in COLOR:
+            raise SettingError(f"color is {self.color!r}: expected one of {', '.join(COLOR)}")
+        strength(self.guidance, self.cfg, self.guidance_scale)
+        check_strength(self.align, self.align_mode)
+
+
+def make_plan(job: Job, settings: Settings, tile: TileSize, factor: int, cuts: Sequence[int] = ()) -> TilePlan:
+    """The tiles of a job; `tile` is the model's, used where the settings name none."""
+    return plan_tiles(job.frames, *job.latent_size(factor), settings.tile or tile, settings.overlap, cuts, factor)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A model's noise levels: `sigmas` of a number of steps, falling, with a final 0; `most` and `least` it knows."""
+
+    sigmas: Callable[[int], list[float]]
+    most: float
+    least: float
+
+    @classmethod
+    def of(cls, model: Backbone) -> Noise:
+        return cls(model.sigmas, model.sigma_max, model.sigma_min)
+
+
+SVD_NOISE = Noise(sigmas, SIGMA_MAX, SIGMA_MIN)
+
+
+def noise_schedule(settings: Settings, noise: Noise = SVD_NOISE) -> list[float]:
+    """Falling sigmas with a final 0: all of them, or the last `steps` of a longer schedule at partial denoise."""
+    if settings.steps == 0:
+        return [0.0]
+    total = max(settings.steps, int(settings.steps / settings.denoise))
+    return noise.sigmas(total)[-(settings.steps + 1) :]
+
+
+def unet_calls(plan: TilePlan, settings: Settings, noise: Noise = SVD_NOISE) -> int:
+    """How many UNet calls `sample` makes: branches of each step's guidance times the batches of its tiles."""
+    chosen = guide(settings.guidance)
+    lagged, kinds = settings.propagation.sap_lagged, settings.propagation.kinds
+    total = 0
+    for index, power in enumerate(strengths(settings, noise)):
+        batches = sum(1 for _ in calls(plan, step_at(index, kinds), COND, settings.batch, synchronous=not lagged))
+        total += chosen.passes(power) * batches
+    return total
+
+
+def strengths(settings: Settings, noise: Noise = SVD_NOISE) -> list[Strength]:
+    """The guidance's strengths at each step, gamma included."""
+    power = strength(settings.guidance, settings.cfg, settings.guidance_scale)
+    schedule = noise_schedule(settings, noise)
+    if settings.steps == 0:
+        return []
+    # A partial schedule is a part of the model's own, so gamma starts lower there.
+    ends = (schedule[0], schedule[-2]) if settings.denoise == 1 else (noise.most, noise.least)
+    return [replace(power, gamma=gamma_at(sigma, *ends, settings.rho)) for sigma in schedule[:-1]]
+
+
+@torch.no_grad()
+def sample(
+    model: Backbone,
+    lr: Tensor,
+    plan: TilePlan,
+    settings: Settings,
+    context: Tensor | None = None,
+    noise: Tensor | None = None,
+    tick: Callable[[Call], None] = lambda call: None,
+    flow: Flow | None = None,
+) -> Tensor:
+    """Scaled latents `(frames, 4, h, w)` of the result, from unscaled LR latents of the same shape (DC-VSR, section 3).
+
+    Euler steps on tiles, with SAP and TAP in turn and guidance outside the tiles, and so is the alignment along `flow`,
+    which is of the latents' size. Latents stay where `lr` is; one batch of tiles, or scene to align, at a time goes to
+    the model's device. `noise` has deviation 1 (drawn from the seed when None), `tick` is called before each UNet call.
+    Raises SamplingError for a value that is not finite, SettingError for alignment without a flow that fits.
+    """
+    if settings.steps == 0:
+        return lr * model.scaling_factor
+    flow = _fitting(flow, lr, settings)
+    # Older MPS cannot repeat a border in `grid_sample`.
+    where = model.device if model.device.type == "cuda" else lr.device
+    levels = Noise.of(model)
+    chosen, schedule, powers = guide(settings.guidance), noise_schedule(settings, levels), strengths(settings, levels)
+    contexts = {True: model.context(None) if context is None else context, False: model.context(None)}
+    concats = {True: lr, False: lr if model.always_sees_lr else torch.zeros_like(lr)}
+    if noise is None:
+        noise = torch.randn(lr.shape, generator=torch.Generator().manual_seed(settings.seed)).to(lr.device)
+    first = schedule[0]
+    x = noise * (first**2 + 1) ** 0.5 if settings.denoise == 1 else lr * model.scaling_factor + noise * first
+    run = TileRun(plan, settings.propagation)
+    for index, ((sigma, following), power) in enumerate(zip(pairwise(schedule), powers, strict=True)):
+        step = step_at(index, settings.propagation.kinds)
+
+        def evaluate(x: Tensor, branch: Branch, call: Call, sigma: float = sigma) -> Tensor:
+            tick(call)
+            tiles, concat = (gather_tiles(plan, call, z) for z in (x, concats[branch.conditional]))
+            with model.serving(run, call):
+                return model.denoise(tiles, sigma, concat, contexts[branch.conditional], call.frames)
+
+        def denoise(x: Tensor, branch: Branch, step: Step = step) -> tuple[Tensor, Tensor | None]:
+            value = run_pass(run, step, branch, lambda call: evaluate(x, branch, call), settings.batch)
+            return value, None if run.saliency is None else run.saliency.result()
+
+        x0 = chosen.predict(denoise, x, power)
+        if flow is not None:
+            x0 = align(x0, flow, settings.align, sigma, settings.align_mode, ROUNDS, where)
+        x = x0 + (x - x0) * (following / sigma)
+    return x
+
+
+def _fitting(flow: Flow | None, lr: Tensor, settings: Settings) -> Flow | None:
+    """The flow to align along; None where nothing is aligned."""
+    if settings.align == 0 or lr.shape[0] < 2:
+        return None
+    if flow is None:
+        raise SettingError(
+            f"align is {settings.align} without a flow: expected that of the latents; give one, or set align to 0"
+        )
+    check_fits(flow, lr.shape[0], lr.shape[-2], lr.shape[-1], 1)
+    return flow

@@ -1,0 +1,111 @@
+"""The main job without a host: a video in, DC-VSR's sampling over tiles, a larger video out.
+
+The enlarged input is read several times (to encode it, and as the reference), from the disk: only its latents are ever
+held whole.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from itertools import count
+from pathlib import Path
+
+import torch
+
+from ..backbones.svd import Backbone
+from ..flow.field import Flow, streamed_flow
+from ..image.color import correct
+from ..sampling.align import SHARE
+from ..sampling.tiling import TilePlan
+from ..system.outputs import claimed
+from ..vae.latents import CELL, encode_frames
+from ..video import Frame, check_output, open_writer
+from .job import Enlarged, Job, scene_cuts
+from .parts import Parts, decoded, prompted, refined
+from .sampler import Noise, Settings, make_plan, sample, unet_calls
+
+#: (stage, done, total): called after every unit of work; raising stops the run.
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Reports nothing."""
+
+
+def upscale(
+    model: Backbone,
+    job: Job,
+    output: Path,
+    settings: Settings,
+    codec: str = "h264",
+    overwrite: bool = False,
+    cuts: Sequence[int] | None = None,
+    progress: Progress = silent,
+    parts: Parts | None = None,
+) -> None:
+    """Upscales a job into `output`, keeping frame count, timing and sound. `cuts` None looks for scene cuts.
+
+    Nothing stands under the final name unless the whole run succeeds; from the first frame's encoding on no other run
+    can write there. Raises VSRError.
+    """
+    check_output(output, overwrite, codec, job.info, job.frames)
+    parts = parts or Parts()
+    parts.check_fits(model)
+    cuts = scene_cuts(job) if cuts is None else cuts
+    plan = make_plan(job, settings, model.tile, model.factor, cuts)
+    with claimed(output), closing(Enlarged(job, parts.enlarge, output.parent)) as upscaled:
+        flow = _latent_flow(job, settings, plan, upscaled, cuts, progress)
+        lr = torch.empty(job.frames, 4, plan.height, plan.width)
+        progress("encode", 0, job.frames)
+        for i, z in enumerate(encode_frames(model, (frame.image for frame in upscaled()), plan.height, plan.width)):
+            lr[i] = z
+            progress("encode", i + 1, job.frames)
+        levels = None if parts.prompts is None else parts.prompts.levels(job)
+        context = model.context(next(upscaled()).image[None]) if model.image_encoder is not None else None
+        calls_done, total = count(1), unet_calls(plan, settings, Noise.of(model))
+        with prompted(model, parts.prompts, levels):
+            result = sample(
+                model,
+                lr,
+                plan,
+                settings,
+                context,
+                tick=lambda _: progress("sample", next(calls_done), total),
+                flow=flow,
+            )
+        progress("decode", 0, job.frames)
+        pictures = decoded(model, result / model.scaling_factor, parts, levels, upscaled, job.size, cuts)
+        pairs = (
+            (frame[:, : job.size[0], : job.size[1]].clamp(0, 1), reference)
+            for frame, reference in zip(pictures, upscaled(), strict=True)
+        )
+        with open_writer(output, job.info, size=job.size, codec=codec, overwrite=overwrite, held=True) as writer:
+            for i, (frame, reference) in enumerate(refined(parts, pairs, cuts)):
+                image = correct(settings.color, frame[None], reference.image[None])[0].clamp(0, 1)
+                writer.write(Frame(image, reference.alpha, reference.pts))
+                progress("decode", i + 1, job.frames)
+
+
+def _latent_flow(
+    job: Job, settings: Settings, plan: TilePlan, upscaled: Enlarged, cuts: Sequence[int], progress: Progress
+) -> Flow | None:
+    """The flow of the upscaled input at the latents' size, where alignment asks for it."""
+    if settings.align == 0 or settings.steps == 0:
+        return None
+    if job.frames == 1:
+        warnings.warn("align: a single frame has no motion to follow, so nothing is aligned", stacklevel=3)
+        return None
+    pairs, done = job.frames - 1, count(1)
+    progress("flow", 0, pairs)
+    pictures = (frame.image for frame in upscaled())
+    return streamed_flow(
+        pictures,
+        job.frames,
+        (plan.height, plan.width),
+        CELL,
+        cuts,
+        SHARE,
+        lambda _: progress("flow", next(done), pairs),
+    )

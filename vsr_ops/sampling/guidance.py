@@ -1,0 +1,213 @@
+"""Guidance: how the branches of one step become one estimate. Plain functions in a table, to be swapped.
+
+All work on the denoised estimate of the whole video. As eps = (x - x0)/sigma, equations written for eps hold for x0 too
+wherever both branches see the same x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from kornia.filters import gaussian_blur2d
+from torch import Tensor
+
+from ..errors import SettingError
+from .attention import SelfAttention, Tempered, identity
+
+#: Receives the attention each token of the middle block got; see `attention.received`.
+Observer = Callable[[Tensor], None]
+
+#: SAG's blur: deviation in latent pixels and kernel size, as the host's node has them.
+SAG_BLUR_SIGMA, SAG_BLUR_SIZE = 2.0, 9
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One way to evaluate the model at a step. Banks are kept apart by `name`.
+
+    `attention` replaces self-attention in the layers called `layers` ("ends": the first two and last two spatial
+    ones, "middle": those of the middle block). `observe` asks for the saliency of the middle block.
+    """
+
+    name: str
+    conditional: bool = True
+    attention: SelfAttention | None = None
+    layers: str = "ends"
+    observe: bool = False
+
+
+class Denoise(Protocol):
+    """(x, branch) -> denoised estimate; at `observe` branches the second value is the saliency `(frames, 1, h, w)`
+    in [0, 1], else None."""
+
+    def __call__(self, x: Tensor, branch: Branch) -> tuple[Tensor, Tensor | None]: ...
+
+
+@dataclass(frozen=True)
+class Strength:
+    """`cfg` 1 is off. `scale` is the s of DSSAG, PAG and SAG; 0 is off. `gamma` is this step's, see `gamma_at`."""
+
+    cfg: float = 1.0
+    scale: float = 0.0
+    gamma: float = 0.0
+
+
+COND = Branch("cond")
+UNCOND = Branch("uncond", conditional=False)
+
+
+def gamma_at(sigma: float, sigma_max: float, sigma_min: float, rho: float = 0.5) -> float:
+    """gamma of DC-VSR equation 10: ((ln s - ln s_min)/(ln s_max - ln s_min))^rho, clamped to [0, 1].
+
+    1 at the schedule's first sigma, 0 at its last above zero. A schedule of one sigma gives 1.
+    """
+    if sigma <= 0:
+        return 0.0
+    if sigma_max <= sigma_min:
+        return 1.0
+    share = (math.log(sigma) - math.log(sigma_min)) / (math.log(sigma_max) - math.log(sigma_min))
+    return min(max(share, 0.0), 1.0) ** rho
+
+
+def extrapolate(weak: Tensor, strong: Tensor, weight: float) -> Tensor:
+    """weak + weight * (strong - weak); weight 1 is `strong` itself, 0 `weak` itself, exactly."""
+    if weight == 1:
+        return strong
+    if weight == 0:
+        return weak
+    return torch.lerp(weak.float(), strong.float(), weight).to(strong.dtype)
+
+
+def push(guided: Tensor, strong: Tensor, weak: Tensor, scale: float) -> Tensor:
+    """guided + scale * (strong - weak): a perturbed branch's share on top of whatever guided before. Scale 0 is
+    `guided` itself."""
+    if scale == 0:
+        return guided
+    return (guided.float() + scale * (strong.float() - weak.float())).to(guided.dtype)
+
+
+def sag_degrade(estimate: Tensor, saliency: Tensor) -> Tensor:
+    """The estimate, blurred where `saliency` `(frames, 1, h, w)` says that the model attends (SAG, section 4)."""
+    base = estimate.float()
+    blurred = gaussian_blur2d(base, (SAG_BLUR_SIZE, SAG_BLUR_SIZE), (SAG_BLUR_SIGMA, SAG_BLUR_SIGMA))
+    return (base + saliency.to(base) * (blurred - base)).to(estimate.dtype)
+
+
+def sag_renoise(x: Tensor, estimate: Tensor, degraded: Tensor) -> Tensor:
+    """The degraded estimate with the noise of `x` on it."""
+    return (degraded.float() + x.float() - estimate.float()).to(x.dtype)
+
+
+def schedule_ends(sigmas: Sequence[float], model_max: float, model_min: float) -> tuple[float, float]:
+    """The sigmas between which gamma falls: the run's own above zero, or the model's when the run starts below them.
+
+    A run whose first sigma is under 0.9 of the model's counts as partial denoise.
+    """
+    above = [sigma for sigma in sigmas if sigma > 0]
+    return (above[0], above[-1]) if above[0] >= 0.9 * model_max else (model_max, model_min)
+
+
+def no_guidance(denoise: Denoise, x: Tensor, strength: Strength) -> Tensor:
+    """The conditional branch alone."""
+    return denoise(x, COND)[0]
+
+
+def cfg(denoise: Denoise, x: Tensor, strength: Strength) -> Tensor:
+    """Classifier-free guidance, DC-VSR equation 3 with cfg = 1 + s."""
+    cond = denoise(x, COND)[0]
+    if strength.cfg == 1:
+        return cond
+    return extrapolate(denoise(x, UNCOND)[0], cond, strength.cfg)
+
+
+def dssag(denoise: Denoise, x: Tensor, strength: Strength) -> Tensor:
+    """Detail-suppression guidance: equation 8, or 9 (with 1 + s = cfg) when cfg is on. Two passes either way."""
+    blurred = Branch("perturbed", attention=Tempered(strength.gamma))
+    cond = denoise(x, COND)[0]
+    if strength.cfg != 1:
+        return extrapolate(denoise(x, replace(blurred, conditional=False))[0], cond, strength.cfg)
+    if strength.scale == 0 or strength.gamma == 0:
+        # At gamma 0 the perturbed branch is the plain one: nothing to extrapolate from, no pass to spend.
+        return cond
+    return extrapolate(denoise(x, blurred)[0], cond, 1 + strength.scale)
+
+
+def pag(denoise: Denoise, x: Tensor, strength: Strength) -> Tensor:
+    """Perturbed-attention guidance (equation 6) in the middle block, on top of CFG."""
+    cond = denoise(x, COND)[0]
+    guided = cond if strength.cfg == 1 else extrapolate(denoise(x, UNCOND)[0], cond, strength.cfg)
+    if strength.scale == 0:
+        return guided
+    perturbed = denoise(x, Branch("perturbed", attention=identity, layers="middle"))[0]
+    return push(guided, cond, perturbed, strength.scale)
+
+
+def sag(denoise: Denoise, x: Tensor, strength: Strength) -> Tensor:
+    """Self-attention guidance (equation 5) on top of CFG: blurs where the middle block attends most, noise intact.
+
+    The weak branch (unconditional if CFG is on) is the one observed, blurred and evaluated again, as in the host. With
+    D the blurred estimate and D' the model's answer to it, eps(x) - eps(b(x)) = (D' - D)/sigma.
+    """
+    weak = COND if strength.cfg == 1 else UNCOND
+    if strength.scale == 0:
+        return cfg(denoise, x, strength)
+    estimate, saliency = denoise(x, replace(weak, observe=True))
+    assert saliency is not None
+    guided = estimate if weak is COND else extrapolate(estimate, denoise(x, COND)[0], strength.cfg)
+    degraded = sag_degrade(estimate, saliency)
+    answer = denoise(sag_renoise(x, estimate, degraded), replace(weak, name="perturbed"))[0]
+    return push(guided, degraded, answer, strength.scale)
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A strategy of the table: its function, the scale to use when none is given, and the passes it takes a step."""
+
+    predict: Callable[[Denoise, Tensor, Strength], Tensor]
+    default_scale: float
+    default_cfg: float
+    passes: Callable[[Strength], int]
+
+
+def _passes(strength: Strength) -> int:
+    return 1 + (strength.cfg != 1) + (strength.scale != 0)
+
+
+GUIDANCE: dict[str, Guide] = {
+    "none": Guide(no_guidance, 0.0, 1.0, lambda s: 1),
+    "cfg": Guide(cfg, 0.0, 2.0, lambda s: 1 + (s.cfg != 1)),
+    "dssag": Guide(dssag, 1.0, 1.0, lambda s: 1 + (s.cfg != 1 or (s.scale != 0 and s.gamma != 0))),
+    "pag": Guide(pag, 1.0, 1.0, _passes),
+    "sag": Guide(sag, 0.5, 1.0, _passes),
+}
+
+
+def guide(name: str) -> Guide:
+    """The strategy called `name`; raises SettingError with the known names for another."""
+    if name not in GUIDANCE:
+        raise SettingError(f"guidance is {name!r}: expected one of {', '.join(GUIDANCE)}")
+    return GUIDANCE[name]
+
+
+def strength(name: str, cfg: float | None = None, scale: float | None = None) -> Strength:
+    """The strengths of a run, gaps filled with the strategy's defaults. Raises SettingError for what cannot combine."""
+    chosen = guide(name)
+    if name == "none" and cfg not in (None, 1.0):
+        raise SettingError(f"cfg is {cfg} but guidance is none: choose --guidance cfg, or leave cfg out")
+    if name in ("none", "cfg") and scale not in (None, 0.0):
+        raise SettingError(f"guidance scale is {scale} but guidance {name} has none: choose dssag, pag or sag")
+    for label, value in {"cfg": cfg, "guidance scale": scale}.items():
+        if value is not None and not (math.isfinite(value) and 0 <= value <= 100):
+            raise SettingError(f"{label} is {value}: expected a number from 0 to 100")
+    if name == "dssag" and cfg not in (None, 1.0) and scale is not None:
+        raise SettingError(
+            f"DSSAG with cfg {cfg} has that one strength (equation 9: cfg = 1 + s), but a guidance scale of {scale}"
+            " was given too: leave one of the two out"
+        )
+    return Strength(
+        cfg=chosen.default_cfg if cfg is None else cfg, scale=chosen.default_scale if scale is None else scale
+    )

@@ -1,0 +1,389 @@
+"""SAP and TAP: which keys and values a tile sees beside its own (DC-VSR, sections 3.1 and 3.2).
+
+Settings and the kind of a step are plain values. `TileRun` holds one run's banks; nothing outlives it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from ..errors import SamplingError, SettingError
+from ..system.memory import Memory
+from .attention import Fused, KeyValue, fused_attention, plain, received
+from .guidance import Branch
+from .layers import Layer, check_layers
+from .tiling import Merger, TilePlan, cut_tile
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["plain", "sap", "tap"]
+
+#: The names the command line and the nodes offer.
+PROPAGATION: dict[str, tuple[Kind, ...]] = {"sap+tap": ("sap", "tap"), "sap": ("sap",), "tap": ("tap",), "none": ()}
+SAP_MODES = ("auto", "synchronous", "lagged")
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """What is propagated. `kinds` alternate from step to step; one alone acts at every step; empty is off.
+
+    `sap_rate` takes every s-th token in y and x (None: the smallest s from 4 up whose bank is at most half of a tile's
+    own tokens). `tap_frames` is the paper's L; `tap_rate` 1 takes all their tokens (the paper's setting). `layers` is a
+    name in LAYERS.
+    """
+
+    kinds: tuple[Kind, ...] = ("sap", "tap")
+    sap_lagged: bool = False
+    sap_rate: int | None = None
+    tap_frames: int = 4
+    tap_rate: int = 1
+    layers: str = "ends"
+
+    def __post_init__(self) -> None:
+        check_layers(self.layers)
+        if unknown := set(self.kinds) - {"sap", "tap"}:
+            raise SettingError(f"propagation of {', '.join(sorted(unknown))}: expected sap, tap, or none of them")
+        for label, value in {
+            "SAP rate": self.sap_rate,
+            "TAP frames": self.tap_frames,
+            "TAP rate": self.tap_rate,
+        }.items():
+            if value is not None and value < 1:
+                raise SettingError(f"{label} is {value}: expected a whole number from 1")
+
+    @staticmethod
+    def named(name: str, **settings: int | bool | str | None) -> Propagation:
+        """From a name in PROPAGATION; raises SettingError with the known names for another."""
+        if name not in PROPAGATION:
+            raise SettingError(f"propagation is {name!r}: expected one of {', '.join(PROPAGATION)}")
+        return Propagation(PROPAGATION[name], **settings)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A sampling step: its index in the run's sigmas, what it propagates, and the direction of TAP in time."""
+
+    index: int
+    kind: Kind = "plain"
+    forward: bool = True
+
+
+def step_index(sigmas: Sequence[float], sigma: float) -> int:
+    """Index of the last of the falling `sigmas` that is not below `sigma`: calls between two sigmas belong to the step
+    that began above them, so a second-order sampler's two calls see one step."""
+    slack = sigma * (1 - 1e-5)
+    return max(bisect_right([-s for s in sigmas], -slack) - 1, 0)
+
+
+def step_at(index: int, kinds: tuple[Kind, ...]) -> Step:
+    """The kinds take turns; TAP steps alternate forward and backward."""
+    if not kinds:
+        return Step(index)
+    round_, place = divmod(index, len(kinds))
+    return Step(index, kinds[place], forward=round_ % 2 == 0)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One UNet call: the tiles (indices into `plan.spatial`) of one window that go through together."""
+
+    step: Step
+    branch: Branch
+    window: int
+    tiles: tuple[int, ...]
+    frames: int
+    height: int
+    width: int
+
+
+def calls(plan: TilePlan, step: Step, branch: Branch, batch: int, synchronous: bool) -> Iterator[Call]:
+    """The calls of one pass over the video, in the order they must run.
+
+    All spatial tiles of a window go at once at a synchronous SAP step, `batch` at a time otherwise. At a SAP step all
+    tiles of a window come before the next window, so that a lagged bank goes to the device once. Else windows are the
+    inner loop, in the step's direction, so that TAP's banks are those of one batch of tiles, however large the frame.
+    """
+    count, sap = len(plan.spatial), step.kind == "sap"
+    size = count if synchronous and sap else batch
+    groups = [tuple(range(first, min(first + size, count))) for first in range(0, count, size)]
+    windows = range(len(plan.windows)) if step.forward else range(len(plan.windows))[::-1]
+    order = (
+        [(n, tiles) for n in windows for tiles in groups] if sap else [(n, tiles) for tiles in groups for n in windows]
+    )
+    for n, tiles in order:
+        tile = plan.tile_size(n)
+        yield Call(step, branch, n, tiles, tile.frames, tile.height, tile.width)
+
+
+def token_grid(tokens: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of a layer's tokens, from the tile's height and width in latents."""
+    for shrink in (1, 2, 4, 8, 16, 32):
+        rows, cols = math.ceil(height / shrink), math.ceil(width / shrink)
+        if rows * cols == tokens:
+            return rows, cols
+    raise SettingError(f"a layer with {tokens} tokens does not fit a tile of {height}x{width} latents")
+
+
+def subsample(x: Tensor, grid: tuple[int, int], rate: int) -> Tensor:
+    """Every `rate`-th token in y and x of `(b, heads, tokens, dim)`; rate 1 is the tensor itself."""
+    if rate == 1:
+        return x
+    image = rearrange(x, "b h (y x) d -> b h y x d", y=grid[0])
+    return rearrange(image[:, :, ::rate, ::rate], "b h y x d -> b h (y x) d")
+
+
+def sap_rate(settings: Propagation, tiles: int, grid: tuple[int, int]) -> int:
+    """The rate SAP uses for a layer of `grid` tokens when `tiles` tiles share a bank."""
+    if settings.sap_rate is not None:
+        return settings.sap_rate
+    rate = 4
+    while tiles * math.ceil(grid[0] / rate) * math.ceil(grid[1] / rate) > grid[0] * grid[1] / 2 and rate < max(grid):
+        rate += 1
+    return rate
+
+
+def sharpest_frames(keys: Tensor, count: int) -> list[int]:
+    """The `count` frames of `(frames, heads, tokens, dim)` whose keys deviate most; ties to the lower index."""
+    # frame by frame: a deviation over chosen axes is some 7 times slower on the CPU
+    deviation = torch.stack([frame.float().std(correction=0) for frame in keys])
+    order = torch.sort(deviation, descending=True, stable=True).indices
+    return sorted(int(frame) for frame in order[:count])
+
+
+@dataclass
+class TileRun:
+    """The banks of one run. SAP's lagged banks stand in host memory until the next step has used them; TAP's live
+    from a window to its neighbour. Both belong to a branch, a window and a layer.
+
+    A call may be evaluated again, whole or in parts, until `finish` has been told of it. `limit` is how many tiles fit
+    in memory together, once that is known.
+    """
+
+    plan: TilePlan
+    settings: Propagation
+    saliency: Saliency | None = None
+    limit: int | None = None
+    memory: Memory = field(default_factory=Memory)
+    _step: int = -1
+    _lagged: dict[tuple[str, int, str], dict[int, KeyValue]] = field(
+        default_factory=dict[tuple[str, int, str], dict[int, KeyValue]]
+    )
+    _gathering: dict[tuple[str, int, str], dict[int, KeyValue]] = field(
+        default_factory=dict[tuple[str, int, str], dict[int, KeyValue]]
+    )
+    _tap: dict[tuple[str, int, str], dict[int, KeyValue]] = field(
+        default_factory=dict[tuple[str, int, str], dict[int, KeyValue]]
+    )
+
+    #: The lagged banks of the window under way, joined and on the device, by layer.
+    _joined: dict[str, KeyValue] = field(default_factory=dict[str, KeyValue])
+    _joined_at: tuple[int, str, int] | None = None
+
+    @property
+    def bank_bytes(self) -> int:
+        """Host memory the lagged banks hold now."""
+        banks = [*self._lagged.values(), *self._gathering.values()]
+        return sum(kv.keys.nbytes + kv.values.nbytes for bank in banks for kv in bank.values())
+
+    def begin(self, step: Step, branch: Branch) -> None:
+        """Announces the next pass over the video. A new step makes what was gathered in the last one available."""
+        if step.index != self._step:
+            self._lagged = self._gathering if step.index == self._step + 1 else {}
+            self._gathering = {}
+            self._step = step.index
+        self._tap, self._joined, self._joined_at = {}, {}, None
+        self.saliency = Saliency(self.plan) if branch.observe else None
+
+    def finish(self, call: Call) -> None:
+        """Announces that a call is done with: what only it needed is dropped."""
+        left = self._neighbours(call)[0]
+        for key in [key for key in self._tap if key[:2] == (call.branch.name, left)]:
+            for m in call.tiles:
+                self._tap[key].pop(m, None)
+            if not self._tap[key]:
+                del self._tap[key]
+        if self.saliency is not None:
+            self.saliency.commit()
+
+    def shrink(self, call: Call) -> None:
+        """Makes do with half of the call's tiles at once from now on. Synchronous SAP, which cannot, becomes lagged."""
+        self.limit = len(call.tiles) // 2
+        if call.step.kind == "sap" and not self.settings.sap_lagged:
+            self.settings = replace(self.settings, sap_lagged=True)
+            log.warning("Out of memory with a window's %d tiles at once: SAP is lagged from here on", len(call.tiles))
+        log.warning("Out of memory with %d tiles at once: going on with %d", len(call.tiles), self.limit)
+
+    def acts(self, call: Call, layer: Layer) -> bool:
+        """Whether `attend` would do anything but plain attention here."""
+        varied = call.branch.attention is not None and call.branch.layers in layer.places
+        observed = self.saliency is not None and "middle" in layer.places
+        return varied or observed or (bool(self.settings.kinds) and self.settings.layers in layer.places)
+
+    def attend(
+        self, call: Call, layer: Layer, q: Tensor, k: Tensor, v: Tensor, fused: Fused = fused_attention
+    ) -> Tensor:
+        """Self-attention of a layer, with what SAP or TAP appends and the branch's variant, where they act.
+
+        All `(tiles*frames, heads, tokens, dim)`; `q` may be scaled in place. `fused` is the attention to use.
+        """
+        if self.saliency is not None and "middle" in layer.places:
+            self.saliency.observe(call, q, k)
+        variant = call.branch.attention if call.branch.layers in layer.places else None
+        extra = self._extend(call, layer.name, k, v) if self.settings.layers in layer.places else None
+        return (variant or plain)(q, k, v, extra, call.frames, fused)
+
+    def _extend(self, call: Call, layer: str, k: Tensor, v: Tensor) -> KeyValue | None:
+        grid = token_grid(k.shape[2], call.height, call.width)
+        if self.settings.sap_lagged:
+            self._gather(call, layer, grid, k, v)
+        if call.step.kind == "sap" and len(self.plan.spatial) > 1:
+            lagged = self.settings.sap_lagged
+            return self._lagged_bank(call, layer, k) if lagged else self._shared_bank(call, grid, k, v)
+        if call.step.kind == "tap":
+            return self._hand_over(call, layer, grid, k, v)
+        return None
+
+    def _shared_bank(self, call: Call, grid: tuple[int, int], k: Tensor, v: Tensor) -> KeyValue:
+        """The subsampled tokens of all tiles of the batch, per frame, for each tile."""
+        rate, tiles = sap_rate(self.settings, len(self.plan.spatial), grid), len(call.tiles)
+        banks = [
+            repeat(subsample(x, grid, rate), "(m t) h n d -> (copy t) h (m n) d", m=tiles, copy=tiles) for x in (k, v)
+        ]
+        return KeyValue(*banks)
+
+    def _gather(self, call: Call, layer: str, grid: tuple[int, int], k: Tensor, v: Tensor) -> None:
+        """Keeps this step's subsampled tokens for the next step, if that one is a SAP step."""
+        count = len(self.plan.spatial)
+        if count == 1 or step_at(call.step.index + 1, self.settings.kinds).kind != "sap":
+            return
+        rate = sap_rate(self.settings, count, grid)
+        bank = self._gathering.setdefault((call.branch.name, call.window, layer), {})
+        for i, m in enumerate(call.tiles):
+            own = slice(i * call.frames, (i + 1) * call.frames)
+            # contiguous: a view would keep the whole layer's keys alive on the CPU
+            bank[m] = KeyValue(*(subsample(x[own], grid, rate).contiguous().to("cpu", copy=True) for x in (k, v)))
+
+    def _lagged_bank(self, call: Call, layer: str, like: Tensor) -> KeyValue | None:
+        bank = self._lagged.get((call.branch.name, call.window, layer))
+        if not bank:
+            return None
+        place = (call.step.index, call.branch.name, call.window)
+        if self._joined_at != place:
+            self._joined, self._joined_at = {}, place
+        if layer not in self._joined:
+            tiles = [bank[m] for m in sorted(bank)]
+            self._joined[layer] = KeyValue(*(torch.cat(parts, dim=2).to(like) for parts in zip(*tiles, strict=True)))
+        return KeyValue(*(repeat(x, "t h n d -> (m t) h n d", m=len(call.tiles)) for x in self._joined[layer]))
+
+    def _hand_over(self, call: Call, layer: str, grid: tuple[int, int], k: Tensor, v: Tensor) -> KeyValue | None:
+        """Stores this window's sharpest frames for the next window, and returns what the last one left."""
+        left, right = self._neighbours(call)
+        found = self._tap.get((call.branch.name, left, layer)) if left is not None else None
+        if right is not None:
+            bank = self._tap.setdefault((call.branch.name, call.window, layer), {})
+            for i, m in enumerate(call.tiles):
+                own = slice(i * call.frames, (i + 1) * call.frames)
+                bank[m] = self._sharpest(k[own], v[own], grid)
+        if found is None:
+            return None
+        tiles = [found[m] for m in call.tiles]
+        # for one tile a view: every frame sees the same tokens
+        joined = [torch.cat(parts) for parts in zip(*tiles, strict=True)]
+        return KeyValue(*(repeat(x, "m h n d -> (m t) h n d", t=call.frames) for x in joined))
+
+    def _neighbours(self, call: Call) -> tuple[int | None, int | None]:
+        """The windows of the same scene that run before and after the call's at a TAP step."""
+        windows = self.plan.windows
+
+        def neighbour(offset: int) -> int | None:
+            n = call.window + offset
+            return n if 0 <= n < len(windows) and windows[n].scene == windows[call.window].scene else None
+
+        return (neighbour(-1), neighbour(1)) if call.step.forward else (neighbour(1), neighbour(-1))
+
+    def _sharpest(self, k: Tensor, v: Tensor, grid: tuple[int, int]) -> KeyValue:
+        frames = sharpest_frames(k, self.settings.tap_frames)
+        chosen = [subsample(x[frames], grid, self.settings.tap_rate) for x in (k, v)]
+        return KeyValue(*(rearrange(x, "t h n d -> 1 h (t n) d") for x in chosen))
+
+
+def gather_tiles(plan: TilePlan, call: Call, video: Tensor) -> Tensor:
+    """The call's tiles of `(frames, c, height, width)` as a batch of videos `(tiles*frames, c, h, w)`."""
+    return torch.cat([cut_tile(plan, call.window, m, video) for m in call.tiles])
+
+
+class Saliency:
+    """Collects, per tile, the mask SAG blurs by: where the middle block gives a token more than an even share."""
+
+    def __init__(self, plan: TilePlan) -> None:
+        self._merger = Merger(plan)
+        self._pending: dict[tuple[int, int], Tensor] = {}
+
+    def observe(self, call: Call, q: Tensor, k: Tensor) -> None:
+        """Takes the queries and keys of a middle self-attention layer; the last layer's count."""
+        rows, cols = token_grid(k.shape[2], call.height, call.width)
+        mask = rearrange((received(q, k) > 1).float(), "b (y x) -> b 1 y x", y=rows, x=cols)
+        full = torch.nn.functional.interpolate(mask, size=(call.height, call.width), mode="nearest").cpu()
+        for i, m in enumerate(call.tiles):
+            self._pending[call.window, m] = full[i * call.frames : (i + 1) * call.frames]
+
+    def commit(self) -> None:
+        """Blends in what was observed since the last time."""
+        for (window, m), mask in self._pending.items():
+            self._merger.add(window, m, mask)
+        self._pending = {}
+
+    def result(self) -> Tensor:
+        """The mask `(frames, 1, h, w)` in [0, 1], tiles blended."""
+        return self._merger.result()
+
+
+def evaluate_within(run: TileRun, call: Call, evaluate: Callable[[Call], Tensor]) -> Tensor:
+    """`evaluate(call)`, in as many parts as memory asks for; `(tiles*frames, c, h, w)` all the same.
+
+    Raises what `run.memory` takes for memory that ran out when a single tile does not fit.
+    """
+    if run.limit is not None and len(call.tiles) > run.limit:
+        sizes = range(0, len(call.tiles), run.limit)
+        parts = [replace(call, tiles=call.tiles[first : first + run.limit]) for first in sizes]
+        return torch.cat([evaluate_within(run, part, evaluate) for part in parts])
+    try:
+        return evaluate(call)
+    except Exception as error:
+        if len(call.tiles) == 1 or not run.memory.ran_out(error):
+            raise
+    # Outside the handler: only now is what the exception held free.
+    run.shrink(call)
+    run.memory.free()
+    return evaluate_within(run, call, evaluate)
+
+
+def run_pass(run: TileRun, step: Step, branch: Branch, evaluate: Callable[[Call], Tensor], batch: int = 1) -> Tensor:
+    """One pass over the video: every tile evaluated, checked and blended; `(frames, c, height, width)`.
+
+    `evaluate` gives `(tiles*frames, c, h, w)` for a call. Raises SamplingError, naming step and tile, for a value that
+    is not finite.
+    """
+    run.begin(step, branch)
+    merger = Merger(run.plan)
+    for call in calls(run.plan, step, branch, batch, synchronous=not run.settings.sap_lagged):
+        value = evaluate_within(run, call, evaluate)
+        if not bool(torch.isfinite(value).all()):
+            raise SamplingError(
+                f"step {step.index + 1}, window {call.window + 1} of {len(run.plan.windows)}, tile"
+                f" {', '.join(str(m + 1) for m in call.tiles)} of {len(run.plan.spatial)}, branch {branch.name}: the"
+                " model gave NaN or infinity; try float32, or check the weights"
+            )
+        run.finish(call)
+        for i, m in enumerate(call.tiles):
+            merger.add(call.window, m, value[i * call.frames : (i + 1) * call.frames])
+    return merger.result()

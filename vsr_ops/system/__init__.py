@@ -1,0 +1,1 @@
+"""What the machine gives: memory, and files that no run may lose."""

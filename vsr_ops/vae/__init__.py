@@ -1,0 +1,1 @@
+"""Between pictures and latents, in flat memory: encoding, and exact decoding tile by tile."""

@@ -1,0 +1,79 @@
+"""CAPM in a decoder of tiles: every tile takes its frame's weights of the prompts, and its own part of them.
+
+Where a frame's compression level is known, its weights are. Where it is not, they come from d, a mean over the picture:
+it is gathered over the tiles' own parts and foretold by the mosaic, pass by pass, as the group norms' statistics are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor
+
+from ..modules.capm import CAPM, CODE_STRIDE, WINDOW, Place
+from .layout import Box, Step
+
+
+@dataclass
+class TilePrompts:
+    """`hint` are the compression levels of the frames in hand, NaN where unknown; None where all are.
+
+    `sketch` is d of the mosaic, `offset` what has to be added to it to give the whole picture's, both by level.
+    """
+
+    model: CAPM
+    strength: float
+    hint: Tensor | None = None
+    used: dict[str, Tensor] = field(default_factory=lambda: {})
+    seen: dict[str, tuple[Tensor, int]] = field(default_factory=lambda: {})
+    sketch: dict[str, Tensor] = field(default_factory=lambda: {})
+    offset: dict[str, Tensor] = field(default_factory=lambda: {})
+    sketching: bool = False
+
+    def step(self, name: str, level: int) -> Step:
+        """The prompts after the level `name` of the decoder, whose output lies on `level` of the picture."""
+        block = self.model.part(name)
+        run = partial(self._run, name)
+        return Step(f"{name}_capm", (block,), lambda x: run(x, None, None), level, window=WINDOW, placed=run)
+
+    def _run(self, name: str, x: Tensor, place: Place | None, own: Box | None) -> Tensor:
+        """Features `x` at `place` of their picture (None: all of it); `own` is the part of the picture to gather."""
+        hint = None if self.hint is None else self.hint.to(x.device)
+        if own is None or place is None:
+            weights = self.model.weights(name, x, hint)
+        else:
+            weights = self.model.weigh(name, self.model.told(name, hint, lambda: self._code(name, x, place, own)))
+        return self.model(name, x, weights=weights, strength=self.strength, place=place)
+
+    def _code(self, name: str, x: Tensor, place: Place, own: Box) -> Tensor:
+        """d of the whole picture as far as it is known; what lies in `own` is gathered."""
+        codes = self.model.codes(name, x)
+        rows, cols = (
+            slice(-(-(span.start - start) // CODE_STRIDE), -(-(span.stop - start) // CODE_STRIDE))
+            for span, start in zip(own, (place.top, place.left), strict=True)
+        )
+        inner = codes[..., rows, cols].cpu().double()
+        if self.sketching:
+            self.sketch[name] = inner.mean((2, 3))
+            self.used[name] = self.sketch[name] + self.offset.get(name, 0)
+        else:
+            total, count = self.seen.get(name, (0, 0))
+            self.seen[name] = (total + inner.sum((2, 3)), count + inner[0, 0].numel())
+        return self.used[name].to(codes)
+
+    def settle(self) -> float:
+        """Ends a pass over the tiles; returns by how much the d they took was off what they saw, as a share."""
+        moved = 0.0
+        for name, (total, count) in self.seen.items():
+            mean = total / count
+            apart = (self.used[name] - mean).abs().amax()
+            moved = max(moved, float(apart / mean.square().mean().sqrt().clamp(min=1e-6)))
+            self.offset[name] = mean - self.sketch[name]
+            self.used[name] = mean
+        self.seen = {}
+        return moved
+
+    def lend(self) -> None:
+        """Leaves the last frame's offsets for the next frames to begin with."""
+        self.offset = {name: offset[-1:] for name, offset in self.offset.items()}

@@ -1,0 +1,120 @@
+"""Group-norm statistics of a whole picture, gathered and applied tile by tile."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .layout import Step
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and variance `(n, groups)` of `count` values each, float64 on the CPU: not every device has it."""
+
+    count: int
+    mean: Tensor
+    variance: Tensor
+
+    def with_more(self, more: Moments) -> Moments:
+        """Those of both sets of values together."""
+        total = self.count + more.count
+        apart = more.mean - self.mean
+        share = more.count / total
+        variance = torch.lerp(self.variance, more.variance, share) + apart.square() * (share * (1 - share))
+        return Moments(total, self.mean + apart * share, variance)
+
+    def distance(self, other: Moments, eps: float) -> float:
+        """The largest difference of a mean or deviation, in the other's deviations."""
+        deviation = (other.variance + eps).sqrt()
+        apart = torch.maximum((self.mean - other.mean).abs(), ((self.variance + eps).sqrt() - deviation).abs())
+        return float((apart / deviation).max())
+
+
+@dataclass
+class Statistics:
+    """What the group norms of some steps take for mean and variance, and what they see meanwhile.
+
+    `sketch` are the moments of the mosaic, `offset` what has to be added to its means and by what its variances have to
+    be multiplied to give the whole picture's. `inner` is the part of the activations that belongs to this tile alone;
+    None where nothing is gathered.
+    """
+
+    steps: Sequence[Step]
+    used: dict[nn.GroupNorm, Moments] = field(default_factory=lambda: {})
+    seen: dict[nn.GroupNorm, Moments] = field(default_factory=lambda: {})
+    sketch: dict[nn.GroupNorm, Moments] = field(default_factory=lambda: {})
+    offset: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = field(default_factory=lambda: {})
+    inner: tuple[slice, slice] | None = None
+    sketching: bool = False
+
+    @property
+    def norms(self) -> list[nn.GroupNorm]:
+        return [norm for step in self.steps for norm in step.norms]
+
+    @contextlib.contextmanager
+    def applied(self) -> Generator[None, None, None]:
+        """Within, the steps' norms take these statistics instead of their input's."""
+        norms: list[Any] = self.norms
+        # Another's forward, such as an offloading hook's, comes back afterwards.
+        before: list[Any] = [cast("dict[str, Any]", norm.__dict__).get("forward") for norm in norms]
+        for norm in norms:
+            norm.forward = partial(self._normalise, norm)
+        try:
+            yield
+        finally:
+            for norm, forward in zip(norms, before, strict=True):
+                del norm.forward
+                if forward is not None:
+                    norm.forward = forward
+
+    def _normalise(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
+        if self.inner is not None:
+            self._gather(norm, x[(..., *self.inner)])
+        moments = self.used[norm]
+        tail = (1,) * (x.ndim - 2)
+        scale = (moments.variance + norm.eps).rsqrt()
+        each = norm.num_channels // norm.num_groups
+        scale, shift = (
+            side.float().to(x.device).repeat_interleave(each, -1).reshape(-1, norm.num_channels, *tail)
+            for side in (scale, -moments.mean * scale)
+        )
+        if norm.affine:
+            weight, bias = (side.to(scale).reshape(-1, *tail) for side in (norm.weight, norm.bias))
+            scale, shift = scale * weight, shift * weight + bias
+        return torch.addcmul(shift, x, scale).to(x.dtype)
+
+    def _gather(self, norm: nn.GroupNorm, own: Tensor) -> None:
+        values = own.reshape(own.shape[0], norm.num_groups, -1).float()
+        variance, mean = torch.var_mean(values, -1, correction=0)
+        moments = Moments(values.shape[-1], mean.cpu().double(), variance.cpu().double())
+        if not self.sketching:
+            self.seen[norm] = self.seen[norm].with_more(moments) if norm in self.seen else moments
+            return
+        self.sketch[norm] = self.used[norm] = moments
+        if norm in self.offset:
+            difference, factor = self.offset[norm]
+            variance = ((moments.variance + norm.eps) * factor - norm.eps).clamp(min=0)
+            self.used[norm] = Moments(moments.count, moments.mean + difference, variance)
+
+    def settle(self) -> float:
+        """Ends a pass over the tiles; returns by how much what they took was off what they saw, in deviations."""
+        moved = 0.0
+        for norm, seen in self.seen.items():
+            moved = max(moved, self.used[norm].distance(seen, norm.eps))
+            sketch = self.sketch[norm]
+            factor = (seen.variance + norm.eps) / (sketch.variance + norm.eps)
+            self.offset[norm] = (seen.mean - sketch.mean, factor)
+        self.used = self.seen
+        self.seen = {}
+        return moved
+
+    def lend(self) -> None:
+        """Leaves the last frame's offsets for the next frames to begin with."""
+        self.offset = {norm: (difference[-1:], factor[-1:]) for norm, (difference, factor) in self.offset.items()}

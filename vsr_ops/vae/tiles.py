@@ -1,0 +1,213 @@
+"""A picture or video VAE's decoder in spatial tiles that give the picture of one pass.
+
+What a tile needs from outside is of two kinds. Convolutions reach a few pixels: each tile is cut with exactly the
+margin that its steps reach, worked out backwards from its own pixels, and is cropped as the need shrinks. Group norms
+reach the whole picture: they take one set of means and variances, gathered over the own pixels of all tiles. A norm's
+can only be known when all norms before it are right, and keeping every tile until then would take memory that grows
+with the picture. So the passes over the tiles are repeated, each with what the one before it saw, until nothing moves.
+After n passes the first n norms are exact, so that this ends; to end after about four, a mosaic of runs of latents from
+all over the picture, one tile in size, foretells every pass: the next statistics are the mosaic's own, norm by norm in
+one go, offset by as much as the picture's were off the mosaic's in the pass before. The offsets also serve the next
+frames of the scene. Nothing but the picture, the latents' own level (1/64 of the area: the convolutions and attention
+before the first doubling run over whole frames) and one tile's activations is ever held. A picture of one tile takes
+one pass, through the VAE's own modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..modules.capm import Place
+from ..sampling.tiling import Span
+from .capm_tiles import TilePrompts
+from .group_norm import Statistics
+from .layout import Box, Step, at_level, axis_parts, cell_of, crop, magnified, mosaic_index, needed_boxes, pick, resized
+
+#: Passes end when no group's mean or deviation moves by more than this share of the deviation: 4 or 5 passes, and a
+#: picture within 1e-3 of that of one pass. At 1e-2 it is about a pass less, and within 2/255.
+TOLERANCE = 1e-3
+
+Features = Mapping[int, Tensor]
+"""What the encoder makes of the reference, by level: 0 is the picture's resolution, 1 half of it ..."""
+
+
+def _walk(
+    steps: Sequence[Step],
+    x: Tensor,
+    boxes: Sequence[Box],
+    features: Features,
+    statistics: Statistics,
+    extent: tuple[int, int],
+    own: Box | None = None,
+    taps: Mapping[int, Box] | None = None,
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """One tile through `steps`: what comes out over the last of `boxes`, and the features over `taps`.
+
+    `extent` is the whole picture's size, `own` the part of it that is this tile's alone, for the statistics to be
+    gathered from.
+    """
+    tapped: dict[int, Tensor] = {}
+    for index, step in enumerate(steps):
+        have = boxes[index]
+        if taps and step.resize < 0 and step.level in taps:
+            tapped[step.level] = crop(x, have, taps[step.level])
+        statistics.inner = None
+        if own is not None:
+            rows, cols = (
+                slice(o.start - h.start, o.stop - h.start) for o, h in zip(at_level(own, step.level), have, strict=True)
+            )
+            statistics.inner = (rows, cols)
+        if step.placed is not None:
+            place = Place(have[0].start, have[1].start, extent[0] >> step.level, extent[1] >> step.level)
+            x = step.placed(x, place, None if own is None else at_level(own, step.level))
+        else:
+            x = step.run(x) if step.fuse is None else step.fuse(features[step.level], x)
+        rows, cols = (resized(span, step.resize) for span in have)
+        x = crop(x, (rows, cols), boxes[index + 1])
+    return x, tapped
+
+
+class ComputedIn(NamedTuple):
+    """Where a decoder computes, and in what: its weights may lie elsewhere, in another precision, until they are
+    used."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass
+class TiledDecoder:
+    """One VAE's decoder with what stands beside it. `head` runs over whole frames, `tail` and `encoder` over tiles."""
+
+    vae: Any
+    head: list[Step]
+    tail: list[Step]
+    encoder: list[Step]
+    tile: int
+    tolerance: float
+    alive: Callable[[], None]
+    prompts: TilePrompts | None = None
+    computed_in: ComputedIn | None = None
+
+    def __post_init__(self) -> None:
+        self.of_tail, self.of_encoder = Statistics(self.tail), Statistics(self.encoder)
+        if self.computed_in is None:
+            weight = next(cast("Iterator[Tensor]", self.vae.decoder.parameters()))
+            self.computed_in = ComputedIn(weight.device, weight.dtype)
+        self.cell = cell_of(self.vae)
+
+    def _there(self, x: Tensor) -> Tensor:
+        assert self.computed_in is not None
+        return x.to(*self.computed_in)
+
+    def forget(self) -> None:
+        """A new scene: nothing is known of its statistics."""
+        self.of_tail.offset, self.of_encoder.offset = {}, {}
+        if self.prompts is not None:
+            self.prompts.offset = {}
+
+    def _begin(self, latents: Tensor) -> Tensor:
+        """All frames through `head`, kept where the latents are."""
+        z = self._there(latents)
+        if (post := getattr(self.vae, "post_quant_conv", None)) is not None:
+            z = post(z)
+        for step in self.head:
+            z = step.run(z)
+        return z.to(latents.device)
+
+    def __call__(self, latents: Tensor, reference: Tensor | None) -> Tensor:
+        """Frames `(t, 3, h, w)` of latents that may see each other, [0, 1], not clamped."""
+        z = self._begin(latents)
+        extent = (latents.shape[-2] * self.cell, latents.shape[-1] * self.cell)
+        out = torch.empty((latents.shape[0], self._channels, *extent), device=latents.device)
+        down, across = (axis_parts(side, self.tile, self.cell) for side in latents.shape[-2:])
+        tiles = list(product(down, across))
+        if len(tiles) == 1:
+            self._put(out, tiles[0], self._tile(z, reference, tiles[0], extent, gather=False))
+            return out
+        little = [mosaic_index(side, self.tile) for side in latents.shape[-2:]]
+        rows, cols = (Span(0, index.numel() * self.cell) for index in little)
+        size = (rows.stop, cols.stop)
+        mosaic = pick(z, little)
+        seen = None if reference is None else pick(reference, [magnified(index, self.cell) for index in little])
+        if reference is not None and seen is not None:
+            self._passes(
+                self.of_encoder,
+                lambda: self._see(seen, (rows, cols), size),
+                lambda: [self._see(reference, tile, extent) for tile in tiles],
+            )
+        with self.of_encoder.applied():
+            self._passes(
+                self.of_tail,
+                lambda: self._tile(mosaic, seen, (rows, cols), size),
+                lambda: [self._put(out, tile, self._tile(z, reference, tile, extent)) for tile in tiles],
+                self.prompts,
+            )
+        for known in (self.of_tail, self.of_encoder, self.prompts):
+            if known is not None:
+                known.lend()
+        return out
+
+    @property
+    def _channels(self) -> int:
+        return next(int(part.out_channels) for part in self.tail[-1].modules if isinstance(part, nn.Conv2d))
+
+    def _passes(
+        self,
+        statistics: Statistics,
+        sketch: Callable[[], object],
+        run: Callable[[], object],
+        prompts: TilePrompts | None = None,
+    ) -> None:
+        """Runs until the statistics stand still; at the latest when the last norm's are exact."""
+        gathered: list[Statistics | TilePrompts] = [statistics] if prompts is None else [statistics, prompts]
+        unknown = len(statistics.norms) + (0 if prompts is None else len(prompts.model.shape.widths))
+        with statistics.applied():
+            for _ in range(unknown + 1):
+                for part in gathered:
+                    part.sketching = True
+                sketch()
+                for part in gathered:
+                    part.sketching = False
+                run()
+                if max([part.settle() for part in gathered]) <= self.tolerance:
+                    return
+
+    def _put(self, out: Tensor, tile: Box, x: Tensor) -> None:
+        out[..., tile[0].slice, tile[1].slice] = (x.float() / 2 + 0.5).to(out.device)
+
+    def _tile(
+        self, z: Tensor, reference: Tensor | None, tile: Box, extent: tuple[int, int], gather: bool = True
+    ) -> Tensor:
+        """The decoder's picture of one tile, in [-1, 1], of whole latent-level activations `z`."""
+        self.alive()
+        boxes = needed_boxes(self.tail, tile, extent)
+        fused = {step.level: box for step, box in zip(self.tail, boxes, strict=False) if step.fuse is not None}
+        features: Features = {}
+        if reference is not None:
+            features = self._features(reference, fused, extent)
+        rows, cols = boxes[0]
+        x = self._there(z[..., rows.slice, cols.slice])
+        return _walk(self.tail, x, boxes, features, self.of_tail, extent, tile if gather else None)[0]
+
+    def _see(self, reference: Tensor, tile: Box, extent: tuple[int, int]) -> None:
+        """One tile of the reference, for the encoder's statistics."""
+        self.alive()
+        boxes = needed_boxes(self.encoder, at_level(tile, self.encoder[-1].level), extent)
+        _walk(self.encoder, self._cut(reference, boxes[0]), boxes, {}, self.of_encoder, extent, tile)
+
+    def _features(self, reference: Tensor, taps: Mapping[int, Box], extent: tuple[int, int]) -> Features:
+        deepest = self.encoder[-1].level
+        boxes = needed_boxes(self.encoder, taps[deepest], extent, taps)
+        x = self._cut(reference, boxes[0])
+        last, features = _walk(self.encoder, x, boxes, {}, self.of_encoder, extent, taps=taps)
+        return {**features, deepest: last}
+
+    def _cut(self, reference: Tensor, box: Box) -> Tensor:
+        return self._there(reference[..., box[0].slice, box[1].slice]) * 2 - 1

@@ -1,0 +1,23 @@
+"""Videos, folders of pictures and single pictures, in and out, streamed frame by frame: the front door.
+
+`probe` once, `read_frames` as often as needed, `check_output` before the work, then `with open_writer(...)`.
+"""
+
+from __future__ import annotations
+
+from .reader import Frame, VideoInfo, made_info, probe, read_frames
+from .sinks import CODECS, Codec
+from .writer import Writer, check_output, open_writer
+
+__all__ = [
+    "CODECS",
+    "Codec",
+    "Frame",
+    "VideoInfo",
+    "Writer",
+    "check_output",
+    "made_info",
+    "open_writer",
+    "probe",
+    "read_frames",
+]

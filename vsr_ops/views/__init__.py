@@ -1,0 +1,1 @@
+"""Pictures for people to look at: comparisons, plans of tiles, flow, charts."""
