@@ -25,8 +25,8 @@ from vsr_ops.modules.cfw import CFW, CFWShape
 from vsr_ops.modules.dcm import load_dcm
 from vsr_ops.modules.refiner import load_refiner
 from vsr_ops.modules.stam import STAM, STAMShape
-from vsr_ops.pipeline.job import Enlarged, Job
-from vsr_ops.pipeline.parts import Parts
+from vsr_ops.pipeline.job import Job, UpscaledFrames
+from vsr_ops.pipeline.parts import PipelineModules
 from vsr_ops.pipeline.sampler import Settings
 from vsr_ops.pipeline.upscale import upscale
 from vsr_ops.vae.layout import level_widths, residual_widths
@@ -92,7 +92,7 @@ def decode_rows(model: SVD, options: Options) -> list[list[str]]:
 
 
 def whole_rows(model: SVD, options: Options) -> list[list[str]]:
-    enlarge, refiner = load_dcm("lite", options.device), load_refiner("lite", options.device)
+    upscale_fn, refiner = load_dcm("lite", options.device), load_refiner("lite", options.device)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_video(folder / "in.mp4", degraded())
@@ -101,11 +101,11 @@ def whole_rows(model: SVD, options: Options) -> list[list[str]]:
         settings = Settings(steps=4, guidance="none", color="none")
 
         def run() -> None:
-            parts = Parts(enlarge, refiner)
+            parts = PipelineModules(upscale_fn, refiner)
             upscale(model, job, folder / "out.mp4", settings, overwrite=True, parts=parts)
 
         def dcm() -> None:
-            upscaled = Enlarged(job, enlarge, folder)
+            upscaled = UpscaledFrames(job, upscale_fn, folder)
             for _ in upscaled():
                 pass
             upscaled.close()

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..vsr_ops.modules.capm import Prompted
+from ..vsr_ops.modules.capm import HostCAPM
 from ..vsr_ops.modules.capm_file import BUNDLED, load_capms
 from ..vsr_ops.modules.capm_hints import levels_or_crf
 from ..vsr_ops.modules.compression import LITE_COMPRESSION, describe_levels, levels_or_given
@@ -132,5 +132,5 @@ class CompressionPrompts(io.ComfyNode):
     ) -> io.NodeOutput:
         capms = load_capms(host.weights_file(CAPM_FOLDER, which, SUFFIXES, bundled_capms()))
         told = levels_or_crf(levels, crf)
-        patched = host.patch_capm(model, Prompted(capms.unet, told, strength))
-        return io.NodeOutput(patched, Prompted(capms.vae, told, strength))
+        patched = host.patch_capm(model, HostCAPM(capms.unet, told, strength))
+        return io.NodeOutput(patched, HostCAPM(capms.vae, told, strength))

@@ -52,9 +52,9 @@ class UpscaleLR(io.ComfyNode):
     ) -> io.NodeOutput:
         frames = to_frames(image)
         size = target_size(frames.shape[-2:], scale, width, height)
-        enlarge = None if upscale_model is None else host.upscaler(upscale_model)
+        upscale_fn = None if upscale_model is None else host.upscaler(upscale_model)
         check_choice("method", method, RESIZE)
-        return io.NodeOutput(to_image(upscale_frames(frames, size, method, enlarge, host.progress(len(frames)))))
+        return io.NodeOutput(to_image(upscale_frames(frames, size, method, upscale_fn, host.progress(len(frames)))))
 
 
 class Refine(io.ComfyNode):

@@ -9,7 +9,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
-from ...vsr_ops.modules.capm import CAPM, SD_UNET, SVD_UNET, Prompted, shared_weights
+from ...vsr_ops.modules.capm import CAPM, SD_UNET, SVD_UNET, HostCAPM, shared_weights
 from ...vsr_ops.modules.capm_hints import check_strength
 from ..session.run import KEY, Run
 from .device import make_patcher
@@ -19,7 +19,7 @@ from .model import is_svd
 CAPM_KEY = f"{KEY}_capm"
 
 
-def patch_capm(model: Any, prompted: Prompted) -> Any:
+def patch_capm(model: Any, prompted: HostCAPM) -> Any:
     """A MODEL with CAPM in its UNet's decoder, in the place of an earlier one; strength 0, and a file without a UNet's
     half, leave none.
 
@@ -76,7 +76,7 @@ class _Hook:
     """A wrapper of the UNet's call. It sets itself before other packs' patches of the same blocks, for the call alone:
     CAPM belongs to a level's output, so that the order of wiring cannot matter."""
 
-    def __init__(self, capm: CAPM, prompted: Prompted) -> None:
+    def __init__(self, capm: CAPM, prompted: HostCAPM) -> None:
         self._capm, self._prompted = capm, prompted
 
     def __call__(
@@ -118,7 +118,7 @@ class _Hook:
         return self._capm(name, h, weights=weights, strength=self._prompted.strength)
 
 
-def _told(prompted: Prompted, x: Tensor, options: dict[str, Any]) -> tuple[Tensor | None, int]:
+def _told(prompted: HostCAPM, x: Tensor, options: dict[str, Any]) -> tuple[Tensor | None, int]:
     """The levels of the frames that are evaluated, and how many tiles share their weights: those of a whole window,
     where they go through the UNet together."""
     settings = options.get(KEY, {})

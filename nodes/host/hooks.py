@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
 from ...vsr_ops.sampling.attention import Tempered, identity
-from ...vsr_ops.sampling.guidance import COND, UNCOND, Branch, push, sag_degrade, sag_renoise
+from ...vsr_ops.sampling.guidance import COND, UNCOND, Branch, add_guidance, sag_degrade, sag_renoise
 from ...vsr_ops.sampling.layers import check_layers
 from ...vsr_ops.sampling.propagation import Call, Propagation, TileRun, run_pass
 from ...vsr_ops.sampling.tiling import TileSize, plan_tiles
@@ -27,7 +27,7 @@ from ...vsr_ops.vae.latents import CELL
 from ..session.attention import attention_override
 from ..session.checks import check_run, run_cuts
 from ..session.inputs import Inputs
-from ..session.run import KEY, Perturbed, Run, Tiles, changed, main_branches, pack_settings, sap_lagged
+from ..session.run import KEY, GuidancePatch, Run, Tiles, changed, main_branches, pack_settings, sap_lagged
 from .control import CONTROLS, merged
 from .device import MEMORY, is_compiled, uncompiled
 from .model import context_width, factor, is_svd, plan_for, require_unet, spatial_layers, together
@@ -80,7 +80,7 @@ def patch_perturbed(model: Any, name: str, scale: float, layers: str, rho: float
         # Off is off even where an earlier node has turned it on.
         known = model.model_options["transformer_options"].get(KEY, {})
         return patch(model, name, None) if known.get(name) is not None else model
-    return patch(model, name, Perturbed(scale, layers, rho))
+    return patch(model, name, GuidancePatch(scale, layers, rho))
 
 
 def patch_tiles(model: Any, tiles: Tiles) -> Any:
@@ -153,10 +153,10 @@ def post_cfg(args: dict[str, Any]) -> Tensor:
 
     if (dssag := settings.get("dssag")) is not None and not cfg and (gamma := run.gamma(sigma, dssag.rho)) > 0:
         weak = evaluate(args["cond"], x, Branch("dssag", attention=Tempered(gamma), layers=dssag.layers))
-        denoised = push(denoised, args["cond_denoised"], weak, dssag.scale)
+        denoised = add_guidance(denoised, args["cond_denoised"], weak, dssag.scale)
     if (pag := settings.get("pag")) is not None:
         weak = evaluate(args["cond"], x, Branch("pag", attention=identity, layers=pag.layers))
-        denoised = push(denoised, args["cond_denoised"], weak, pag.scale)
+        denoised = add_guidance(denoised, args["cond_denoised"], weak, pag.scale)
     if (sag := settings.get("sag")) is not None:
         cond, estimate = (args["uncond"], args["uncond_denoised"]) if cfg else (args["cond"], args["cond_denoised"])
         name = (UNCOND if cfg else COND).name
@@ -168,7 +168,7 @@ def post_cfg(args: dict[str, Any]) -> Tensor:
             )
         degraded = sag_degrade(estimate, saliency.result())
         answer = evaluate(cond, sag_renoise(x, estimate, degraded), Branch("sag"))
-        denoised = push(denoised, degraded, answer, sag.scale)
+        denoised = add_guidance(denoised, degraded, answer, sag.scale)
     return denoised
 
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
-from ...vsr_ops.modules.capm import CAPM, Prompted
+from ...vsr_ops.modules.capm import CAPM, HostCAPM
 from ...vsr_ops.modules.capm_hints import check_strength
 from ...vsr_ops.modules.cfw import CFW, check_w
 from ...vsr_ops.modules.refiner import Refiner, refine
@@ -103,7 +103,7 @@ def refined(refiner: Refiner, decoded: Tensor, upscaled: Tensor, w: float, cuts:
         refiner.to(manage.unet_offload_device())
 
 
-def _prompts(capm: Prompted | None, frames: int) -> tuple[CAPM | None, Tensor | None]:
+def _prompts(capm: HostCAPM | None, frames: int) -> tuple[CAPM | None, Tensor | None]:
     """What acts of a CAPM, and the frames' levels. Raises SettingError for one without a VAE's half."""
     if capm is None:
         return None, None
@@ -134,7 +134,7 @@ def decoded(
     stam: STAM | None,
     w: float,
     tile: int,
-    capm: Prompted | None = None,
+    capm: HostCAPM | None = None,
 ) -> Tensor:
     """Frames `(n, 3, height, width)`: `decode_video` where no tile is asked for and no module acts, else `stream_video`
     on the host's device, with the node's progress bar; modules go back afterwards. `chunk` 0 is the VAE's own."""
@@ -180,7 +180,7 @@ def decoded(
             strength=1.0 if capm is None else capm.strength,
             chunk=together,
             tile=tile or VAE_TILE,
-            alive=manage.throw_exception_if_processing_interrupted,
+            check_interrupted=manage.throw_exception_if_processing_interrupted,
             computed_in=ComputedIn(vae.device, vae.vae_dtype),
         )
     finally:

@@ -33,7 +33,7 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Perturbed:
+class GuidancePatch:
     """A perturbed-attention guidance: its strength, its layers, and rho where it has a gamma."""
 
     scale: float

@@ -150,12 +150,12 @@ def test_the_upscaler_comes_before_and_the_refiner_after(weights: Path, clip: Pa
     """At w = 1 the result is the upscaled input, bit for bit what the upscaler alone gives."""
     upscalers = {"dcm": load_dcm("lite", torch.device("cpu")), "bicubic": None}
     results: dict[str, Tensor] = {}
-    for name, enlarge in upscalers.items():
+    for name, upscale_fn in upscalers.items():
         out = tmp_path / f"{name}.mkv"
         parts = ("--upscaler", name, "--refiner", "lite", "--refiner-w", 1, "--codec", "ffv1")
         assert run("upscale", clip, out, "--model", weights, *parts, *QUICK) == 0
         results[name] = frames_of(out)
-        assert (results[name] - upscale_frames(frames_of(clip), (28, 40), enlarge=enlarge)).abs().max() < 1 / 254
+        assert (results[name] - upscale_frames(frames_of(clip), (28, 40), upscale_fn=upscale_fn)).abs().max() < 1 / 254
     assert not torch.equal(results["dcm"], results["bicubic"])
     assert run("upscale", clip, tmp_path / "w0.mkv", "--model", weights, "--refiner", "lite", *QUICK) == 0
     assert not torch.equal(frames_of(tmp_path / "w0.mkv"), results["dcm"])

@@ -52,8 +52,8 @@ def test_a_model_enlarges_first_and_the_size_is_exact_all_the_same() -> None:
         return part.repeat_interleave(2, -1).repeat_interleave(2, -2)
 
     whole = frames.repeat_interleave(2, -1).repeat_interleave(2, -2)
-    assert torch.equal(upscale_frames(frames, (12, 18), enlarge=twice), whole)
-    assert upscale_frames(frames, (11, 19), enlarge=twice).shape == (5, 3, 11, 19)
+    assert torch.equal(upscale_frames(frames, (12, 18), upscale_fn=twice), whole)
+    assert upscale_frames(frames, (11, 19), upscale_fn=twice).shape == (5, 3, 11, 19)
 
 
 def test_values_stay_pictures() -> None:

@@ -15,7 +15,7 @@ from tests.conftest import randomise
 from training.data.degradation import h264
 from training.loop.draws import generator_at, integer, uniform
 from training.loop.recipe import to_recipe
-from training.tasks.compression import CompressionTask, Data, draw_crf
+from training.tasks.compression import CompressionDataSettings, CompressionTask, draw_crf
 from vsr_ops.checkpoints.module_file import write_module
 from vsr_ops.errors import CheckpointError, SettingError
 from vsr_ops.modules.compression import (
@@ -241,7 +241,9 @@ def test_the_trainer_s_task_learns_and_exports(tmp_path: Path) -> None:
 
 
 def test_training_sees_clean_clips_and_every_crf() -> None:
-    drawn = [draw_crf(generator_at(1, number), Data(finest=15, coarsest=17)) for number in range(400)]
+    drawn = [
+        draw_crf(generator_at(1, number), CompressionDataSettings(finest=15, coarsest=17)) for number in range(400)
+    ]
     clean = [crf for crf in drawn if crf in (None, 1)]
     assert {*drawn} == {None, 1, 15, 16, 17} and 0.1 < len(clean) / len(drawn) < 0.2
 

@@ -126,20 +126,20 @@ def test_a_model_that_reaches_little_is_the_untiled_one_inside_tiles(
 
 def test_what_is_outside_a_tile_does_not_matter_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dcm, "TILE", 16)
-    enlarge = load_dcm("lite", CPU)
+    upscale_fn = load_dcm("lite", CPU)
     frames = noise(1, 3, 16, 28)
     changed = frames.clone()
     changed[..., 16:] = 1 - changed[..., 16:]
-    a, b = enlarge(frames), enlarge(changed)
+    a, b = upscale_fn(frames), upscale_fn(changed)
     assert torch.equal(a[..., : 4 * 12], b[..., : 4 * 12]) and not torch.equal(a[..., 4 * 16 :], b[..., 4 * 16 :])
 
 
 def test_frames_do_not_touch_each_other_and_keep_their_dtype() -> None:
-    enlarge = load_dcm("lite", CPU)
+    upscale_fn = load_dcm("lite", CPU)
     frames = noise(3, 3, 16, 16)
-    one_by_one = torch.cat([enlarge(frame[None]) for frame in frames])
-    assert (enlarge(frames) - one_by_one).abs().max() < 1e-5
-    half = enlarge(frames[:1].half())
+    one_by_one = torch.cat([upscale_fn(frame[None]) for frame in frames])
+    assert (upscale_fn(frames) - one_by_one).abs().max() < 1e-5
+    half = upscale_fn(frames[:1].half())
     assert half.dtype == torch.float16 and (half.float() - one_by_one[:1]).abs().max() < 5e-3
 
 

@@ -18,8 +18,8 @@ from vsr_ops.modules.capm_file import CAPMs
 from vsr_ops.modules.cfw import CFW, CFWShape
 from vsr_ops.modules.compression import CompressionHead, HeadShape
 from vsr_ops.modules.stam import STAM, STAMShape
-from vsr_ops.pipeline.job import Enlarged, Job
-from vsr_ops.pipeline.parts import Parts, Prompts, Rolling
+from vsr_ops.pipeline.job import Job, UpscaledFrames
+from vsr_ops.pipeline.parts import CAPMSettings, PipelineModules, Rolling
 from vsr_ops.pipeline.sampler import Settings
 from vsr_ops.pipeline.upscale import upscale
 from vsr_ops.video import Frame, made_info, open_writer, probe, read_frames
@@ -44,46 +44,46 @@ def job(tmp_path: Path) -> Job:
 def counted(calls: list[int]) -> Callable[[Tensor], Tensor]:
     """An upscaler that notes how many frames it is given."""
 
-    def enlarge(frames: Tensor) -> Tensor:
+    def upscale_fn(frames: Tensor) -> Tensor:
         calls.append(frames.shape[0])
         return resize_bicubic(frames, (24, 40)).clamp(0, 1) ** 2
 
-    return enlarge
+    return upscale_fn
 
 
 def test_each_frame_is_enlarged_once_and_read_again_the_same(job: Job, tmp_path: Path) -> None:
     calls: list[int] = []
-    enlarge = counted(calls)
-    upscaled = Enlarged(job, enlarge, tmp_path)
+    upscale_fn = counted(calls)
+    upscaled = UpscaledFrames(job, upscale_fn, tmp_path)
     first = next(upscaled())
     whole, again = list(upscaled()), list(upscaled())
     assert calls == [1] * 5
     for frame, other, source in zip(whole, again, job.read(), strict=True):
         assert torch.equal(frame.image, other.image) and frame.pts == other.pts
         assert frame.alpha is not None and other.alpha is not None and torch.equal(frame.alpha, other.alpha)
-        assert (frame.image - enlarge(source.image[None])[0]).abs().max() <= 0.51 / 65535
+        assert (frame.image - upscale_fn(source.image[None])[0]).abs().max() <= 0.51 / 65535
     assert torch.equal(first.image, whole[0].image)
     upscaled.close()
 
 
 def test_two_readers_at_once_see_the_same(job: Job, tmp_path: Path) -> None:
-    upscaled = Enlarged(job, counted([]), tmp_path)
+    upscaled = UpscaledFrames(job, counted([]), tmp_path)
     for one, other in zip(upscaled(), upscaled(), strict=True):
         assert torch.equal(one.image, other.image)
 
 
 def test_a_full_disk_costs_time_and_changes_nothing(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = [frame.image for frame in Enlarged(job, counted([]), tmp_path)()]
+    kept = [frame.image for frame in UpscaledFrames(job, counted([]), tmp_path)()]
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 100}))
     calls: list[int] = []
     with pytest.warns(UserWarning, match="enlarged anew"):
-        upscaled = Enlarged(job, counted(calls), tmp_path)
+        upscaled = UpscaledFrames(job, counted(calls), tmp_path)
     anew = [frame.image for _ in range(2) for frame in upscaled()]
     assert len(calls) == 10 and all(torch.equal(a, b) for a, b in zip(anew, kept * 2, strict=True))
 
 
 def test_bicubic_is_exact_and_leaves_no_file(job: Job, tmp_path: Path) -> None:
-    upscaled = Enlarged(job, None, tmp_path / "is not there")
+    upscaled = UpscaledFrames(job, None, tmp_path / "is not there")
     for frame, source in zip(upscaled(), job.read(), strict=True):
         assert torch.equal(frame.image, resize_bicubic(source.image[None], (24, 40))[0].clamp(0, 1))
 
@@ -128,22 +128,30 @@ def capms(model: SVD) -> CAPMs:
 
 
 def test_parts_that_are_fresh_or_off_change_nothing(tiny: SVD, job: Job, tmp_path: Path) -> None:
-    def result(name: str, parts: Parts | None) -> Tensor:
+    def result(name: str, parts: PipelineModules | None) -> Tensor:
         upscale(tiny, job, tmp_path / name, QUICK, "png", cuts=(), parts=parts)
         return frames_of(tmp_path / name)
 
     plain = result("plain", None)
-    assert torch.equal(result("fresh", Parts(prompts=Prompts(capms(tiny), crf=20))), plain)
+    assert torch.equal(result("fresh", PipelineModules(prompts=CAPMSettings(capms(tiny), crf=20))), plain)
     off = CAPMs(stirred(capms(tiny).unet), stirred(capms(tiny).vae))  # type: ignore[arg-type]
-    assert torch.equal(result("off", Parts(prompts=Prompts(off, strength=0.0, crf=20))), plain)
-    assert not torch.equal(result("on", Parts(prompts=Prompts(off, crf=20))), plain)
+    assert torch.equal(result("off", PipelineModules(prompts=CAPMSettings(off, strength=0.0, crf=20))), plain)
+    assert not torch.equal(result("on", PipelineModules(prompts=CAPMSettings(off, crf=20))), plain)
 
 
 def test_prompts_follow_what_they_are_told(tiny: SVD, job: Job, tmp_path: Path) -> None:
     both = CAPMs(stirred(capms(tiny).unet))  # type: ignore[arg-type]
 
     def result(name: str, crf: float) -> Tensor:
-        upscale(tiny, job, tmp_path / name, QUICK, "png", cuts=(), parts=Parts(prompts=Prompts(both, crf=crf)))
+        upscale(
+            tiny,
+            job,
+            tmp_path / name,
+            QUICK,
+            "png",
+            cuts=(),
+            parts=PipelineModules(prompts=CAPMSettings(both, crf=crf)),
+        )
         return frames_of(tmp_path / name)
 
     assert not torch.equal(result("soft", 15), result("hard", 40))
@@ -151,23 +159,23 @@ def test_prompts_follow_what_they_are_told(tiny: SVD, job: Job, tmp_path: Path) 
 
 def test_levels_are_the_heads_unless_told(job: Job) -> None:
     head = CompressionHead(HeadShape((8, 8, 8), (0, 0, 0)))
-    estimated = Prompts(CAPMs(), head=head).levels(job)
+    estimated = CAPMSettings(CAPMs(), head=head).levels(job)
     assert estimated is not None and estimated.shape == (5,) and bool(((estimated >= 0) & (estimated <= 1)).all())
-    told = Prompts(CAPMs(), head=head, crf=51).levels(job)
+    told = CAPMSettings(CAPMs(), head=head, crf=51).levels(job)
     assert told is not None and torch.equal(told, torch.ones(5))
-    assert Prompts(CAPMs()).levels(job) is None
+    assert CAPMSettings(CAPMs()).levels(job) is None
     with pytest.raises(SettingError, match="crf is 60"):
-        Prompts(CAPMs(), crf=60)
+        CAPMSettings(CAPMs(), crf=60)
 
 
 def test_modules_of_another_model_are_refused_before_any_work(tiny: SVD, job: Job, tmp_path: Path) -> None:
     unet = CAPM(CAPMShape(SVD_UNET, {"up_blocks.0": 8}, 2, 4, 4, 2))
     vae = CAPM(CAPMShape(SVD_VAE, {"up_blocks.0": 8}, 2, 4, 4, 2))
     wrong = {
-        "a UNet's CAPM": Parts(prompts=Prompts(CAPMs(unet))),
-        "a VAE's CAPM": Parts(prompts=Prompts(CAPMs(vae=vae))),
-        "STAM": Parts(stam=STAM(STAMShape((("mid_0", 8),), 8, backbone="sd"))),
-        "CFW": Parts(cfw=CFW(CFWShape((1,), (8,), 0, 4, backbone="sd"))),
+        "a UNet's CAPM": PipelineModules(prompts=CAPMSettings(CAPMs(unet))),
+        "a VAE's CAPM": PipelineModules(prompts=CAPMSettings(CAPMs(vae=vae))),
+        "STAM": PipelineModules(stam=STAM(STAMShape((("mid_0", 8),), 8, backbone="sd"))),
+        "CFW": PipelineModules(cfw=CFW(CFWShape((1,), (8,), 0, 4, backbone="sd"))),
     }
     for name, parts in wrong.items():
         stages: list[str] = []
@@ -184,9 +192,9 @@ def test_modules_of_another_model_are_refused_before_any_work(tiny: SVD, job: Jo
             )
         assert not stages, name
     with pytest.raises(SettingError, match="strength is 3"):
-        Prompts(CAPMs(), strength=3.0)
+        CAPMSettings(CAPMs(), strength=3.0)
 
 
 def test_a_weight_outside_its_range_is_refused() -> None:
     with pytest.raises(SettingError, match=r"w is 1\.5"):
-        Parts(decode_w=1.5)
+        PipelineModules(decode_w=1.5)

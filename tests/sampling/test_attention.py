@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vsr_ops.sampling.attention import KeyValue, Tempered, identity, plain, received, temperature
+from vsr_ops.sampling.attention import KeyValue, Tempered, attention_received, identity, plain, temperature
 
 FRAMES = 3
 
@@ -141,11 +141,13 @@ def test_received_counts_what_each_token_gets() -> None:
     expected = torch.zeros(len(q), 20, dtype=torch.float64)
     for query in range(20):
         expected += attention[:, :, query].mean(1)
-    found = received(q, k)
+    found = attention_received(q, k)
     assert found.dtype == torch.float32 and relative(found, expected) < 1e-6
     assert torch.allclose(found.sum(1), torch.full((len(q),), 20.0), rtol=1e-5)
     assert found.std() > 0.05
 
 
 def test_even_attention_gives_each_token_one() -> None:
-    assert torch.allclose(received(torch.zeros(3, 2, 16, 8), draw(1, tokens=16)[:3]), torch.ones(3, 16), atol=1e-6)
+    assert torch.allclose(
+        attention_received(torch.zeros(3, 2, 16, 8), draw(1, tokens=16)[:3]), torch.ones(3, 16), atol=1e-6
+    )

@@ -16,15 +16,15 @@ from vsr_ops.sampling.guidance import (
     COND,
     GUIDANCE,
     Branch,
-    Strength,
+    GuidanceScale,
+    add_guidance,
     extrapolate,
     gamma_at,
     guide,
-    push,
+    resolve_scale,
     sag_degrade,
     sag_renoise,
     schedule_ends,
-    strength,
 )
 
 SIGMA = 3.0
@@ -60,7 +60,7 @@ class Model:
         return self._answer(x, branch), self._saliency if branch.observe else None
 
 
-def guided(name: str, strength: Strength, model: Model | None = None, x: Tensor = X) -> Tensor:
+def guided(name: str, strength: GuidanceScale, model: Model | None = None, x: Tensor = X) -> Tensor:
     return guide(name).predict(model or Model(), x, strength)
 
 
@@ -109,34 +109,34 @@ def test_extrapolation_is_linear_and_exact_at_its_ends() -> None:
 
 @pytest.mark.parametrize("name", GUIDANCE)
 def test_strength_off_is_no_guidance_exactly_in_one_pass(name: str) -> None:
-    plain = guided("none", Strength())
+    plain = guided("none", GuidanceScale())
     for gamma in (0.0, 0.5, 1.0):
         model = Model(0.5)
-        assert torch.equal(guided(name, Strength(1.0, 0.0, gamma), model), plain)
+        assert torch.equal(guided(name, GuidanceScale(1.0, 0.0, gamma), model), plain)
         assert [branch for _, branch in model.asked] == [COND]
 
 
 def test_dssag_at_gamma_zero_is_no_guidance_exactly() -> None:
     model = Model()
-    assert torch.equal(guided("dssag", Strength(1.0, 3.0, 0.0), model), guided("none", Strength()))
+    assert torch.equal(guided("dssag", GuidanceScale(1.0, 3.0, 0.0), model), guided("none", GuidanceScale()))
     assert len(model.asked) == 1
 
 
 @pytest.mark.parametrize("name", ["cfg", "pag", "sag"])
 def test_with_its_scale_off_a_strategy_is_cfg_exactly(name: str) -> None:
-    assert torch.equal(guided(name, Strength(2.5, 0.0)), guided("cfg", Strength(2.5)))
+    assert torch.equal(guided(name, GuidanceScale(2.5, 0.0)), guided("cfg", GuidanceScale(2.5)))
 
 
 def test_cfg_is_equation_3() -> None:
     s = 1.5
     uncond, cond = eps(ANSWERS["uncond", False]), eps(ANSWERS["cond", True])
-    assert relative(eps(guided("cfg", Strength(1 + s))), uncond + (1 + s) * (cond - uncond)) < 1e-6
+    assert relative(eps(guided("cfg", GuidanceScale(1 + s))), uncond + (1 + s) * (cond - uncond)) < 1e-6
 
 
 def test_dssag_is_equation_8_and_with_cfg_equation_9() -> None:
     s, gamma = 1.5, 0.4
     cond = eps(ANSWERS["cond", True])
-    for power, conditional in ((Strength(1.0, s, gamma), True), (Strength(1 + s, 1.0, gamma), False)):
+    for power, conditional in ((GuidanceScale(1.0, s, gamma), True), (GuidanceScale(1 + s, 1.0, gamma), False)):
         model = Model()
         weak = eps(ANSWERS["perturbed", conditional])
         assert relative(eps(guided("dssag", power, model)), weak + (1 + s) * (cond - weak)) < 1e-6
@@ -150,10 +150,10 @@ def test_pag_is_equation_6_on_top_of_cfg() -> None:
     s = 1.5
     cond, weak = eps(ANSWERS["cond", True]), eps(ANSWERS["perturbed", True])
     model = Model()
-    assert relative(eps(guided("pag", Strength(1.0, s), model)), weak + (1 + s) * (cond - weak)) < 1e-6
+    assert relative(eps(guided("pag", GuidanceScale(1.0, s), model)), weak + (1 + s) * (cond - weak)) < 1e-6
     assert model.asked[-1][1] == Branch("perturbed", True, identity, "middle")
-    both = eps(guided("cfg", Strength(3.0))) + s * (cond - weak)
-    assert relative(eps(guided("pag", Strength(3.0, s))), both) < 1e-6
+    both = eps(guided("cfg", GuidanceScale(3.0))) + s * (cond - weak)
+    assert relative(eps(guided("pag", GuidanceScale(3.0, s))), both) < 1e-6
 
 
 def blur(image: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def test_sag_is_equation_5_on_top_of_cfg(cfg: float) -> None:
     saliency[:, :, 3:7, 5:14] = 1.0
     saliency[1, :, 9] = 0.25
     model = Model(saliency)
-    found = guided("sag", Strength(cfg, s), model)
+    found = guided("sag", GuidanceScale(cfg, s), model)
     weak = ("cond", True) if cfg == 1 else ("uncond", False)
     estimate = ANSWERS[weak].double()
     # b(x): the estimate is blurred where the mask says, the noise x - estimate stays.
@@ -205,68 +205,68 @@ def test_sag_finds_nothing_to_add_where_nothing_is_blurred(saliency: float) -> N
         return estimate + 0.01 * x
 
     model = Model(saliency, answer if saliency == 0 else lambda x, branch: flat)
-    found = guided("sag", Strength(1.0, 0.7), model)
-    assert relative(found, guided("none", Strength(), Model(saliency, model._answer))) < 1e-6
+    found = guided("sag", GuidanceScale(1.0, 0.7), model)
+    assert relative(found, guided("none", GuidanceScale(), Model(saliency, model._answer))) < 1e-6
 
 
 @pytest.mark.parametrize("name", GUIDANCE)
 def test_passes_are_what_runs(name: str) -> None:
     for cfg, scale, gamma in product((0.0, 1.0, 2.0), (0.0, 0.5), (0.0, 0.5)):
-        model, power = Model(0.5), Strength(cfg, scale, gamma)
+        model, power = Model(0.5), GuidanceScale(cfg, scale, gamma)
         guided(name, power, model)
         assert len(model.asked) == GUIDANCE[name].passes(power)
 
 
 def test_two_passes_where_pag_and_sag_need_three() -> None:
-    with_cfg = {name: GUIDANCE[name].passes(Strength(2.0, 1.0, 0.5)) for name in GUIDANCE}
+    with_cfg = {name: GUIDANCE[name].passes(GuidanceScale(2.0, 1.0, 0.5)) for name in GUIDANCE}
     assert with_cfg == {"none": 1, "cfg": 2, "dssag": 2, "pag": 3, "sag": 3}
 
 
 @pytest.mark.parametrize("name", GUIDANCE)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_inputs_dtype_comes_out(name: str, dtype: torch.dtype) -> None:
-    assert guided(name, Strength(2.0, 0.5, 0.5), Model(0.5), X.to(dtype)).dtype == dtype
+    assert guided(name, GuidanceScale(2.0, 0.5, 0.5), Model(0.5), X.to(dtype)).dtype == dtype
 
 
 @pytest.mark.parametrize("name", GUIDANCE)
 def test_x_is_left_as_it_was(name: str) -> None:
     x = X.clone()
-    guided(name, Strength(2.0, 0.5, 0.5), Model(0.5), x)
+    guided(name, GuidanceScale(2.0, 0.5, 0.5), Model(0.5), x)
     assert torch.equal(x, X)
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    for ask in (guide, strength):
+    for ask in (guide, resolve_scale):
         with pytest.raises(SettingError, match="'ddsag'") as caught:
             ask("ddsag")
         assert all(name in str(caught.value) for name in GUIDANCE)
 
 
 def test_strengths_are_filled_in_and_refused() -> None:
-    assert strength("cfg") == Strength(GUIDANCE["cfg"].default_cfg, 0.0)
-    assert strength("pag", 2.0, 3.0) == Strength(2.0, 3.0)
-    assert strength("dssag", 3.0).cfg == 3.0 and strength("dssag", None, 3.0).scale == 3.0
-    assert strength("dssag", 1.0, 2.0) == Strength(1.0, 2.0)
+    assert resolve_scale("cfg") == GuidanceScale(GUIDANCE["cfg"].default_cfg, 0.0)
+    assert resolve_scale("pag", 2.0, 3.0) == GuidanceScale(2.0, 3.0)
+    assert resolve_scale("dssag", 3.0).cfg == 3.0 and resolve_scale("dssag", None, 3.0).scale == 3.0
+    assert resolve_scale("dssag", 1.0, 2.0) == GuidanceScale(1.0, 2.0)
     for bad in (-1.0, 101.0, math.nan, math.inf):
         with pytest.raises(SettingError, match=str(bad)):
-            strength("cfg", bad)
+            resolve_scale("cfg", bad)
         with pytest.raises(SettingError, match=str(bad)):
-            strength("pag", None, bad)
+            resolve_scale("pag", None, bad)
     with pytest.raises(SettingError, match="equation 9"):
-        strength("dssag", 2.0, 1.0)
+        resolve_scale("dssag", 2.0, 1.0)
 
 
 @pytest.mark.parametrize(("name", "cfg", "scale"), [("none", 3.0, None), ("none", None, 1.0), ("cfg", None, 2.0)])
 def test_a_strength_without_effect_is_refused(name: str, cfg: float | None, scale: float | None) -> None:
     with pytest.raises(SettingError, match=name):
-        strength(name, cfg, scale)
+        resolve_scale(name, cfg, scale)
 
 
 def test_push_adds_the_perturbed_share_and_nothing_at_zero() -> None:
     guided, strong, weak = (torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    assert push(guided, strong, weak, 0) is guided
-    assert torch.allclose(push(strong, strong, weak, 1.5), extrapolate(weak, strong, 2.5), atol=1e-5)
-    assert push(guided.half(), strong, weak, 1.0).dtype == torch.float16
+    assert add_guidance(guided, strong, weak, 0) is guided
+    assert torch.allclose(add_guidance(strong, strong, weak, 1.5), extrapolate(weak, strong, 2.5), atol=1e-5)
+    assert add_guidance(guided.half(), strong, weak, 1.0).dtype == torch.float16
 
 
 def test_nothing_salient_degrades_nothing_and_renoising_is_then_the_input() -> None:

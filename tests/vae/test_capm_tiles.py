@@ -12,7 +12,7 @@ from tests.conftest import randomise
 from tests.support.tiny_capm import filled, noise
 from vsr_ops.errors import SettingError
 from vsr_ops.modules.capm import CAPM, SD_VAE, SVD_VAE, CAPMShape, attached, decoder_widths
-from vsr_ops.vae.capm_tiles import TilePrompts
+from vsr_ops.vae.capm_tiles import TiledCAPM
 from vsr_ops.vae.stream import stream_decode
 
 LATENT = 4
@@ -78,7 +78,7 @@ def test_a_tile_s_own_code_would_not_do(monkeypatch: pytest.MonkeyPatch) -> None
         return float((torch.stack(list(stream_decode(vae, z, capm=model, tile=5))) - whole).abs().max())
 
     with monkeypatch.context() as patch:
-        patch.setattr(TilePrompts, "_code", lambda self, name, x, place, own: self.model.code(name, x))
+        patch.setattr(TiledCAPM, "_code", lambda self, name, x, place, own: self.model.code(name, x))
         assert off() > 5e-3
     with monkeypatch.context() as patch:
         patch.setattr("vsr_ops.vae.capm_tiles.WINDOW", 1)

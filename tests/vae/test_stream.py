@@ -14,7 +14,7 @@ from tests.support.small_vaes import CELL, WIDTHS, noise, picture_vae, streamed,
 from vsr_ops.errors import SettingError
 from vsr_ops.vae.group_norm import Statistics
 from vsr_ops.vae.latents import decode_frames
-from vsr_ops.vae.layout import LAYOUTS, Step, level_widths, residual_widths
+from vsr_ops.vae.layout import LAYOUTS, DecoderOp, level_widths, residual_widths
 from vsr_ops.vae.stream import stream_decode, stream_video
 
 #: As far as a picture of tiles may be from that of one pass; what is aimed at is well below.
@@ -63,7 +63,7 @@ def test_passes_end_exactly_where_no_tolerance_is_left() -> None:
 def test_passes_are_few() -> None:
     """The mosaic foretells a pass: without it every norm but the first would need one."""
     vae, z, tiles = picture_vae(), noise(1, 4, 24, 24), list[int]()
-    streamed(vae, z, tile=12, alive=lambda: tiles.append(1))
+    streamed(vae, z, tile=12, check_interrupted=lambda: tiles.append(1))
     assert len(tiles) <= 5 * (4 + 1)
 
 
@@ -72,10 +72,10 @@ def test_the_frame_before_lends_its_statistics() -> None:
     z = noise(1, 4, 18, 18).repeat(2, 1, 1, 1)
     counts: list[int] = [0]
 
-    def alive() -> None:
+    def check_interrupted() -> None:
         counts[-1] += 1
 
-    for _ in stream_decode(vae, z, tile=9, alive=alive):
+    for _ in stream_decode(vae, z, tile=9, check_interrupted=check_interrupted):
         counts.append(0)
     assert counts[1] < counts[0]
 
@@ -89,7 +89,7 @@ def test_statistics_of_each_tile_would_not_do(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_margin_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     vae, z = picture_vae(), noise(1, 4, 16, 16)
-    monkeypatch.setattr(Step, "reach", property(lambda self: 0))
+    monkeypatch.setattr(DecoderOp, "reach", property(lambda self: 0))
     assert apart(streamed(vae, z, tile=8), one_pass(vae, z)) > 4 * ALLOWED
 
 
@@ -118,7 +118,7 @@ def test_the_vae_is_left_as_it_was() -> None:
 
     streamed(vae, z, tile=5)
     with pytest.raises(KeyboardInterrupt):
-        streamed(vae, z, tile=5, alive=stop)
+        streamed(vae, z, tile=5, check_interrupted=stop)
     assert torch.equal(one_pass(vae, z), before)
     assert not any("forward" in vars(part) for part in vae.modules())
 
@@ -171,7 +171,7 @@ def test_pictures_do_not_depend_on_chunks() -> None:
 
 def test_frames_come_as_soon_as_they_are_done() -> None:
     vae, done = picture_vae(), list[int]()
-    frames: Iterator[Tensor] = stream_decode(vae, noise(4, 4, 4, 4), alive=lambda: done.append(1))
+    frames: Iterator[Tensor] = stream_decode(vae, noise(4, 4, 4, 4), check_interrupted=lambda: done.append(1))
     assert next(frames).shape == (3, 4 * CELL, 4 * CELL) and len(done) == 1
 
 

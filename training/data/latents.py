@@ -22,7 +22,7 @@ from vsr_ops.backbones.svd import Backbone
 from vsr_ops.checkpoints.safefile import json_object
 from vsr_ops.errors import SettingError
 from vsr_ops.image.upscale import upscale_frames
-from vsr_ops.modules.dcm import Enlarge, load_dcm
+from vsr_ops.modules.dcm import UpscaleFn, load_dcm
 from vsr_ops.system.outputs import claimed, whole
 
 SHARD = 16
@@ -93,15 +93,15 @@ class Latents:
 
     def _render(self, sources: Folder, model: Backbone) -> None:
         missing = self._missing()
-        enlarge = None
+        upscale_fn = None
         if missing and self.settings.upscaler != "bicubic":
-            enlarge = load_dcm(weights_of(self.settings.upscaler), model.device)
+            upscale_fn = load_dcm(weights_of(self.settings.upscaler), model.device)
         with tqdm(total=SHARD * len(missing), unit="clip", desc="rendering clips", disable=not missing) as bar:
             for number in missing:
                 made: list[Batch] = []
                 for i in range(SHARD):
                     rng = generator_at(self.settings.seed, SHARD * number + i)
-                    made.append(self._encode(model, *self._pair(sources, enlarge, rng), rng))
+                    made.append(self._encode(model, *self._pair(sources, upscale_fn, rng), rng))
                     bar.update()
                 self._write(number, made)
 
@@ -136,12 +136,12 @@ class Latents:
             self._shards[shard] = torch.load(self._path(shard), weights_only=True, mmap=True)
         return self._shards[shard], index
 
-    def _pair(self, sources: Folder, enlarge: Enlarge | None, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _pair(self, sources: Folder, upscale_fn: UpscaleFn | None, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """A clean clip, and its degraded one enlarged again: `(frames, 3, size, size)` twice."""
         settings = self.settings
         clean = sources.clip(settings.frames, settings.size, rng, settings.video_share)
         low = degraded(settings.degradation, clean, rng, SCALE, settings.clean_share)
-        return clean, upscale_frames(low, (settings.size, settings.size), enlarge=enlarge)
+        return clean, upscale_frames(low, (settings.size, settings.size), upscale_fn=upscale_fn)
 
     def _encode(self, model: Backbone, clean: Tensor, upscaled: Tensor, rng: torch.Generator) -> Batch:
         """One clip of a shard; `factor` is one number for all of it."""

@@ -36,7 +36,7 @@ from vsr_ops.modules.control import load_control
 from vsr_ops.modules.dcm import load_dcm
 from vsr_ops.modules.refiner import load_refiner
 from vsr_ops.modules.stam import load_stam
-from vsr_ops.pipeline.parts import Parts, Prompts
+from vsr_ops.pipeline.parts import CAPMSettings, PipelineModules
 from vsr_ops.pipeline.sampler import Settings
 from vsr_ops.system.outputs import files_of, held_folder, refuse_inputs, refuse_taken
 from vsr_ops.system.outputs import whole as whole_file
@@ -99,18 +99,18 @@ class Row:
     method: Callable[[Clip], Tensor]
 
 
-def rows(model: SVD, settings: Settings, base: Parts, named: Mapping[str, str]) -> dict[str, list[Row]]:
+def rows(model: SVD, settings: Settings, base: PipelineModules, named: Mapping[str, str]) -> dict[str, list[Row]]:
     """The rows of each table: the bundled pipeline, its parts put in and out. `named`: the files of the modules."""
     cpu = model.device
 
-    def run(parts: Parts, backbone: Backbone = model, **changed: object) -> Callable[[Clip], Tensor]:
+    def run(parts: PipelineModules, backbone: Backbone = model, **changed: object) -> Callable[[Clip], Tensor]:
         return lambda clip: whole(backbone, clip, replace(settings, **changed), parts)  # type: ignore[arg-type]
 
     def enlarged_sharply(frames: Tensor) -> Tensor:
         return sharpened(resize_bicubic(frames, (frames.shape[-2] * SCALE, frames.shape[-1] * SCALE)).clamp(0, 1))
 
     capms, head = load_capms(named["capm"], cpu), load_compression(named["compression"], cpu)
-    prompts = Prompts(capms, head=head)
+    prompts = CAPMSettings(capms, head=head)
     cfw, stam = load_cfw(named["cfw"], cpu), load_stam(named["stam"], cpu)
     told = replace(base, prompts=prompts)
     control = load_control(named["control"], cpu)
@@ -118,8 +118,8 @@ def rows(model: SVD, settings: Settings, base: Parts, named: Mapping[str, str]) 
     bare = replace(base, refiner=None)
     return {
         "IV": [
-            Row("Baseline (bicubic)", run(replace(base, enlarge=None))),
-            Row("+USM", run(replace(base, enlarge=enlarged_sharply))),
+            Row("Baseline (bicubic)", run(replace(base, upscale_fn=None))),
+            Row("+USM", run(replace(base, upscale_fn=enlarged_sharply))),
             Row("+DCM", run(base)),
         ],
         "control": [
@@ -231,7 +231,7 @@ def _file(folder: Path, table: str, crf: str) -> Path:
 def _run(args: argparse.Namespace) -> None:
     device = pick_device("auto")
     model = load_svd(args.model, device, torch.float32)
-    base = Parts(load_dcm(args.dcm, device), load_refiner(args.refiner, device))
+    base = PipelineModules(load_dcm(args.dcm, device), load_refiner(args.refiner, device))
     settings = Settings(steps=args.steps, guidance="none", color="none")
     clips = truths(args.data, args.frames, not args.small)
     clips = {name: clip for name, clip in clips.items() if args.clips is None or name in args.clips}

@@ -31,7 +31,7 @@ from vsr_ops.metrics.table import aligned, written
 from vsr_ops.modules.dcm import load_dcm
 from vsr_ops.modules.refiner import load_refiner
 from vsr_ops.pipeline.job import Job
-from vsr_ops.pipeline.parts import Parts
+from vsr_ops.pipeline.parts import PipelineModules
 from vsr_ops.pipeline.sampler import Settings, make_plan, unet_calls
 from vsr_ops.pipeline.upscale import upscale
 from vsr_ops.sampling.guidance import GUIDANCE
@@ -53,7 +53,7 @@ def sharpened(video: Tensor) -> Tensor:
     return quantize8(torch.cat([unsharp_mask(frame[None], (13, 13), (2.0, 2.0)) for frame in video]).clamp(0, 1))
 
 
-def whole(model: Backbone, clip: Clip, settings: Settings, parts: Parts) -> Tensor:
+def whole(model: Backbone, clip: Clip, settings: Settings, parts: PipelineModules) -> Tensor:
     """The main job on one clip, as the command line runs it: pictures in a folder in, pictures out."""
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "in", Path(folder) / "out"
@@ -91,13 +91,13 @@ def measured(
     return joined(parts), seconds
 
 
-def comparison(model: SVD, settings: Settings, parts: Parts) -> dict[str, Callable[[Clip], Tensor]]:
+def comparison(model: SVD, settings: Settings, parts: PipelineModules) -> dict[str, Callable[[Clip], Tensor]]:
     """Baselines, the whole pipeline, and the pipeline with the LR latent in the sampled one's place."""
-    enlarge = parts.enlarge or bicubic
+    upscale_fn = parts.upscale_fn or bicubic
     undiffused = replace(settings, steps=0)
 
     def dcm(clip: Clip) -> Tensor:
-        return quantize8(torch.cat([enlarge(frame[None]) for frame in clip.small]))
+        return quantize8(torch.cat([upscale_fn(frame[None]) for frame in clip.small]))
 
     return {
         "bicubic": lambda clip: bicubic(clip.small),
@@ -118,7 +118,7 @@ def ablation_settings(settings: Settings) -> dict[str, Settings]:
     }
 
 
-def ablation(model: SVD, settings: Settings, parts: Parts) -> dict[str, Callable[[Clip], Tensor]]:
+def ablation(model: SVD, settings: Settings, parts: PipelineModules) -> dict[str, Callable[[Clip], Tensor]]:
     """`ablation_settings` as methods."""
 
     def method(chosen: Settings) -> Callable[[Clip], Tensor]:
@@ -175,7 +175,7 @@ def _folder(crf: int) -> str:
 def _run(args: argparse.Namespace) -> None:
     device = pick_device("auto")
     model = load_svd(args.model, device, torch.float32)
-    parts = Parts(load_dcm(args.dcm, device), load_refiner(args.refiner, device))
+    parts = PipelineModules(load_dcm(args.dcm, device), load_refiner(args.refiner, device))
     settings = Settings(steps=args.steps, guidance=args.guidance, color="none")
     clips = truths(args.data, args.frames, not args.small)
     clips = {name: clip for name, clip in clips.items() if args.clips is None or name in args.clips}

@@ -27,11 +27,11 @@ from vsr_ops.image.upscale import upscale_frames
 from vsr_ops.modules.capm import CAPM, SVD_UNET, CAPMShape, attached, decoder_widths
 from vsr_ops.modules.capm_file import CAPMs, load_capms, write_capms
 from vsr_ops.modules.compression import COARSEST, rank_correlation
-from vsr_ops.modules.dcm import Enlarge
+from vsr_ops.modules.dcm import UpscaleFn
 
 
 @dataclass(frozen=True)
-class Shape:
+class CAPMModelSettings:
     """`start`: the SVD, a file or folder, "lite", or a run. `capm`: the CAPM to go on from, a file, "lite", or a run,
     whose VAE half stays as it is; where it is empty or lacks the UNet's half: a new one of the other settings."""
 
@@ -44,7 +44,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Data(LatentSettings):
+class CAPMDataSettings(LatentSettings):
     """LatentSettings, but for `degradation`: a `clean_share` stays clean, the others go through H.264 at any CRF from
     `finest` to `coarsest`."""
 
@@ -56,7 +56,7 @@ class Data(LatentSettings):
 
 
 @dataclass(frozen=True)
-class Loss:
+class CAPMLossSettings:
     """Log-normal noise levels (mean and deviation of ln sigma); the share of samples without LR latents (`drop`) and of
     those whose compression level is not told (`untold`); `agree` weighs how far d lies from what the level would have
     put in its place, so that features without a hint are read as with one."""
@@ -86,7 +86,7 @@ def drawn_crf(rng: torch.Generator, clean_share: float, finest: int, coarsest: i
 class CAPMLatents(Latents):
     """Shards that also hold the compression level of each clip."""
 
-    def __init__(self, folder: Path, settings: Data) -> None:
+    def __init__(self, folder: Path, settings: CAPMDataSettings) -> None:
         super().__init__(folder, settings)
         self._data = settings
         if settings.degradation != LatentSettings.degradation:
@@ -109,12 +109,12 @@ class CAPMLatents(Latents):
         data = self._data
         return drawn_crf(generator_at(rng.initial_seed(), 1), data.clean_share, data.finest, data.coarsest)
 
-    def _pair(self, sources: Folder, enlarge: Enlarge | None, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _pair(self, sources: Folder, upscale_fn: UpscaleFn | None, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         data, crf = self._data, self.crf(rng)
         clean = sources.clip(data.frames, data.size, rng, data.video_share)
         small = shrink(clean, SCALE)
         low = small if crf is None else h264(small, crf)
-        return clean, upscale_frames(low, (data.size, data.size), enlarge=enlarge)
+        return clean, upscale_frames(low, (data.size, data.size), upscale_fn=upscale_fn)
 
     def _encode(self, model: Backbone, clean: Tensor, upscaled: Tensor, rng: torch.Generator) -> Batch:
         level = torch.tensor((self.crf(rng) or 0) / COARSEST)
@@ -125,9 +125,9 @@ class CAPMTask(LatentsTask):
     """Task "capm". A sample is what CAPMLatents draws, a noise level, noise, and the hint (NaN: not told)."""
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
-        self.shape = from_table(Shape, recipe.model, "model")
-        self.weights = from_table(Loss, recipe.loss, "loss")
-        settings = from_table(Data, recipe.data, "data")
+        self.shape = from_table(CAPMModelSettings, recipe.model, "model")
+        self.weights = from_table(CAPMLossSettings, recipe.loss, "loss")
+        settings = from_table(CAPMDataSettings, recipe.data, "data")
         if not self.shape.start:
             raise SettingError("model.start is empty: expected the SVD that stays as it is (--set model.start=lite)")
         if min(self.shape.components, self.shape.code, self.shape.prompt, self.shape.size) < 1:

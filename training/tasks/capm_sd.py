@@ -18,8 +18,7 @@ from training.loop.recipe import Recipe, from_table
 from training.loop.state import weights_of
 from training.loop.task import Batch
 from training.tasks import control
-from training.tasks.capm import Loss as CAPMLoss
-from training.tasks.capm import disagreement, one_batch, parts_of, settling, watched
+from training.tasks.capm import CAPMLossSettings, disagreement, one_batch, parts_of, settling, watched
 from training.tasks.control import ControlTask, controlled
 from training.tasks.sd import decoded_rows
 from vsr_ops.errors import SettingError
@@ -29,7 +28,7 @@ from vsr_ops.modules.compression import rank_correlation
 
 
 @dataclass(frozen=True)
-class Shape(control.Shape):
+class CAPMSDModelSettings(control.ControlModelSettings):
     """`start`, `vae` and `control` ("lite", a file or a run) stay as they are. `capm`: a file, "lite", or a run, whose
     VAE half joins what is written; the run goes on from its half for an SD's UNet, and where there is none makes a new
     one of the other settings."""
@@ -43,24 +42,30 @@ class Shape(control.Shape):
 
 
 @dataclass(frozen=True)
-class Loss(control.Loss):
+class CAPMSDLossSettings(control.ControlLossSettings):
     """As the control's `drop`; `untold` is the share of samples whose compression level is not told, `agree` weighs how
     far d lies from what the level would have put in its place."""
 
-    untold: float = CAPMLoss.untold
-    agree: float = CAPMLoss.agree
+    untold: float = CAPMLossSettings.untold
+    agree: float = CAPMLossSettings.agree
 
 
 class CAPMSDTask(ControlTask):
     """Task "capm_sd". A sample is the control's, its clip's level, and what CAPM is told of that (NaN: nothing)."""
 
-    shape: Shape
-    weights: Loss
+    shape: CAPMSDModelSettings
+    weights: CAPMSDLossSettings
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
-        shape = from_table(Shape, recipe.model, "model")
-        weights = from_table(Loss, recipe.loss, "loss")
-        super().__init__(replace(recipe, model=_of(control.Shape, shape), loss=_of(control.Loss, weights)), data, out)
+        shape = from_table(CAPMSDModelSettings, recipe.model, "model")
+        weights = from_table(CAPMSDLossSettings, recipe.loss, "loss")
+        super().__init__(
+            replace(
+                recipe, model=_of(control.ControlModelSettings, shape), loss=_of(control.ControlLossSettings, weights)
+            ),
+            data,
+            out,
+        )
         self.shape, self.weights = shape, weights
         if not shape.control:
             raise SettingError(

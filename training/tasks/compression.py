@@ -31,14 +31,14 @@ from vsr_ops.views.chart import Panel, draw_panels
 
 
 @dataclass(frozen=True)
-class Shape(HeadShape):
+class CompressionModelSettings(HeadShape):
     """The head's own; `start`: a file, "lite" or a run to go on from, whose shape it takes."""
 
     start: str = ""
 
 
 @dataclass(frozen=True)
-class Data:
+class CompressionDataSettings:
     """Clips of `frames` frames of `size` x `size` pixels (even), made smaller by one of `scales`. Each comes in several
     `qualities`, so that its content does not tell: a `clean_share` of them stays clean, the others go through H.264 at
     any CRF from `finest` to `coarsest`. Of each, `crops` crops of `crop` x `crop` pixels (even)."""
@@ -56,7 +56,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Loss:
+class CompressionLossSettings:
     """The smooth L1 loss is quadratic below `beta` levels."""
 
     beta: float = 0.04
@@ -66,9 +66,9 @@ class CompressionTask:
     """Task "compression". A sample is pictures `(qualities * crops, 3, p, p)` of one clip and the level of each."""
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
-        self.shape = from_table(Shape, recipe.model, "model")
-        self.data = from_table(Data, recipe.data, "data")
-        self.weights = from_table(Loss, recipe.loss, "loss")
+        self.shape = from_table(CompressionModelSettings, recipe.model, "model")
+        self.data = from_table(CompressionDataSettings, recipe.data, "data")
+        self.weights = from_table(CompressionLossSettings, recipe.loss, "loss")
         self._folder = Folder(data)
         check(self.shape, self.data)
 
@@ -130,7 +130,7 @@ def levels_of(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return levels, batch["level"].float().flatten()
 
 
-def draw_crf(rng: torch.Generator, data: Data) -> int | None:
+def draw_crf(rng: torch.Generator, data: CompressionDataSettings) -> int | None:
     """A constant rate factor, or None for a clean clip. Half of the clean ones get CRF 1: video has fewer colours than
     pictures, which is no compression."""
     if uniform(rng, 0, 1) < data.clean_share:
@@ -138,14 +138,14 @@ def draw_crf(rng: torch.Generator, data: Data) -> int | None:
     return data.finest + integer(rng, data.coarsest - data.finest + 1)
 
 
-def check(shape: Shape, data: Data) -> None:
+def check(shape: CompressionModelSettings, data: CompressionDataSettings) -> None:
     """Raises SettingError."""
     if len(shape.widths) != len(shape.blocks) or min(*shape.widths, *(1 + n for n in shape.blocks)) < 1:
         raise SettingError(
             f"model.widths is {list(shape.widths)}, model.blocks {list(shape.blocks)}: expected two lists of one"
             " length, widths of at least 1"
         )
-    if shape.start and asdict(shape) != asdict(Shape(start=shape.start)):
+    if shape.start and asdict(shape) != asdict(CompressionModelSettings(start=shape.start)):
         raise SettingError("model.start and model.widths or blocks: expected one of them; the start has its own shape")
     if (
         data.size % 2

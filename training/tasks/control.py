@@ -18,8 +18,8 @@ from training.loop.recipe import Recipe, from_table
 from training.loop.state import weights_of
 from training.loop.task import Batch
 from training.tasks.sd import (
-    Data,
     FrameLatents,
+    SDDataSettings,
     decoded_rows,
     noised,
     nothing,
@@ -36,7 +36,7 @@ from vsr_ops.modules.control import Control, load_control, write_control
 
 
 @dataclass(frozen=True)
-class Shape:
+class ControlModelSettings:
     """`start`: the SD that stays as it is ("lite", a file or a run); `vae`: the SVD whose VAE its latents are of
     ("lite", a file or a run), empty: the SD's own. `control`: the control to go on from ("lite", a file or a run),
     empty: a copy of the SD's encoder."""
@@ -47,7 +47,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Loss:
+class ControlLossSettings:
     """`drop`: the share of samples whose hint is zero, as guidance's unconditional branch has it."""
 
     drop: float = 0.1
@@ -57,9 +57,9 @@ class ControlTask(LatentsTask):
     """Task "control". A sample is one frame's latents, its hint, a timestep and noise."""
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
-        self.shape = from_table(Shape, recipe.model, "model")
-        self.weights = from_table(Loss, recipe.loss, "loss")
-        settings = from_table(Data, recipe.data, "data")
+        self.shape = from_table(ControlModelSettings, recipe.model, "model")
+        self.weights = from_table(ControlLossSettings, recipe.loss, "loss")
+        settings = from_table(SDDataSettings, recipe.data, "data")
         if not self.shape.start:
             raise SettingError("model.start is empty: expected the SD that stays as it is (--set model.start=runs/sd)")
         if not 0 <= self.weights.drop <= 1:

@@ -24,7 +24,7 @@ KIND = "dcm"
 
 
 @dataclass(frozen=True)
-class Loss:
+class DCMLossSettings:
     """Weights of the Charbonnier loss of `epsilon`, of the frequency loss, and of `luma_deviation`."""
 
     charbonnier: float = 1.0
@@ -38,7 +38,7 @@ class DCM:
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
         self.upscaler, self.start = upscaler_of(recipe.model)
-        self.weights = from_table(Loss, recipe.loss, "loss")
+        self.weights = from_table(DCMLossSettings, recipe.loss, "loss")
         self._patches = Patches(data, from_table(PatchSettings, recipe.data, "data"))
 
     @property

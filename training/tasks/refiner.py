@@ -18,7 +18,7 @@ from training.loop.recipe import Recipe, from_table
 from training.loop.state import REFINER, weights_of
 from training.loop.task import Batch
 from training.losses.losses import charbonnier, information, psnr, temporal_difference
-from training.losses.perceived import haar_loss, neg_loss
+from training.losses.perceptual import haar_loss, neg_loss
 from training.tasks.sampled import SampledLatents, SampledSettings
 from training.tasks.svd import read_start
 from training.tasks.vae import detail, flat, reconstruction_loss
@@ -32,7 +32,7 @@ CONV_IN = "conv_in.weight"
 
 
 @dataclass(frozen=True)
-class Shape:
+class RefinerModelSettings:
     """`start`: the SVD whose decoder learns, a file or folder, "lite", or a run. `refiner`: the one to go on from, a
     file, "lite", or the run of vae_refined or of this task; empty: a new one."""
 
@@ -41,7 +41,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Loss:
+class RefinerLossSettings:
     """Weights. Of the refined video: Charbonnier's and the squared error, 1 - HaarPSI, the information lost, what
     VMAF-NEG's features lack (`neg`), the change from frame to frame; of the decoded one its detail's reconstruction
     loss."""
@@ -60,8 +60,8 @@ class RefinerTask:
     lies beside it."""
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
-        self.shape = from_table(Shape, recipe.model, "model")
-        self.weights = from_table(Loss, recipe.loss, "loss")
+        self.shape = from_table(RefinerModelSettings, recipe.model, "model")
+        self.weights = from_table(RefinerLossSettings, recipe.loss, "loss")
         if not self.shape.start:
             raise SettingError("model.start is empty: expected the SVD to sample with (--set model.start=runs/svd)")
         settings = from_table(SampledSettings, recipe.data, "data")

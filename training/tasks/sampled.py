@@ -15,15 +15,14 @@ from training.data.latents import Latents, LatentSettings, fingerprint
 from training.loop.draws import generator_at, integer, pick, uniform
 from training.loop.state import weights_of, write_beside
 from training.loop.task import Batch
-from training.tasks.capm import CAPMLatents
-from training.tasks.capm import Data as CompressedClips
+from training.tasks.capm import CAPMDataSettings, CAPMLatents
 from training.tasks.svd import sampled
 from vsr_ops.backbones.svd import DTYPES, Backbone
 from vsr_ops.errors import SettingError
 from vsr_ops.image.resize import quantize8
 from vsr_ops.image.upscale import upscale_frames
 from vsr_ops.modules.compression import COARSEST
-from vsr_ops.modules.dcm import Enlarge, load_dcm
+from vsr_ops.modules.dcm import UpscaleFn, load_dcm
 
 CELL = 8
 """Pixels of a latent a side."""
@@ -89,8 +88,8 @@ class SampledLatents(Latents):
         unet = fingerprint(list(model.unet.state_dict().values()))
         return {**super()._made_from(model), "unet": unet, "precision": self._precision}
 
-    def _pair(self, sources: Folder, enlarge: Enlarge | None, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        clean, upscaled = super()._pair(sources, enlarge, rng)
+    def _pair(self, sources: Folder, upscale_fn: UpscaleFn | None, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        clean, upscaled = super()._pair(sources, upscale_fn, rng)
         return quantize8(clean), quantize8(upscaled)  # what the shard's bytes hold
 
     def _encode(self, model: Backbone, clean: Tensor, upscaled: Tensor, rng: torch.Generator) -> Batch:
@@ -114,7 +113,7 @@ class SampledLatents(Latents):
 
 
 @dataclass(frozen=True)
-class CompressedSettings(SampledSettings, CompressedClips):
+class CompressedSettings(SampledSettings, CAPMDataSettings):
     """Both; `steps` of the sampler are what the pack's pictures are made with."""
 
     clips: int = 256
@@ -152,13 +151,13 @@ class CompressedLatents(SampledLatents, CAPMLatents):
         found = {
             name: clip for name, clip in truths(root, self.FRAMES, large=False).items() if min(clip.shape[-2:]) >= size
         }
-        enlarge = None
+        upscale_fn = None
         if found and self.settings.upscaler != "bicubic":
-            enlarge = load_dcm(weights_of(self.settings.upscaler), model.device)
+            upscale_fn = load_dcm(weights_of(self.settings.upscaler), model.device)
         made: dict[str, Batch] = {}
         for crf in self.CRFS:
             for clip in shrunk({name: _middle(truth, size) for name, truth in found.items()}, crf):
-                upscaled = quantize8(upscale_frames(clip.small, (size, size), enlarge=enlarge))
+                upscaled = quantize8(upscale_frames(clip.small, (size, size), upscale_fn=upscale_fn))
                 stored = SampledLatents._encode(self, model, clip.truth, upscaled, generator_at(0, crf))
                 made[f"{clip.name}, CRF {crf}"] = {
                     "z": stored["sampled"].float(),

@@ -22,8 +22,7 @@ from training.loop.draws import integer
 from training.loop.recipe import Recipe, from_table
 from training.loop.state import weights_of
 from training.loop.task import Batch
-from training.tasks.capm import CAPMLatents
-from training.tasks.capm import Data as ClipData
+from training.tasks.capm import CAPMDataSettings, CAPMLatents
 from training.tasks.svd import read_start
 from vsr_ops.backbones.sd import TIMESTEPS, model_sigmas
 from vsr_ops.backbones.svd import SVD, Backbone, build_svd
@@ -37,7 +36,7 @@ PICTURE_STEPS, PICTURE_TIMESTEP = 20, 400
 
 
 @dataclass(frozen=True)
-class Shape:
+class SDModelSettings:
     """`vae`: the SVD whose VAE the latents are of ("lite", a file or a run). Either `start`, an SD ("lite", a file or a
     run), or the shape of a new UNet: widths (multiples of the first, which is one of 32), residual blocks and, where
     `attends` is 1, attention at each level."""
@@ -51,14 +50,14 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Data(ClipData):
+class SDDataSettings(CAPMDataSettings):
     """Clips as CAPM's recipe has them, and may share them; a sample is `crop` x `crop` latents of one frame."""
 
     crop: int = 16
 
 
 @dataclass(frozen=True)
-class Loss:
+class SDLossSettings:
     """Nothing to set: the plain v loss at timesteps drawn evenly, as DDPM's."""
 
 
@@ -67,7 +66,7 @@ class FrameLatents(CAPMLatents):
 
     free = (*CAPMLatents.free, "crop")
 
-    def __init__(self, folder: Path, settings: Data) -> None:
+    def __init__(self, folder: Path, settings: SDDataSettings) -> None:
         super().__init__(folder, settings)
         self._crop, size = settings.crop, settings.size // 8
         if not 4 <= self._crop <= size or self._crop % 4:
@@ -90,9 +89,9 @@ class SDTask(LatentsTask):
     """Task "sd". A sample is one frame's latents, a timestep and noise."""
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
-        self.shape = from_table(Shape, recipe.model, "model")
-        self.data = from_table(Data, recipe.data, "data")
-        from_table(Loss, recipe.loss, "loss")
+        self.shape = from_table(SDModelSettings, recipe.model, "model")
+        self.data = from_table(SDDataSettings, recipe.data, "data")
+        from_table(SDLossSettings, recipe.loss, "loss")
         self._config = {} if self.shape.start else unet_shape(self.shape)
         super().__init__(data, out, FrameLatents, self.data)
 
@@ -138,7 +137,7 @@ class SDTask(LatentsTask):
         write_sd(path, SDWeights(kept, "v_prediction", unet.state_dict(), tile), trained_on)
 
 
-def unet_shape(shape: Shape) -> dict[str, Any]:
+def unet_shape(shape: SDModelSettings) -> dict[str, Any]:
     """diffusers' keyword arguments of a new UNet. Raises SettingError for widths that it, or the host, cannot have."""
     widths, levels = shape.block_out_channels, len(shape.block_out_channels)
     first = widths[0]

@@ -52,7 +52,7 @@ PICTURE_STEPS = 8
 
 
 @dataclass(frozen=True)
-class Shape:
+class SVDModelSettings:
     """Either `start`: an SVD file or folder, "lite", or the run of an earlier stage. Or `vae`, the run of a temporal
     VAE (it may also replace the start's), and the shape of a new UNet.
 
@@ -72,7 +72,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Loss:
+class SVDLossSettings:
     """Log-normal noise levels (mean and deviation of ln sigma), and the share of samples without LR latents and image
     embedding, so that guidance has an unconditional branch."""
 
@@ -85,8 +85,8 @@ class SVDTask(LatentsTask):
     """Task "svd". A sample is one clip's latents, its LR latents, context, noise level and noise."""
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
-        self.shape = from_table(Shape, recipe.model, "model")
-        self.weights = from_table(Loss, recipe.loss, "loss")
+        self.shape = from_table(SVDModelSettings, recipe.model, "model")
+        self.weights = from_table(SVDLossSettings, recipe.loss, "loss")
         self.data = from_table(LatentSettings, recipe.data, "data")
         if self.shape.stage not in (1, 2):
             raise SettingError(f"model.stage is {self.shape.stage}: expected 1 (all weights) or 2 (spatial ones)")
@@ -170,7 +170,7 @@ class SVDTask(LatentsTask):
         write_svd(path, replace(self.base(), unet=unet.state_dict(), tile=self.tile, metadata={}), trained_on)
 
 
-def unet_shape(shape: Shape, frames: int) -> dict[str, Any]:
+def unet_shape(shape: SVDModelSettings, frames: int) -> dict[str, Any]:
     """diffusers' keyword arguments of a new UNet: attention on all levels but the lowest, as SVD has it."""
     levels = len(shape.block_out_channels) - 1
     return {

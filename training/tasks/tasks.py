@@ -6,20 +6,20 @@ from pathlib import Path
 
 from training.loop.recipe import Recipe
 from training.loop.task import Task, TaskMaker
-from training.tasks.beside import BesideTask
 from training.tasks.capm import CAPMTask
+from training.tasks.capm_joint import JointCAPM
 from training.tasks.capm_sd import CAPMSDTask
-from training.tasks.capm_whole import WholeCAPM
 from training.tasks.compression import CompressionTask
 from training.tasks.control import ControlTask
 from training.tasks.dcm import DCM
+from training.tasks.decoder_modules import DecoderModuleTask
+from training.tasks.joint import Joint
+from training.tasks.joint_dcm import JointWithDCM
 from training.tasks.refiner import RefinerTask
 from training.tasks.sd import SDTask
 from training.tasks.svd import SVDTask
 from training.tasks.vae import PictureVAE, TemporalVAE
 from training.tasks.vae_refined import RefinedVAE
-from training.tasks.whole import Whole
-from training.tasks.whole_dcm import WholeWithDCM
 from vsr_ops.errors import SettingError
 
 TASKS: dict[str, TaskMaker] = {
@@ -29,12 +29,12 @@ TASKS: dict[str, TaskMaker] = {
     "vae_refined": RefinedVAE,
     "svd": SVDTask,
     "refiner": RefinerTask,
-    "whole": Whole,
-    "whole_dcm": WholeWithDCM,
-    "capm_whole": WholeCAPM,
+    "whole": Joint,
+    "whole_dcm": JointWithDCM,
+    "capm_whole": JointCAPM,
     "compression": CompressionTask,
     "capm": CAPMTask,
-    "decoder": BesideTask,
+    "decoder": DecoderModuleTask,
     "sd": SDTask,
     "control": ControlTask,
     "capm_sd": CAPMSDTask,

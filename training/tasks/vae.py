@@ -39,7 +39,7 @@ MEASURED = 16
 
 
 @dataclass(frozen=True)
-class Shape:
+class VAEModelSettings:
     """Channels of the four levels; `picture` is the run, or exported file, of the picture VAE that the temporal one
     starts from."""
 
@@ -49,7 +49,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Data:
+class VAEDataSettings:
     """Clips of `frames` frames of `size` x `size` pixels, a multiple of 8."""
 
     size: int = 128
@@ -58,7 +58,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Loss:
+class VAELossSettings:
     """`latent_noise`, in latent deviations, keeps the decoder calm when the sampler is slightly off; `scale` pulls the
     latents' deviation towards 1 (picture VAE); `change` weighs the change from frame to frame (temporal decoder)."""
 
@@ -74,9 +74,9 @@ class PictureVAE:
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
         self._folder = Folder(data)
-        self.shape = from_table(Shape, recipe.model, "model")
-        self.data = from_table(Data, recipe.data, "data")
-        self.weights = from_table(Loss, recipe.loss, "loss")
+        self.shape = from_table(VAEModelSettings, recipe.model, "model")
+        self.data = from_table(VAEDataSettings, recipe.data, "data")
+        self.weights = from_table(VAELossSettings, recipe.loss, "loss")
         if self.data.size % 8 or min(self.data.size, self.data.frames) < 1:
             raise SettingError(
                 f"data.size is {self.data.size}, data.frames {self.data.frames}: expected a multiple of 8, and at least"
@@ -148,7 +148,7 @@ class TemporalVAE(PictureVAE):
         write_module(path, self.kind, config, state, trained_on, torch.float32)
 
 
-def shape_of(shape: Shape) -> dict[str, Any]:
+def shape_of(shape: VAEModelSettings) -> dict[str, Any]:
     """diffusers' keyword arguments."""
     channels = list(shape.block_out_channels)
     return {

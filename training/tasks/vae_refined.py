@@ -16,12 +16,13 @@ from training.loop.recipe import Recipe, from_table
 from training.loop.state import weights_of
 from training.loop.task import Batch
 from training.losses.losses import psnr
-from training.losses.perceived import haar_loss
+from training.losses.perceptual import haar_loss
 from training.tasks.vae import (
     MEASURED,
     PICTURE,
     SCALE,
     TEMPORAL,
+    VAEModelSettings,
     cut_middle,
     detail,
     encoded,
@@ -34,15 +35,14 @@ from training.tasks.vae import (
     shape_of,
     temporal_vae,
 )
-from training.tasks.vae import Shape as VAEShape
 from vsr_ops.checkpoints.module_file import write_module
 from vsr_ops.errors import SettingError
-from vsr_ops.modules.dcm import Enlarge, load_dcm
+from vsr_ops.modules.dcm import UpscaleFn, load_dcm
 from vsr_ops.modules.refiner import Refiner, RefinerShape, write_refiner
 
 
 @dataclass(frozen=True)
-class Shape(VAEShape):
+class RefinedModelSettings(VAEModelSettings):
     """`picture` may be empty: a new VAE. `dcm`, the guide's file or run ("lite": the bundled one); the refiner's
     `width`, `blocks` and `mixes` over time, which stay as they start: there is no time in pictures."""
 
@@ -53,7 +53,7 @@ class Shape(VAEShape):
 
 
 @dataclass(frozen=True)
-class Loss:
+class RefinedLossSettings:
     """`latent_noise` in latent deviations. Beside the refined picture's reconstruction loss: the same of the decoded
     detail (`decoded`), 1 - HaarPSI of the refined picture (`haar`), the pull of the latents' deviation to 1 (`scale`).
     """
@@ -72,17 +72,17 @@ class RefinedVAE:
     """
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
-        self.shape = from_table(Shape, recipe.model, "model")
-        self.weights = from_table(Loss, recipe.loss, "loss")
+        self.shape = from_table(RefinedModelSettings, recipe.model, "model")
+        self.weights = from_table(RefinedLossSettings, recipe.loss, "loss")
         self._patches = Patches(data, from_table(PatchSettings, recipe.data, "data"))
         if (patch := self._patches.settings.patch) % 2 or patch < 4:
             # HaarPSI wants 16 pixels, and a latent is 8 x 8 of them.
             raise SettingError(f"data.patch is {patch}: expected an even number of at least 4 LR pixels")
-        self._enlarge: Enlarge | None = None
+        self._upscale_fn: UpscaleFn | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the DCM: processes that draw samples need none."""
-        return {**self.__dict__, "_enlarge": None}
+        return {**self.__dict__, "_upscale_fn": None}
 
     @property
     def data_summary(self) -> str:
@@ -90,7 +90,7 @@ class RefinedVAE:
 
     def prepare(self, device: torch.device) -> None:
         self._patches.folder.load()
-        self._enlarge = load_dcm(weights_of(self.shape.dcm), device)
+        self._upscale_fn = load_dcm(weights_of(self.shape.dcm), device)
 
     def build(self) -> nn.Module:
         shape = shape_of(self.shape)
@@ -129,10 +129,10 @@ class RefinedVAE:
 
     def _refined(self, model: nn.Module, batch: Batch, noise: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(truth, guide, latent mean, decoded, refined), all patches along the first axis, pictures in [0, 1]."""
-        assert self._enlarge is not None, "prepare comes first"
+        assert self._upscale_fn is not None, "prepare comes first"
         lr, truth, drawn = (rearrange(batch[key], "b n c h w -> (b n) c h w") for key in ("lr", "truth", "noise"))
         vae, refiner = cast(Any, model)["vae"], cast(Any, model)["refiner"]
-        guide = self._enlarge(lr)
+        guide = self._upscale_fn(lr)
         mean = encoded(vae, 2 * truth - 1)
         decoded = vae.decoder(mean + noise * drawn).float() / 2 + 0.5
         return truth, guide, mean, decoded, guide + refiner(decoded, guide).float()

@@ -86,16 +86,16 @@ class SD(Backbone):
         times = torch.linspace(TIMESTEPS - 1, 0, steps, dtype=torch.float64)
         return [*(sigma_at(float(time)) for time in times), 0.0]
 
-    def denoise(self, x: Tensor, sigma: float, concat: Tensor, context: Tensor, frames: int) -> Tensor:
+    def denoise(self, x: Tensor, sigma: float, lr_latents: Tensor, context: Tensor, frames: int) -> Tensor:
         """Denoised estimate of tiles `(videos*frames, 4, h, w)` float32.
 
         The UNet takes `x / sqrt(s^2+1)` and the nearest timestep; x0 is `x/(s^2+1) - v s/sqrt(s^2+1)`, or `x - s eps`.
-        `concat` holds the LR latents (unscaled): the control's hint. `context` is `(1, tokens, dim)`.
+        `lr_latents` holds the LR latents (unscaled): the control's hint. `context` is `(1, tokens, dim)`.
         """
         scaled = (x.float() / (sigma**2 + 1) ** 0.5).to(self.device, self.dtype)
         timestep = torch.tensor(timestep_of(sigma), device=self.device)
         tokens = context.to(self.device, self.dtype).expand(x.shape[0], -1, -1)
-        skips, middle = self._controlled(scaled, timestep, tokens, concat)
+        skips, middle = self._controlled(scaled, timestep, tokens, lr_latents)
         found: Tensor = self.unet(
             scaled,
             timestep,
@@ -110,13 +110,13 @@ class SD(Backbone):
         return x.float() / (sigma**2 + 1) - found * (sigma / (sigma**2 + 1) ** 0.5)
 
     def _controlled(
-        self, scaled: Tensor, timestep: Tensor, tokens: Tensor, concat: Tensor
+        self, scaled: Tensor, timestep: Tensor, tokens: Tensor, lr_latents: Tensor
     ) -> tuple[tuple[Tensor, ...] | None, Tensor | None]:
         """What the control adds to the skips and the middle; None where nothing."""
         strength = self.control_strength
         if self.control is None or strength == 0:
             return None, None
-        hint = concat.to(self.device, torch.float32) * self.scaling_factor
+        hint = lr_latents.to(self.device, torch.float32) * self.scaling_factor
         skips, middle = self.control(scaled, timestep, tokens, hint.to(self.dtype))
         return tuple(skip * strength for skip in skips), middle * strength
 

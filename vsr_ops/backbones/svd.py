@@ -145,9 +145,9 @@ class Backbone(ABC):
         """`steps` falling noise levels and a final 0, spaced as the model's own sampler has them."""
 
     @abstractmethod
-    def denoise(self, x: Tensor, sigma: float, concat: Tensor, context: Tensor, frames: int) -> Tensor:
-        """Denoised estimate of tiles `(videos*frames, 4, h, w)` float32 at noise level `sigma`; `concat` holds the LR
-        latents (unscaled), `context` `(1, tokens, dim)`."""
+    def denoise(self, x: Tensor, sigma: float, lr_latents: Tensor, context: Tensor, frames: int) -> Tensor:
+        """Denoised estimate of tiles `(videos*frames, 4, h, w)` float32 at noise level `sigma`, given `lr_latents`
+        (unscaled) and `context` `(1, tokens, dim)`."""
 
     @contextmanager
     def serving(self, run: TileRun, call: Call) -> Generator[None]:
@@ -197,15 +197,15 @@ class SVD(Backbone):
     def sigmas(self, steps: int) -> list[float]:
         return sigmas(steps)
 
-    def denoise(self, x: Tensor, sigma: float, concat: Tensor, context: Tensor, frames: int) -> Tensor:
+    def denoise(self, x: Tensor, sigma: float, lr_latents: Tensor, context: Tensor, frames: int) -> Tensor:
         """Denoised estimate of tiles `(videos*frames, 4, h, w)` float32: EDM preconditioning of a v-prediction UNet.
 
-        c_in = 1/sqrt(s^2+1), c_skip = 1/(s^2+1), c_out = -s/sqrt(s^2+1), c_noise = ln(s)/4. `concat` holds the LR
+        c_in = 1/sqrt(s^2+1), c_skip = 1/(s^2+1), c_out = -s/sqrt(s^2+1), c_noise = ln(s)/4. `lr_latents` holds the LR
         latents (unscaled, as SVD's are), `context` `(1, tokens, dim)`.
         """
         videos = x.shape[0] // frames
         scaled = (x.float() / (sigma**2 + 1) ** 0.5).to(self.device, self.dtype)
-        model_input = torch.cat([scaled, concat.to(self.device, self.dtype)], dim=1)
+        model_input = torch.cat([scaled, lr_latents.to(self.device, self.dtype)], dim=1)
         timestep = torch.tensor(sigma, dtype=torch.float64).log().mul(0.25).to(self.device, torch.float32)
         conditions = torch.tensor([MICRO_CONDITIONS], device=self.device, dtype=self.dtype)
         v = self.unet(

@@ -12,7 +12,7 @@ from ..backbones.svd import Backbone
 from ..image.resize import quantize8, resize_bicubic
 from ..metrics.table import color_drift, measure, table
 from ..pipeline.job import Job
-from ..pipeline.parts import Parts
+from ..pipeline.parts import PipelineModules
 from ..pipeline.sampler import Settings
 from ..pipeline.upscale import Progress, silent, upscale
 from ..system.outputs import held_folder, refuse_inputs, refuse_taken
@@ -53,7 +53,7 @@ def run_demo(
     folder: Path,
     settings: Settings,
     progress: Progress = silent,
-    parts: Parts | None = None,
+    parts: PipelineModules | None = None,
     overwrite: bool = False,
 ) -> str:
     """Writes input, result and comparisons into `folder`; returns the table of results against bicubic.
@@ -66,7 +66,12 @@ def run_demo(
 
 
 def _demo(
-    model: Backbone, folder: Path, settings: Settings, progress: Progress, parts: Parts | None, overwrite: bool
+    model: Backbone,
+    folder: Path,
+    settings: Settings,
+    progress: Progress,
+    parts: PipelineModules | None,
+    overwrite: bool,
 ) -> str:
     truth, cuts = ground_truth()
     source, output, video, still = (folder / name for name in FILES)

@@ -18,7 +18,7 @@ from ..modules.control import load_control
 from ..modules.dcm import load_dcm
 from ..modules.refiner import load_refiner
 from ..modules.stam import load_stam
-from ..pipeline.parts import Parts, Prompts
+from ..pipeline.parts import CAPMSettings, PipelineModules
 from ..pipeline.sampler import Settings
 from ..sampling.align import MODES as ALIGN_MODES
 from ..sampling.guidance import GUIDANCE
@@ -145,7 +145,7 @@ def _color(args: argparse.Namespace) -> str:
     return Settings.color if _refiner_name(args) == "none" else "none"
 
 
-def parts_of(args: argparse.Namespace) -> Parts:
+def parts_of(args: argparse.Namespace) -> PipelineModules:
     """What stands around the diffusion, loaded. Raises VSRError."""
     if not 0 <= args.refiner_w <= 1:
         raise SettingError(f"refiner w is {args.refiner_w}: expected a share from 0 to 1")
@@ -153,8 +153,8 @@ def parts_of(args: argparse.Namespace) -> Parts:
     device = pick_device(args.device)
     upscaler = "lite" if args.upscaler == "dcm" else args.upscaler
     refiner = _refiner_name(args)
-    return Parts(
-        enlarge=None if upscaler == "bicubic" else load_dcm(upscaler, device),
+    return PipelineModules(
+        upscale_fn=None if upscaler == "bicubic" else load_dcm(upscaler, device),
         refiner=None if refiner == "none" else load_refiner(refiner, device),
         w=args.refiner_w,
         cfw=load_cfw(args.cfw).to(device) if args.decode_w > 0 else None,
@@ -164,7 +164,7 @@ def parts_of(args: argparse.Namespace) -> Parts:
     )
 
 
-def _prompts(args: argparse.Namespace) -> Prompts | None:
+def _prompts(args: argparse.Namespace) -> CAPMSettings | None:
     """CAPM and what it is told; None where it is off."""
     check_strength(args.capm_strength)
     if args.crf >= 0:
@@ -173,7 +173,7 @@ def _prompts(args: argparse.Namespace) -> Prompts | None:
         return None
     device = pick_device(args.device)
     head = load_compression(device=device) if args.crf < 0 else None
-    return Prompts(load_capms(args.capm, device), args.capm_strength, head, args.crf)
+    return CAPMSettings(load_capms(args.capm, device), args.capm_strength, head, args.crf)
 
 
 def model_of(args: argparse.Namespace) -> Backbone:

@@ -42,18 +42,18 @@ def upscale_frames(
     frames: Tensor,
     size: tuple[int, int],
     method: str = "bicubic",
-    enlarge: Callable[[Tensor], Tensor] | None = None,
+    upscale_fn: Callable[[Tensor], Tensor] | None = None,
     tick: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """`(n, 3, h, w)` in [0, 1] at exactly `size` = (height, width), a few frames at a time.
 
-    `enlarge`, an upscale model, goes first; `method` (a name in RESIZE) does the rest. `tick` is told of every frames
+    `upscale_fn`, an upscale model, goes first; `method` (a name in RESIZE) does the rest. `tick` is told of frames
     done. Raises SettingError.
     """
     out = frames.new_empty((*frames.shape[:2], *size))
     for first in range(0, frames.shape[0], CHUNK):
         part = frames[first : first + CHUNK]
-        larger = part if enlarge is None else enlarge(part)
+        larger = part if upscale_fn is None else upscale_fn(part)
         out[first : first + CHUNK] = resize(method, larger.to(out), size).clamp(0, 1)
         tick(part.shape[0])
     return out

@@ -289,7 +289,7 @@ def shared_weights(weights: Tensor, tiles: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Prompted:
+class HostCAPM:
     """A decoder's CAPM (None: the file has none for it), the compression levels it is told, one a frame, or one for all
     of them, and its strength."""
 

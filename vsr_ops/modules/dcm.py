@@ -19,7 +19,7 @@ from ..errors import CheckpointError
 from ..sampling.tiling import Merger, TileSize, cut_tile, plan_tiles
 from ..weights import bundled
 
-Enlarge = Callable[[Tensor], Tensor]
+UpscaleFn = Callable[[Tensor], Tensor]
 """Frames `(n, 3, h, w)` RGB in [0, 1] to `(n, 3, s*h, s*w)` in [0, 1]."""
 
 #: The weights that come with the pack: x4.
@@ -78,7 +78,7 @@ def _tensor(source: Source, key: str) -> Tensor:
     return stored if stored.dtype in (torch.int64, torch.bool) else source.tensor(key, torch.float32)
 
 
-def load_dcm(path: Path | str, device: torch.device, dtype: torch.dtype = torch.float32) -> Enlarge:
+def load_dcm(path: Path | str, device: torch.device, dtype: torch.dtype = torch.float32) -> UpscaleFn:
     """The upscale model at `path` ("lite": the bundled one) as a function of frames, tiled. Errors as `read_dcm`."""
     model = read_dcm(path).to(device=device, dtype=dtype)
     scale = int(model.scale)

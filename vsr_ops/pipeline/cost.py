@@ -22,7 +22,7 @@ from ..sampling.tiling import TilePlan, TileSize
 from ..units import readable
 from .job import Job
 from .plan_cost import EFFICIENCY, Bank, lagged_bytes, matmul_speed, tap_bytes
-from .sampler import Noise, Settings, strengths, unet_calls
+from .sampler import NoiseRange, Settings, strengths, unet_calls
 
 #: Live copies of the widest activation at the peak of a UNet call: rough, good to a factor of about 2.
 ACTIVATION_COPIES = 24
@@ -105,7 +105,7 @@ def estimate(model: Backbone, plan: TilePlan, settings: Settings) -> Estimate:
     """Numbers for a plan whose SAP mode is decided (`resolve_sap`). Measures the device for a tenth of a second."""
     tile = max((plan.tile_size(n) for n in range(len(plan.windows))), key=lambda t: t.frames)
     layers, kinds = banks(model, tile, settings.propagation.layers), settings.propagation.kinds
-    guidance, powers = guide(settings.guidance), strengths(settings, Noise.of(model))
+    guidance, powers = guide(settings.guidance), strengths(settings, NoiseRange.of(model))
     tile_passes = sum(guidance.passes(power) for power in powers) * plan.tiles
     together = max(
         len(call.tiles)
@@ -121,7 +121,7 @@ def estimate(model: Backbone, plan: TilePlan, settings: Settings) -> Estimate:
     size = model.dtype.itemsize
     branches = guidance.passes(powers[0])
     return Estimate(
-        unet_calls=unet_calls(plan, settings, Noise.of(model)),
+        unet_calls=unet_calls(plan, settings, NoiseRange.of(model)),
         tile_passes=tile_passes,
         weights_bytes=weights,
         lagged_bytes=lagged_bytes(plan, settings.propagation, branches, layers, size),

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import SettingError
 from ..image.resize import resize_bicubic
 from ..image.upscale import upscale_frames
-from ..modules.dcm import Enlarge
+from ..modules.dcm import UpscaleFn
 from ..units import readable
 from ..vae.latents import CELL
 from ..video import Frame, VideoInfo, read_frames
@@ -82,19 +82,19 @@ def from_levels(levels: Tensor) -> Tensor:
     return levels.float() / LEVELS
 
 
-class Enlarged:
-    """The frames of a job at the result's size, by `enlarge`, if there is one, then bicubic; clamped, unpadded.
+class UpscaledFrames:
+    """The frames of a job at the result's size, by `upscale_fn`, if there is one, then bicubic; clamped, unpadded.
 
     Call it for an iterator from the first frame on, as often as needed: each frame is enlarged once. It is kept in
-    16-bit levels in a nameless temporary file in `folder` (6 bytes a pixel), not in memory. Without `enlarge`, which
+    16-bit levels in a nameless temporary file in `folder` (6 bytes a pixel), not in memory. Without `upscale_fn`, which
     leaves a resize that costs less than reading, or where the disk has less than twice the space, nothing is kept.
     """
 
-    def __init__(self, job: Job, enlarge: Enlarge | None, folder: Path) -> None:
-        self._job, self._enlarge, self._kept = job, enlarge, 0
+    def __init__(self, job: Job, upscale_fn: UpscaleFn | None, folder: Path) -> None:
+        self._job, self._upscale_fn, self._kept = job, upscale_fn, 0
         self._bytes = 6 * job.size[0] * job.size[1]
         needed = 2 * job.frames * self._bytes
-        keeps = enlarge is not None
+        keeps = upscale_fn is not None
         if keeps and shutil.disk_usage(folder).free < needed:
             warnings.warn(
                 f"{folder}: under {readable(needed)} free to keep enlarged frames, so each is enlarged anew whenever it"
@@ -118,8 +118,8 @@ class Enlarged:
             self._file.seek(number * self._bytes)
             stored = torch.frombuffer(bytearray(self._file.read(self._bytes)), dtype=torch.uint16)
             return from_levels(stored.view(3, *self._job.size))
-        image = upscale_frames(small[None], self._job.size, enlarge=self._enlarge)[0]
-        if self._enlarge is None:
+        image = upscale_frames(small[None], self._job.size, upscale_fn=self._upscale_fn)[0]
+        if self._upscale_fn is None:
             return image
         # Rounded where nothing is kept, too: disk space must not change the result.
         levels = to_levels(image)

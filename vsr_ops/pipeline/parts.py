@@ -19,7 +19,7 @@ from ..modules.capm_file import CAPMs
 from ..modules.capm_hints import check_strength
 from ..modules.cfw import CFW, check_w
 from ..modules.compression import CompressionHead, estimate_levels, level_of
-from ..modules.dcm import Enlarge
+from ..modules.dcm import UpscaleFn
 from ..modules.refiner import Refiner, refine_frames
 from ..modules.stam import STAM
 from ..vae.latents import decode_frames
@@ -30,7 +30,7 @@ from .job import Job
 
 
 @dataclass(frozen=True)
-class Prompts:
+class CAPMSettings:
     """CAPM with its `strength`. The compression level of every frame is that of `crf`; without one (below 0) `head`
     estimates it, and without a head CAPM reads it from its own features."""
 
@@ -54,17 +54,17 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Before the diffusion `enlarge` (a DCM; None is bicubic); in UNet and decoder `prompts`; in the decoder `cfw` with
-    its `decode_w`, and `stam`; after it a `refiner` with its `w`."""
+class PipelineModules:
+    """What stands around the diffusion: before it `upscale_fn` (a DCM; None is bicubic); in UNet and decoder `prompts`;
+    in the decoder `cfw` with its `decode_w`, and `stam`; after it a `refiner` with its `w`."""
 
-    enlarge: Enlarge | None = None
+    upscale_fn: UpscaleFn | None = None
     refiner: Refiner | None = None
     w: float = 0.0
     cfw: CFW | None = None
     decode_w: float = 0.75
     stam: STAM | None = None
-    prompts: Prompts | None = None
+    prompts: CAPMSettings | None = None
 
     def __post_init__(self) -> None:
         check_w(self.decode_w)
@@ -84,7 +84,7 @@ class Parts:
 
 
 @contextmanager
-def prompted(model: Backbone, prompts: Prompts | None, levels: Tensor | None) -> Generator[None, None, None]:
+def apply_capm(model: Backbone, prompts: CAPMSettings | None, levels: Tensor | None) -> Generator[None, None, None]:
     """Within, the levels of `model`'s UNet decoder go through CAPM, which fits it."""
     capm = None if prompts is None else prompts.capms.unet
     if prompts is None or capm is None:
@@ -127,7 +127,7 @@ class Rolling:
 def decoded(
     model: Backbone,
     latents: Tensor,
-    parts: Parts,
+    parts: PipelineModules,
     levels: Tensor | None,
     references: Callable[[], Iterator[Frame]],
     size: tuple[int, int],
@@ -157,7 +157,9 @@ def decoded(
     )
 
 
-def refined(parts: Parts, pairs: Iterator[tuple[Tensor, Frame]], cuts: Sequence[int]) -> Iterator[tuple[Tensor, Frame]]:
+def refined(
+    parts: PipelineModules, pairs: Iterator[tuple[Tensor, Frame]], cuts: Sequence[int]
+) -> Iterator[tuple[Tensor, Frame]]:
     """Decoded frames refined, each with its reference; as they are without a refiner."""
     if parts.refiner is None:
         return pairs

@@ -14,7 +14,7 @@ from ..errors import SettingError
 from ..flow.field import Flow, check_fits
 from ..image.color import COLOR
 from ..sampling.align import ROUNDS, align, check_strength
-from ..sampling.guidance import COND, Branch, Strength, gamma_at, guide, strength
+from ..sampling.guidance import COND, Branch, GuidanceScale, gamma_at, guide, resolve_scale
 from ..sampling.propagation import Call, Propagation, Step, TileRun, calls, gather_tiles, run_pass, step_at
 from ..sampling.tiling import TilePlan, TileSize, plan_tiles
 from .job import Job
@@ -58,7 +58,7 @@ class Settings:
             raise SettingError(f"batch is {self.batch}: expected a whole number from 1")
         if self.color not in COLOR:
             raise SettingError(f"color is {self.color!r}: expected one of {', '.join(COLOR)}")
-        strength(self.guidance, self.cfg, self.guidance_scale)
+        resolve_scale(self.guidance, self.cfg, self.guidance_scale)
         check_strength(self.align, self.align_mode)
 
 
@@ -68,7 +68,7 @@ def make_plan(job: Job, settings: Settings, tile: TileSize, factor: int, cuts: S
 
 
 @dataclass(frozen=True)
-class Noise:
+class NoiseRange:
     """A model's noise levels: `sigmas` of a number of steps, falling, with a final 0; `most` and `least` it knows."""
 
     sigmas: Callable[[int], list[float]]
@@ -76,14 +76,14 @@ class Noise:
     least: float
 
     @classmethod
-    def of(cls, model: Backbone) -> Noise:
+    def of(cls, model: Backbone) -> NoiseRange:
         return cls(model.sigmas, model.sigma_max, model.sigma_min)
 
 
-SVD_NOISE = Noise(sigmas, SIGMA_MAX, SIGMA_MIN)
+SVD_NOISE = NoiseRange(sigmas, SIGMA_MAX, SIGMA_MIN)
 
 
-def noise_schedule(settings: Settings, noise: Noise = SVD_NOISE) -> list[float]:
+def noise_schedule(settings: Settings, noise: NoiseRange = SVD_NOISE) -> list[float]:
     """Falling sigmas with a final 0: all of them, or the last `steps` of a longer schedule at partial denoise."""
     if settings.steps == 0:
         return [0.0]
@@ -91,7 +91,7 @@ def noise_schedule(settings: Settings, noise: Noise = SVD_NOISE) -> list[float]:
     return noise.sigmas(total)[-(settings.steps + 1) :]
 
 
-def unet_calls(plan: TilePlan, settings: Settings, noise: Noise = SVD_NOISE) -> int:
+def unet_calls(plan: TilePlan, settings: Settings, noise: NoiseRange = SVD_NOISE) -> int:
     """How many UNet calls `sample` makes: branches of each step's guidance times the batches of its tiles."""
     chosen = guide(settings.guidance)
     lagged, kinds = settings.propagation.sap_lagged, settings.propagation.kinds
@@ -102,9 +102,9 @@ def unet_calls(plan: TilePlan, settings: Settings, noise: Noise = SVD_NOISE) -> 
     return total
 
 
-def strengths(settings: Settings, noise: Noise = SVD_NOISE) -> list[Strength]:
+def strengths(settings: Settings, noise: NoiseRange = SVD_NOISE) -> list[GuidanceScale]:
     """The guidance's strengths at each step, gamma included."""
-    power = strength(settings.guidance, settings.cfg, settings.guidance_scale)
+    power = resolve_scale(settings.guidance, settings.cfg, settings.guidance_scale)
     schedule = noise_schedule(settings, noise)
     if settings.steps == 0:
         return []
@@ -136,10 +136,10 @@ def sample(
     flow = _fitting(flow, lr, settings)
     # Older MPS cannot repeat a border in `grid_sample`.
     where = model.device if model.device.type == "cuda" else lr.device
-    levels = Noise.of(model)
+    levels = NoiseRange.of(model)
     chosen, schedule, powers = guide(settings.guidance), noise_schedule(settings, levels), strengths(settings, levels)
     contexts = {True: model.context(None) if context is None else context, False: model.context(None)}
-    concats = {True: lr, False: lr if model.always_sees_lr else torch.zeros_like(lr)}
+    lr_by_branch = {True: lr, False: lr if model.always_sees_lr else torch.zeros_like(lr)}
     if noise is None:
         noise = torch.randn(lr.shape, generator=torch.Generator().manual_seed(settings.seed)).to(lr.device)
     first = schedule[0]
@@ -150,9 +150,9 @@ def sample(
 
         def evaluate(x: Tensor, branch: Branch, call: Call, sigma: float = sigma) -> Tensor:
             tick(call)
-            tiles, concat = (gather_tiles(plan, call, z) for z in (x, concats[branch.conditional]))
+            tiles, lr_latents = (gather_tiles(plan, call, z) for z in (x, lr_by_branch[branch.conditional]))
             with model.serving(run, call):
-                return model.denoise(tiles, sigma, concat, contexts[branch.conditional], call.frames)
+                return model.denoise(tiles, sigma, lr_latents, contexts[branch.conditional], call.frames)
 
         def denoise(x: Tensor, branch: Branch, step: Step = step) -> tuple[Tensor, Tensor | None]:
             value = run_pass(run, step, branch, lambda call: evaluate(x, branch, call), settings.batch)

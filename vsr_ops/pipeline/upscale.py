@@ -22,9 +22,9 @@ from ..sampling.tiling import TilePlan
 from ..system.outputs import claimed
 from ..vae.latents import CELL, encode_frames
 from ..video import Frame, check_output, open_writer
-from .job import Enlarged, Job, scene_cuts
-from .parts import Parts, decoded, prompted, refined
-from .sampler import Noise, Settings, make_plan, sample, unet_calls
+from .job import Job, UpscaledFrames, scene_cuts
+from .parts import PipelineModules, apply_capm, decoded, refined
+from .sampler import NoiseRange, Settings, make_plan, sample, unet_calls
 
 #: (stage, done, total): called after every unit of work; raising stops the run.
 Progress = Callable[[str, int, int], None]
@@ -43,7 +43,7 @@ def upscale(
     overwrite: bool = False,
     cuts: Sequence[int] | None = None,
     progress: Progress = silent,
-    parts: Parts | None = None,
+    parts: PipelineModules | None = None,
 ) -> None:
     """Upscales a job into `output`, keeping frame count, timing and sound. `cuts` None looks for scene cuts.
 
@@ -51,11 +51,11 @@ def upscale(
     can write there. Raises VSRError.
     """
     check_output(output, overwrite, codec, job.info, job.frames)
-    parts = parts or Parts()
+    parts = parts or PipelineModules()
     parts.check_fits(model)
     cuts = scene_cuts(job) if cuts is None else cuts
     plan = make_plan(job, settings, model.tile, model.factor, cuts)
-    with claimed(output), closing(Enlarged(job, parts.enlarge, output.parent)) as upscaled:
+    with claimed(output), closing(UpscaledFrames(job, parts.upscale_fn, output.parent)) as upscaled:
         flow = _latent_flow(job, settings, plan, upscaled, cuts, progress)
         lr = torch.empty(job.frames, 4, plan.height, plan.width)
         progress("encode", 0, job.frames)
@@ -64,8 +64,8 @@ def upscale(
             progress("encode", i + 1, job.frames)
         levels = None if parts.prompts is None else parts.prompts.levels(job)
         context = model.context(next(upscaled()).image[None]) if model.image_encoder is not None else None
-        calls_done, total = count(1), unet_calls(plan, settings, Noise.of(model))
-        with prompted(model, parts.prompts, levels):
+        calls_done, total = count(1), unet_calls(plan, settings, NoiseRange.of(model))
+        with apply_capm(model, parts.prompts, levels):
             result = sample(
                 model,
                 lr,
@@ -89,7 +89,7 @@ def upscale(
 
 
 def _latent_flow(
-    job: Job, settings: Settings, plan: TilePlan, upscaled: Enlarged, cuts: Sequence[int], progress: Progress
+    job: Job, settings: Settings, plan: TilePlan, upscaled: UpscaledFrames, cuts: Sequence[int], progress: Progress
 ) -> Flow | None:
     """The flow of the upscaled input at the latents' size, where alignment asks for it."""
     if settings.align == 0 or settings.steps == 0:

@@ -89,7 +89,7 @@ def identity(
     return v
 
 
-def received(q: Tensor, k: Tensor) -> Tensor:
+def attention_received(q: Tensor, k: Tensor) -> Tensor:
     """How much attention each token receives, mean over heads and sum over as many queries as tokens (of fewer, as
     token merging leaves, each counts for more): `(videos*frames, tokens)` float32.
 

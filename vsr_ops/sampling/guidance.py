@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import SettingError
 from .attention import SelfAttention, Tempered, identity
 
-#: Receives the attention each token of the middle block got; see `attention.received`.
+#: Receives the attention each token of the middle block got; see `attention.attention_received`.
 Observer = Callable[[Tensor], None]
 
 #: SAG's blur: deviation in latent pixels and kernel size, as the host's node has them.
@@ -48,7 +48,7 @@ class Denoise(Protocol):
 
 
 @dataclass(frozen=True)
-class Strength:
+class GuidanceScale:
     """`cfg` 1 is off. `scale` is the s of DSSAG, PAG and SAG; 0 is off. `gamma` is this step's, see `gamma_at`."""
 
     cfg: float = 1.0
@@ -82,7 +82,7 @@ def extrapolate(weak: Tensor, strong: Tensor, weight: float) -> Tensor:
     return torch.lerp(weak.float(), strong.float(), weight).to(strong.dtype)
 
 
-def push(guided: Tensor, strong: Tensor, weak: Tensor, scale: float) -> Tensor:
+def add_guidance(guided: Tensor, strong: Tensor, weak: Tensor, scale: float) -> Tensor:
     """guided + scale * (strong - weak): a perturbed branch's share on top of whatever guided before. Scale 0 is
     `guided` itself."""
     if scale == 0:
@@ -111,12 +111,12 @@ def schedule_ends(sigmas: Sequence[float], model_max: float, model_min: float) -
     return (above[0], above[-1]) if above[0] >= 0.9 * model_max else (model_max, model_min)
 
 
-def no_guidance(denoise: Denoise, x: Tensor, strength: Strength) -> Tensor:
+def no_guidance(denoise: Denoise, x: Tensor, strength: GuidanceScale) -> Tensor:
     """The conditional branch alone."""
     return denoise(x, COND)[0]
 
 
-def cfg(denoise: Denoise, x: Tensor, strength: Strength) -> Tensor:
+def cfg(denoise: Denoise, x: Tensor, strength: GuidanceScale) -> Tensor:
     """Classifier-free guidance, DC-VSR equation 3 with cfg = 1 + s."""
     cond = denoise(x, COND)[0]
     if strength.cfg == 1:
@@ -124,7 +124,7 @@ def cfg(denoise: Denoise, x: Tensor, strength: Strength) -> Tensor:
     return extrapolate(denoise(x, UNCOND)[0], cond, strength.cfg)
 
 
-def dssag(denoise: Denoise, x: Tensor, strength: Strength) -> Tensor:
+def dssag(denoise: Denoise, x: Tensor, strength: GuidanceScale) -> Tensor:
     """Detail-suppression guidance: equation 8, or 9 (with 1 + s = cfg) when cfg is on. Two passes either way."""
     blurred = Branch("perturbed", attention=Tempered(strength.gamma))
     cond = denoise(x, COND)[0]
@@ -136,17 +136,17 @@ def dssag(denoise: Denoise, x: Tensor, strength: Strength) -> Tensor:
     return extrapolate(denoise(x, blurred)[0], cond, 1 + strength.scale)
 
 
-def pag(denoise: Denoise, x: Tensor, strength: Strength) -> Tensor:
+def pag(denoise: Denoise, x: Tensor, strength: GuidanceScale) -> Tensor:
     """Perturbed-attention guidance (equation 6) in the middle block, on top of CFG."""
     cond = denoise(x, COND)[0]
     guided = cond if strength.cfg == 1 else extrapolate(denoise(x, UNCOND)[0], cond, strength.cfg)
     if strength.scale == 0:
         return guided
     perturbed = denoise(x, Branch("perturbed", attention=identity, layers="middle"))[0]
-    return push(guided, cond, perturbed, strength.scale)
+    return add_guidance(guided, cond, perturbed, strength.scale)
 
 
-def sag(denoise: Denoise, x: Tensor, strength: Strength) -> Tensor:
+def sag(denoise: Denoise, x: Tensor, strength: GuidanceScale) -> Tensor:
     """Self-attention guidance (equation 5) on top of CFG: blurs where the middle block attends most, noise intact.
 
     The weak branch (unconditional if CFG is on) is the one observed, blurred and evaluated again, as in the host. With
@@ -160,20 +160,20 @@ def sag(denoise: Denoise, x: Tensor, strength: Strength) -> Tensor:
     guided = estimate if weak is COND else extrapolate(estimate, denoise(x, COND)[0], strength.cfg)
     degraded = sag_degrade(estimate, saliency)
     answer = denoise(sag_renoise(x, estimate, degraded), replace(weak, name="perturbed"))[0]
-    return push(guided, degraded, answer, strength.scale)
+    return add_guidance(guided, degraded, answer, strength.scale)
 
 
 @dataclass(frozen=True)
 class Guide:
     """A strategy of the table: its function, the scale to use when none is given, and the passes it takes a step."""
 
-    predict: Callable[[Denoise, Tensor, Strength], Tensor]
+    predict: Callable[[Denoise, Tensor, GuidanceScale], Tensor]
     default_scale: float
     default_cfg: float
-    passes: Callable[[Strength], int]
+    passes: Callable[[GuidanceScale], int]
 
 
-def _passes(strength: Strength) -> int:
+def _passes(strength: GuidanceScale) -> int:
     return 1 + (strength.cfg != 1) + (strength.scale != 0)
 
 
@@ -193,7 +193,7 @@ def guide(name: str) -> Guide:
     return GUIDANCE[name]
 
 
-def strength(name: str, cfg: float | None = None, scale: float | None = None) -> Strength:
+def resolve_scale(name: str, cfg: float | None = None, scale: float | None = None) -> GuidanceScale:
     """The strengths of a run, gaps filled with the strategy's defaults. Raises SettingError for what cannot combine."""
     chosen = guide(name)
     if name == "none" and cfg not in (None, 1.0):
@@ -208,6 +208,6 @@ def strength(name: str, cfg: float | None = None, scale: float | None = None) ->
             f"DSSAG with cfg {cfg} has that one strength (equation 9: cfg = 1 + s), but a guidance scale of {scale}"
             " was given too: leave one of the two out"
         )
-    return Strength(
+    return GuidanceScale(
         cfg=chosen.default_cfg if cfg is None else cfg, scale=chosen.default_scale if scale is None else scale
     )

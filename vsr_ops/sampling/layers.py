@@ -10,9 +10,15 @@ from ..errors import SettingError
 #: Picks from the layers outside the middle block, in running order, and from those in it.
 Choice = Callable[[Sequence[str], Sequence[str]], Sequence[str]]
 
-#: "ends" is the paper's: the first two and last two (DC-VSR, section 4). "middle" is PAG's and SAG's.
+
+def outermost(outer: Sequence[str], middle: Sequence[str]) -> Sequence[str]:
+    """The paper's choice: the first two and last two layers (DC-VSR, sections 3.1 to 3.3)."""
+    return (*outer[:2], *outer[-2:])
+
+
+#: The choices by the names that widgets and options offer. "middle" is PAG's and SAG's.
 LAYERS: dict[str, Choice] = {
-    "ends": lambda outer, middle: (*outer[:2], *outer[-2:]),
+    "ends": outermost,
     "first two": lambda outer, middle: outer[:2],
     "last two": lambda outer, middle: outer[-2:],
     "middle": lambda outer, middle: middle,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import SamplingError, SettingError
 from ..system.memory import Memory
-from .attention import Fused, KeyValue, fused_attention, plain, received
+from .attention import Fused, KeyValue, attention_received, fused_attention, plain
 from .guidance import Branch
 from .layers import Layer, check_layers
 from .tiling import Merger, TilePlan, cut_tile
@@ -331,7 +331,7 @@ class Saliency:
     def observe(self, call: Call, q: Tensor, k: Tensor) -> None:
         """Takes the queries and keys of a middle self-attention layer; the last layer's count."""
         rows, cols = token_grid(k.shape[2], call.height, call.width)
-        mask = rearrange((received(q, k) > 1).float(), "b (y x) -> b 1 y x", y=rows, x=cols)
+        mask = rearrange((attention_received(q, k) > 1).float(), "b (y x) -> b 1 y x", y=rows, x=cols)
         full = torch.nn.functional.interpolate(mask, size=(call.height, call.width), mode="nearest").cpu()
         for i, m in enumerate(call.tiles):
             self._pending[call.window, m] = full[i * call.frames : (i + 1) * call.frames]

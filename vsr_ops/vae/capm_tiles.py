@@ -12,11 +12,11 @@ from functools import partial
 from torch import Tensor
 
 from ..modules.capm import CAPM, CODE_STRIDE, WINDOW, Place
-from .layout import Box, Step
+from .layout import Box, DecoderOp
 
 
 @dataclass
-class TilePrompts:
+class TiledCAPM:
     """`hint` are the compression levels of the frames in hand, NaN where unknown; None where all are.
 
     `sketch` is d of the mosaic, `offset` what has to be added to it to give the whole picture's, both by level.
@@ -31,11 +31,11 @@ class TilePrompts:
     offset: dict[str, Tensor] = field(default_factory=lambda: {})
     sketching: bool = False
 
-    def step(self, name: str, level: int) -> Step:
+    def step(self, name: str, level: int) -> DecoderOp:
         """The prompts after the level `name` of the decoder, whose output lies on `level` of the picture."""
         block = self.model.part(name)
         run = partial(self._run, name)
-        return Step(f"{name}_capm", (block,), lambda x: run(x, None, None), level, window=WINDOW, placed=run)
+        return DecoderOp(f"{name}_capm", (block,), lambda x: run(x, None, None), level, window=WINDOW, placed=run)
 
     def _run(self, name: str, x: Tensor, place: Place | None, own: Box | None) -> Tensor:
         """Features `x` at `place` of their picture (None: all of it); `own` is the part of the picture to gather."""

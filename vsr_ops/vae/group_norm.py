@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .layout import Step
+from .layout import DecoderOp
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Statistics:
     None where nothing is gathered.
     """
 
-    steps: Sequence[Step]
+    steps: Sequence[DecoderOp]
     used: dict[nn.GroupNorm, Moments] = field(default_factory=lambda: {})
     seen: dict[nn.GroupNorm, Moments] = field(default_factory=lambda: {})
     sketch: dict[nn.GroupNorm, Moments] = field(default_factory=lambda: {})

@@ -26,7 +26,7 @@ RUNS = 4
 
 
 @dataclass(frozen=True)
-class Step:
+class DecoderOp:
     """One stage of an encoder or decoder, on frames `(t, c, h, w)` of one scene.
 
     `modules` are those whose reach and norms count; `resize` is 1 where it doubles the picture, -1 where it halves it.
@@ -65,8 +65,8 @@ class Layout:
     """How one project's autoencoders are built: is a decoder its, and the steps of decoder and encoder."""
 
     fits: Callable[[Any], bool]
-    decoder: Callable[[Any], list[Step]]
-    encoder: Callable[[Any], list[Step]]
+    decoder: Callable[[Any], list[DecoderOp]]
+    encoder: Callable[[Any], list[DecoderOp]]
 
 
 def is_temporal(module: nn.Module) -> bool:
@@ -74,32 +74,32 @@ def is_temporal(module: nn.Module) -> bool:
     return any(isinstance(part, nn.Conv3d) for part in module.modules())
 
 
-def _end(norm: nn.Module, out: Sequence[nn.Module], run: Callable[[Tensor], Tensor]) -> Step:
-    return Step("out", (norm, *out), lambda x: run(F.silu(norm(x))), 0)
+def _end(norm: nn.Module, out: Sequence[nn.Module], run: Callable[[Tensor], Tensor]) -> DecoderOp:
+    return DecoderOp("out", (norm, *out), lambda x: run(F.silu(norm(x))), 0)
 
 
-def _diffusers_decoder(decoder: Any) -> list[Step]:
+def _diffusers_decoder(decoder: Any) -> list[DecoderOp]:
     temporal = is_temporal(decoder)
 
-    def residual(name: str, block: nn.Module, level: int) -> Step:
+    def residual(name: str, block: nn.Module, level: int) -> DecoderOp:
         def run(x: Tensor) -> Tensor:
             return block(x, None, x.new_zeros(1, x.shape[0])) if temporal else block(x, None)
 
-        return Step(name, (block,), run, level, residual=True)
+        return DecoderOp(name, (block,), run, level, residual=True)
 
     top = len(decoder.up_blocks) - 1
-    steps = [Step("in", (decoder.conv_in,), decoder.conv_in, top)]
+    steps = [DecoderOp("in", (decoder.conv_in,), decoder.conv_in, top)]
     middle = decoder.mid_block
     steps.append(residual("mid_0", middle.resnets[0], top))
     for index, (attention, block) in enumerate(zip(middle.attentions, middle.resnets[1:], strict=False)):
         if attention is not None:
-            steps.append(Step(f"mid_attention_{index}", (attention,), attention, top))
+            steps.append(DecoderOp(f"mid_attention_{index}", (attention,), attention, top))
         steps.append(residual(f"mid_{index + 1}", block, top))
     for place, up in enumerate(decoder.up_blocks):
         level = top - place
         steps += [residual(f"up_{level}_{index}", block, level) for index, block in enumerate(up.resnets)]
         for upsampler in up.upsamplers or ():
-            steps.append(Step(f"up_{level}", (upsampler,), upsampler, level, resize=1))
+            steps.append(DecoderOp(f"up_{level}", (upsampler,), upsampler, level, resize=1))
 
     def out(x: Tensor) -> Tensor:
         x = decoder.conv_out(x)
@@ -109,42 +109,42 @@ def _diffusers_decoder(decoder: Any) -> list[Step]:
     return [*steps, _end(decoder.conv_norm_out, last, out)]
 
 
-def _diffusers_encoder(encoder: Any) -> list[Step]:
-    steps = [Step("in", (encoder.conv_in,), encoder.conv_in, 0)]
+def _diffusers_encoder(encoder: Any) -> list[DecoderOp]:
+    steps = [DecoderOp("in", (encoder.conv_in,), encoder.conv_in, 0)]
     for level, down in enumerate(encoder.down_blocks):
         for index, block in enumerate(down.resnets):
-            steps.append(Step(f"down_{level}_{index}", (block,), partial(block, temb=None), level, residual=True))
+            steps.append(DecoderOp(f"down_{level}_{index}", (block,), partial(block, temb=None), level, residual=True))
         for downsampler in down.downsamplers or ():
-            steps.append(Step(f"down_{level}", (downsampler,), downsampler, level, resize=-1))
+            steps.append(DecoderOp(f"down_{level}", (downsampler,), downsampler, level, resize=-1))
     return steps
 
 
-def _ldm_decoder(decoder: Any) -> list[Step]:
-    def residual(name: str, block: nn.Module, level: int) -> Step:
-        return Step(name, (block,), lambda x: block(x, None), level, residual=True)
+def _ldm_decoder(decoder: Any) -> list[DecoderOp]:
+    def residual(name: str, block: nn.Module, level: int) -> DecoderOp:
+        return DecoderOp(name, (block,), lambda x: block(x, None), level, residual=True)
 
     top = len(decoder.up) - 1
     steps = [
-        Step("in", (decoder.conv_in,), decoder.conv_in, top),
+        DecoderOp("in", (decoder.conv_in,), decoder.conv_in, top),
         residual("mid_0", decoder.mid.block_1, top),
-        Step("mid_attention_0", (decoder.mid.attn_1,), decoder.mid.attn_1, top),
+        DecoderOp("mid_attention_0", (decoder.mid.attn_1,), decoder.mid.attn_1, top),
         residual("mid_1", decoder.mid.block_2, top),
     ]
     for level in range(top, -1, -1):
         up = decoder.up[level]
         steps += [residual(f"up_{level}_{index}", block, level) for index, block in enumerate(up.block)]
         if level:
-            steps.append(Step(f"up_{level}", (up.upsample,), up.upsample, level, resize=1))
+            steps.append(DecoderOp(f"up_{level}", (up.upsample,), up.upsample, level, resize=1))
     return [*steps, _end(decoder.norm_out, (decoder.conv_out,), decoder.conv_out)]
 
 
-def _ldm_encoder(encoder: Any) -> list[Step]:
-    steps = [Step("in", (encoder.conv_in,), encoder.conv_in, 0)]
+def _ldm_encoder(encoder: Any) -> list[DecoderOp]:
+    steps = [DecoderOp("in", (encoder.conv_in,), encoder.conv_in, 0)]
     for level, down in enumerate(encoder.down):
         for index, block in enumerate(down.block):
-            steps.append(Step(f"down_{level}_{index}", (block,), partial(block, temb=None), level, residual=True))
+            steps.append(DecoderOp(f"down_{level}_{index}", (block,), partial(block, temb=None), level, residual=True))
         if level < len(encoder.down) - 1:
-            steps.append(Step(f"down_{level}", (down.downsample,), down.downsample, level, resize=-1))
+            steps.append(DecoderOp(f"down_{level}", (down.downsample,), down.downsample, level, resize=-1))
     return steps
 
 
@@ -194,7 +194,7 @@ def output_widths(vae: Any) -> dict[str, int]:
     return {output_name(steps[0].level, step): _width(step) for step in steps if step.name.startswith("up_")}
 
 
-def output_name(top: int, step: Step) -> str:
+def output_name(top: int, step: DecoderOp) -> str:
     """CAPM's name of a decoder's level, which is diffusers', by any step of it; `top` is the deepest."""
     return f"up_blocks.{top - step.level}"
 
@@ -209,14 +209,14 @@ def level_widths(vae: Any) -> dict[int, int]:
     return {step.level: _width(step) for step in layout_of(vae).encoder(vae.encoder) if step.residual}
 
 
-def _width(step: Step) -> int:
+def _width(step: DecoderOp) -> int:
     return int(step.norms[-1].num_channels)
 
 
 # --- Where tiles lie ------------------------------------------------------------------------------------------------
 
 
-def _needed(step: Step, out: Span, extent: int) -> Span:
+def _needed(step: DecoderOp, out: Span, extent: int) -> Span:
     """What part of a step's input, `extent` long, `out` of its output depends on."""
     if step.resize > 0:
         start, stop = (out.start - step.reach) // 2, -(-(out.stop + step.reach) // 2)
@@ -236,7 +236,7 @@ def resized(span: Span, resize: int) -> Span:
     return Span(span.start // 2, span.stop // 2) if resize < 0 else span
 
 
-def _plan(steps: Sequence[Step], out: Span, extent: int, taps: Mapping[int, Span]) -> list[Span]:
+def _plan(steps: Sequence[DecoderOp], out: Span, extent: int, taps: Mapping[int, Span]) -> list[Span]:
     """One axis: the part of each step's input that is needed, then `out` itself. `extent` is the picture's length.
 
     `taps` are parts that must be there after the last residual block of a level.
@@ -261,7 +261,7 @@ def crop(x: Tensor, have: Box, want: Box) -> Tensor:
 
 
 def needed_boxes(
-    steps: Sequence[Step], out: Box, extent: tuple[int, int], taps: Mapping[int, Box] | None = None
+    steps: Sequence[DecoderOp], out: Box, extent: tuple[int, int], taps: Mapping[int, Box] | None = None
 ) -> list[Box]:
     """Rows and columns that every step needs of its input for `out`, then `out`; `extent` is the picture's size."""
     rows, cols = (

@@ -20,10 +20,10 @@ from ..modules.capm_hints import check_hint, check_strength
 from ..modules.cfw import CFW, check_w
 from ..modules.stam import STAM
 from ..sampling.tiling import spans
-from .capm_tiles import TilePrompts
+from .capm_tiles import TiledCAPM
 from .latents import VAE_OVERLAP, VAE_TILE, collect, pad_to
 from .layout import (
-    Step,
+    DecoderOp,
     backbone_of,
     cell_of,
     is_temporal,
@@ -56,13 +56,13 @@ def _assemble(
     stam: STAM | None,
     cfw: CFW | None,
     w: float,
-    prompts: TilePrompts | None,
+    prompts: TiledCAPM | None,
     tolerance: float,
-    alive: Callable[[], None],
+    check_interrupted: Callable[[], None],
     computed_in: ComputedIn | None,
 ) -> TiledDecoder:
     layout = layout_of(vae)
-    steps: list[Step] = []
+    steps: list[DecoderOp] = []
     plain = layout.decoder(vae.decoder)
     for index, step in enumerate(plain):
         steps.append(step)
@@ -72,20 +72,22 @@ def _assemble(
         if cfw is not None and step.residual and step.level in cfw.shape.levels and not plain[index + 1].residual:
             fuse = partial(cfw.fuse, step.level, w=w)
             modules = (cfw.layer(step.level),)
-            steps.append(Step(f"fuse_{step.level}", modules, lambda x: x, step.level, fuse=fuse))
+            steps.append(DecoderOp(f"fuse_{step.level}", modules, lambda x: x, step.level, fuse=fuse))
         if prompts is not None and (step.resize or index == len(plain) - 2):
             name = output_name(plain[0].level, step)
             # One that does not act would only widen the margins, and so the rounding.
             if name in prompts.model.shape.widths and prompts.model.acts(name):
                 steps.append(prompts.step(name, step.level - step.resize))
     split = next((index for index, step in enumerate(steps) if step.resize), len(steps) - 1)
-    encoder: list[Step] = []
+    encoder: list[DecoderOp] = []
     if cfw is not None:
         deepest = max(cfw.shape.levels)
         all_steps = layout.encoder(vae.encoder)
         last = max(index for index, step in enumerate(all_steps) if step.residual and step.level == deepest)
         encoder = all_steps[: last + 1]
-    return TiledDecoder(vae, steps[:split], steps[split:], encoder, tile, tolerance, alive, prompts, computed_in)
+    return TiledDecoder(
+        vae, steps[:split], steps[split:], encoder, tile, tolerance, check_interrupted, prompts, computed_in
+    )
 
 
 def stream_decode(
@@ -103,7 +105,7 @@ def stream_decode(
     chunk: int = CHUNK,
     tile: int = VAE_TILE,
     tolerance: float = TOLERANCE,
-    alive: Callable[[], None] = lambda: None,
+    check_interrupted: Callable[[], None] = lambda: None,
     computed_in: ComputedIn | None = None,
 ) -> Iterator[Tensor]:
     """Frames `(3, 8h, 8w)` in [0, 1], not clamped, of unscaled latents `(n, 4, h, w)`, one by one.
@@ -113,7 +115,7 @@ def stream_decode(
     of at most `tile` latents a side. `cfw` mixes in what the encoder makes of `reference`, a video `(n, 3, H, W)` in
     [0, 1] of the picture's size, or under eight latents smaller; w = 0 is the decoder without it. `capm` is told the
     frames' compression `levels` `(n,)`, NaN where unknown: there it reads them in the whole frame's features; strength
-    0 is the decoder without it. `alive` is called before every tile and may raise to end the work. `computed_in` says
+    0 is the decoder without it. `check_interrupted` is called before every tile and may raise. `computed_in` says
     where the decoder computes; else where its weights lie, and in their precision.
 
     Raises SettingError for a `w` outside [0, 1], a `strength` outside [0, 2], a missing or unfitting reference, levels
@@ -131,12 +133,12 @@ def stream_decode(
         cfw = reference = None
     else:
         cfw.check_fits(backbone_of(vae), level_widths(vae))
-    prompts: TilePrompts | None = None
+    prompts: TiledCAPM | None = None
     if capm is not None and strength != 0:
         capm.check_fits(f"{backbone_of(vae)}-vae", output_widths(vae))
         _check_levels(latents, levels)
-        prompts = TilePrompts(capm, strength)
-    decoder = _assemble(vae, tile, stam, cfw, w, prompts, tolerance, alive, computed_in)
+        prompts = TiledCAPM(capm, strength)
+    decoder = _assemble(vae, tile, stam, cfw, w, prompts, tolerance, check_interrupted, computed_in)
     if cfw is not None:
         _check_reference(latents, reference, decoder.cell)
     together = stam is not None or is_temporal(vae.decoder)

@@ -25,9 +25,21 @@ from torch import Tensor, nn
 
 from ..modules.capm import Place
 from ..sampling.tiling import Span
-from .capm_tiles import TilePrompts
+from .capm_tiles import TiledCAPM
 from .group_norm import Statistics
-from .layout import Box, Step, at_level, axis_parts, cell_of, crop, magnified, mosaic_index, needed_boxes, pick, resized
+from .layout import (
+    Box,
+    DecoderOp,
+    at_level,
+    axis_parts,
+    cell_of,
+    crop,
+    magnified,
+    mosaic_index,
+    needed_boxes,
+    pick,
+    resized,
+)
 
 #: Passes end when no group's mean or deviation moves by more than this share of the deviation: 4 or 5 passes, and a
 #: picture within 1e-3 of that of one pass. At 1e-2 it is about a pass less, and within 2/255.
@@ -38,7 +50,7 @@ Features = Mapping[int, Tensor]
 
 
 def _walk(
-    steps: Sequence[Step],
+    steps: Sequence[DecoderOp],
     x: Tensor,
     boxes: Sequence[Box],
     features: Features,
@@ -86,13 +98,13 @@ class TiledDecoder:
     """One VAE's decoder with what stands beside it. `head` runs over whole frames, `tail` and `encoder` over tiles."""
 
     vae: Any
-    head: list[Step]
-    tail: list[Step]
-    encoder: list[Step]
+    head: list[DecoderOp]
+    tail: list[DecoderOp]
+    encoder: list[DecoderOp]
     tile: int
     tolerance: float
-    alive: Callable[[], None]
-    prompts: TilePrompts | None = None
+    check_interrupted: Callable[[], None]
+    prompts: TiledCAPM | None = None
     computed_in: ComputedIn | None = None
 
     def __post_init__(self) -> None:
@@ -163,10 +175,10 @@ class TiledDecoder:
         statistics: Statistics,
         sketch: Callable[[], object],
         run: Callable[[], object],
-        prompts: TilePrompts | None = None,
+        prompts: TiledCAPM | None = None,
     ) -> None:
         """Runs until the statistics stand still; at the latest when the last norm's are exact."""
-        gathered: list[Statistics | TilePrompts] = [statistics] if prompts is None else [statistics, prompts]
+        gathered: list[Statistics | TiledCAPM] = [statistics] if prompts is None else [statistics, prompts]
         unknown = len(statistics.norms) + (0 if prompts is None else len(prompts.model.shape.widths))
         with statistics.applied():
             for _ in range(unknown + 1):
@@ -186,7 +198,7 @@ class TiledDecoder:
         self, z: Tensor, reference: Tensor | None, tile: Box, extent: tuple[int, int], gather: bool = True
     ) -> Tensor:
         """The decoder's picture of one tile, in [-1, 1], of whole latent-level activations `z`."""
-        self.alive()
+        self.check_interrupted()
         boxes = needed_boxes(self.tail, tile, extent)
         fused = {step.level: box for step, box in zip(self.tail, boxes, strict=False) if step.fuse is not None}
         features: Features = {}
@@ -198,7 +210,7 @@ class TiledDecoder:
 
     def _see(self, reference: Tensor, tile: Box, extent: tuple[int, int]) -> None:
         """One tile of the reference, for the encoder's statistics."""
-        self.alive()
+        self.check_interrupted()
         boxes = needed_boxes(self.encoder, at_level(tile, self.encoder[-1].level), extent)
         _walk(self.encoder, self._cut(reference, boxes[0]), boxes, {}, self.of_encoder, extent, tile)
 

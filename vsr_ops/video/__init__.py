@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from .reader import Frame, VideoInfo, made_info, probe, read_frames
-from .sinks import CODECS, Codec
+from .sinks import CODECS, OutputFormat
 from .writer import Writer, check_output, open_writer
 
 __all__ = [
     "CODECS",
-    "Codec",
     "Frame",
+    "OutputFormat",
     "VideoInfo",
     "Writer",
     "check_output",

@@ -41,7 +41,7 @@ def _ffv1_pixels(height: int, width: int, alpha: bool) -> str:
 
 
 @dataclass(frozen=True)
-class Codec:
+class OutputFormat:
     """One way to write, and what it can hold.
 
     `encoder` is FFmpeg's (empty: pictures); `pixels` picks its pixel format by (height, width, alpha).
@@ -57,15 +57,15 @@ class Codec:
     full_range: bool = True
 
 
-CODECS: dict[str, Codec] = {
-    "h264": Codec((".mp4", ".mov", ".mkv", ".m4v"), "libx264", _h264_pixels, {"crf": "16"}, aspect=True),
-    "prores": Codec(
+CODECS: dict[str, OutputFormat] = {
+    "h264": OutputFormat((".mp4", ".mov", ".mkv", ".m4v"), "libx264", _h264_pixels, {"crf": "16"}, aspect=True),
+    "prores": OutputFormat(
         (".mov",), "prores_ks", _prores_pixels, {"vendor": "apl0"}, alpha=True, aspect=True, full_range=False
     ),
-    "ffv1": Codec((".mkv",), "ffv1", _ffv1_pixels, {"level": "3", "slicecrc": "1"}, alpha=True),
-    "png": Codec((".png",), alpha=True),
-    "png8": Codec((".png",), alpha=True),
-    "jpeg": Codec((".jpg", ".jpeg")),
+    "ffv1": OutputFormat((".mkv",), "ffv1", _ffv1_pixels, {"level": "3", "slicecrc": "1"}, alpha=True),
+    "png": OutputFormat((".png",), alpha=True),
+    "png8": OutputFormat((".png",), alpha=True),
+    "jpeg": OutputFormat((".jpg", ".jpeg")),
 }
 """h264: 8 bits, 4:2:0, crf 16; an odd size is kept exactly by 4:4:4, which fewer players know. prores: 422 HQ
 of 10 bits, 4444 with alpha; always limited range, since mov cannot say otherwise for it. ffv1: lossless RGB
@@ -75,7 +75,7 @@ of 16 bits. png (16 bits), png8, jpeg: one picture where the path ends so, else 
 class VideoSink:
     """A video file in the making."""
 
-    def __init__(self, part: Path, info: VideoInfo, size: tuple[int, int], way: Codec, rate: Fraction) -> None:
+    def __init__(self, part: Path, info: VideoInfo, size: tuple[int, int], way: OutputFormat, rate: Fraction) -> None:
         self._info, self._way = info, way
         # A steady video is written on its exact grid, without the rounding of the container it came in.
         self._tick = 1 / rate if info.steady else info.time_base

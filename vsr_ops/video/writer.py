@@ -25,7 +25,7 @@ from ..errors import VideoError
 from ..system.outputs import claimed, give_name, new_part, refuse_inputs, refuse_taken, remove_part
 from . import container, pictures
 from .reader import Frame, VideoInfo
-from .sinks import CODECS, FORMATS, Codec, PictureSink, VideoSink, picture_name
+from .sinks import CODECS, FORMATS, OutputFormat, PictureSink, VideoSink, picture_name
 
 _FOREIGN_SUFFIXES = (".webm", ".avi", ".gif", ".ts", ".mpg", ".wmv", ".flv")
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -214,17 +214,17 @@ class Writer:
         return VideoError(f"'{self._path}' cannot be written ({reason}); expected a path that takes a file")
 
 
-def _way(codec: str) -> Codec:
+def _way(codec: str) -> OutputFormat:
     if codec not in CODECS:
         raise VideoError(f"unknown codec '{codec}'; expected one of {', '.join(CODECS)}")
     return CODECS[codec]
 
 
-def _is_single(path: Path, way: Codec) -> bool:
+def _is_single(path: Path, way: OutputFormat) -> bool:
     return not way.encoder and path.suffix.lower() in way.suffixes
 
 
-def _check_name(path: Path, codec: str, way: Codec) -> None:
+def _check_name(path: Path, codec: str, way: OutputFormat) -> None:
     suffix = path.suffix.lower()
     known = {s for each in CODECS.values() for s in each.suffixes} | set(_FOREIGN_SUFFIXES)
     endings = ", ".join(way.suffixes)
@@ -236,7 +236,7 @@ def _check_name(path: Path, codec: str, way: Codec) -> None:
         raise VideoError(f"'{path}' ends in '{suffix}' but codec {codec} needs {endings} or a folder")
 
 
-def _check_place(path: Path, overwrite: bool, way: Codec, frames: int | None) -> None:
+def _check_place(path: Path, overwrite: bool, way: OutputFormat, frames: int | None) -> None:
     folder = path.parent
     if not folder.is_dir():
         raise VideoError(f"folder '{folder}' does not exist; make it first, or choose another output")
@@ -266,7 +266,7 @@ def _sources(info: VideoInfo | None) -> Iterator[Path]:
             yield from pictures.list_pictures(info.path)
 
 
-def _warn_of_losses(path: Path, codec: str, way: Codec, info: VideoInfo) -> None:
+def _warn_of_losses(path: Path, codec: str, way: OutputFormat, info: VideoInfo) -> None:
     losses: list[str] = []
     if info.alpha and not way.alpha:
         losses.append(f"codec {codec} holds no alpha: it is dropped (prores, ffv1 and png keep it)")

@@ -72,16 +72,16 @@ def test_a_fresh_one_and_strength_zero_change_nothing(
     plain = sampled(host, model, small)
     fresh = half(capm, capm.SVD_UNET, capm.decoder_widths([64] * 4), fresh=True)
     for levels in (None, torch.tensor(0.5), LEVELS[:4]):
-        assert torch.equal(sampled(host, host.patch_capm(model, capm.Prompted(fresh, levels, 1.0)), small), plain)
-    assert host.patch_capm(model, capm.Prompted(unets, None, 0.0)) is model
-    assert host.patch_capm(model, capm.Prompted(None, None, 1.0)) is model
-    on = host.patch_capm(model, capm.Prompted(unets, None, 1.0))
+        assert torch.equal(sampled(host, host.patch_capm(model, capm.HostCAPM(fresh, levels, 1.0)), small), plain)
+    assert host.patch_capm(model, capm.HostCAPM(unets, None, 0.0)) is model
+    assert host.patch_capm(model, capm.HostCAPM(None, None, 1.0)) is model
+    on = host.patch_capm(model, capm.HostCAPM(unets, None, 1.0))
     changed = sampled(host, on, small)
     assert relative(changed, plain) > 1e-2
-    off = host.patch_capm(on, capm.Prompted(unets, None, 0.0))
+    off = host.patch_capm(on, capm.HostCAPM(unets, None, 0.0))
     assert torch.equal(sampled(host, off, small), plain) and not off.get_nested_additional_models()
     assert torch.equal(sampled(host, model, small), plain), "nothing stays"
-    again = host.patch_capm(on, capm.Prompted(unets, None, 1.0))
+    again = host.patch_capm(on, capm.HostCAPM(unets, None, 1.0))
     assert torch.equal(sampled(host, again, small), changed), "the last one counts, once"
 
 
@@ -104,7 +104,7 @@ def test_the_hosts_unet_and_diffusers_agree(
         calls.append((given[:3], executor(*given, **rest)))
         return calls[-1][1]
 
-    on = host.patch_capm(lite[0], capm.Prompted(unets, hint, 1.5))
+    on = host.patch_capm(lite[0], capm.HostCAPM(unets, hint, 1.5))
     on.add_wrapper_with_key("diffusion_model", "spy", spy)
     sampled(host, on, small, cfg)
     conditions = torch.tensor([module("vsr_ops.backbones.svd").MICRO_CONDITIONS])
@@ -134,7 +134,7 @@ def test_levels_go_with_the_frames_of_their_tiles(
         return out / headless.scaling_factor
 
     expected = in_diffusers(LEVELS)
-    on = host.patch_capm(lite[0], capm.Prompted(unets, LEVELS, 1.5))
+    on = host.patch_capm(lite[0], capm.HostCAPM(unets, LEVELS, 1.5))
     for batch in (1, 3):
         values = (16, 16, 4, 0.5, "none", "lagged", 0, 4, 1, "ends", 0.0, 1.0, batch)
         found = sampled(host, node("patches", "TiledDiffusion").execute(on, *values).args[0], wired, 1.0)
@@ -149,7 +149,7 @@ def test_any_order_of_wiring_is_the_same(
     wide = part(wired, FRAMES, 16, 24)
 
     def on(model: Any) -> Any:
-        return host.patch_capm(model, capm.Prompted(unets, LEVELS, 1.0))
+        return host.patch_capm(model, capm.HostCAPM(unets, LEVELS, 1.0))
 
     def others(model: Any) -> Any:
         return tiled(nodes, host.patch_perturbed(model, "pag", 1.0, "middle"))
@@ -174,7 +174,7 @@ def test_other_packs_patches_of_the_same_blocks_act_after_it(
         return m
 
     def on(model: Any) -> Any:
-        return host.patch_capm(model, capm.Prompted(unets, None, 1.0))
+        return host.patch_capm(model, capm.HostCAPM(unets, None, 1.0))
 
     first, last = sampled(host, on(with_other(lite[0])), small), sampled(host, with_other(on(lite[0])), small)
     assert torch.equal(first, last) and set(blocks) == set(range(8))
@@ -195,7 +195,7 @@ def test_tiles_of_a_whole_window_share_their_weights(host: ModuleType, capm: Mod
     made.plan = plan  # type: ignore[attr-defined]
     for tiles, shared in ((4, 4), (2, 1)):
         options = {"cond_or_uncond": [0], run.KEY: {"run": made, "call": (slice(0, 4), tiles)}}
-        assert hook._told(capm.Prompted(unets, None, 1.0), torch.zeros(tiles * 4, 8, 16, 16), options) == (None, shared)
+        assert hook._told(capm.HostCAPM(unets, None, 1.0), torch.zeros(tiles * 4, 8, 16, 16), options) == (None, shared)
 
 
 def test_what_does_not_fit_is_said_in_one_line(
@@ -205,12 +205,12 @@ def test_what_does_not_fit_is_said_in_one_line(
     other = half(capm, capm.SD_UNET, capm.decoder_widths([64] * 4))
     for model, words in ((narrow, "'up_blocks.0': 32.*'up_blocks.0': 64"), (other, "sd-unet, this model is svd-unet")):
         with pytest.raises(ValueError, match=words) as caught:
-            host.patch_capm(lite[0], capm.Prompted(model, None, 1.0))
+            host.patch_capm(lite[0], capm.HostCAPM(model, None, 1.0))
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="strength is 3"):
-        host.patch_capm(lite[0], capm.Prompted(unets, None, 3.0))
+        host.patch_capm(lite[0], capm.HostCAPM(unets, None, 3.0))
     with pytest.raises(ValueError, match="3 compression levels for 4 frames"):
-        sampled(host, host.patch_capm(lite[0], capm.Prompted(unets, LEVELS[:3], 1.0)), small)
+        sampled(host, host.patch_capm(lite[0], capm.HostCAPM(unets, LEVELS[:3], 1.0)), small)
 
 
 def test_a_picture_models_unet_takes_its_own_alone(host: ModuleType, capm: ModuleType, unets: Any) -> None:
@@ -225,9 +225,9 @@ def test_a_picture_models_unet_takes_its_own_alone(host: ModuleType, capm: Modul
     base = filled(config.get_model({}, device=torch.device("cpu")))
     model = comfy.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
     with pytest.raises(ValueError, match="svd-unet, this model is sd-unet"):
-        host.patch_capm(model, capm.Prompted(unets, None, 1.0))
+        host.patch_capm(model, capm.HostCAPM(unets, None, 1.0))
     on = host.patch_capm(
-        model, capm.Prompted(half(capm, capm.SD_UNET, {"up_blocks.0": 64, "up_blocks.1": 32}), LEVELS, 1.0)
+        model, capm.HostCAPM(half(capm, capm.SD_UNET, {"up_blocks.0": 64, "up_blocks.1": 32}), LEVELS, 1.0)
     )
     prompt = [[torch.randn(1, 3, 16), {}]]
     wired = (prompt, [[torch.zeros(1, 3, 16), {}]], {"samples": torch.zeros(FRAMES, 4, 8, 8)})
@@ -258,7 +258,7 @@ def test_the_hosts_decoder_and_diffusers_agree(
     headless: Any,
     levels: Tensor | None,
 ) -> None:
-    prompted = capm.Prompted(vaes, levels, 1.0)
+    prompted = capm.HostCAPM(vaes, levels, 1.0)
     with capm.attached(vaes, headless.vae.decoder, prompted.hint(3)):
         expected = headless.decode(latent["samples"]).clamp(0, 1).movedim(1, -1)
     assert float((expected - decoded(nodes, lite, latent)).abs().max()) > 0.05, "it acts"
@@ -272,18 +272,18 @@ def test_a_fresh_decoders_half_and_strength_zero_change_nothing(
     fresh = half(capm, capm.SVD_VAE, dict(vaes.shape.widths), fresh=True)
     for tile in (0, 4):
         plain = decoded(nodes, lite, latent, tile=tile)
-        assert torch.equal(decoded(nodes, lite, latent, tile=tile, capm=capm.Prompted(vaes, None, 0.0)), plain)
+        assert torch.equal(decoded(nodes, lite, latent, tile=tile, capm=capm.HostCAPM(vaes, None, 0.0)), plain)
         if tile:
-            assert torch.equal(decoded(nodes, lite, latent, tile=tile, capm=capm.Prompted(fresh, None, 1.0)), plain)
+            assert torch.equal(decoded(nodes, lite, latent, tile=tile, capm=capm.HostCAPM(fresh, None, 1.0)), plain)
 
 
 def test_a_decoder_without_its_half_or_levels_says_so(
     nodes: dict[str, Any], lite: Any, latent: dict[str, Any], capm: ModuleType, unets: Any, vaes: Any
 ) -> None:
     for prompted, words in (
-        (capm.Prompted(None, None, 1.0), "holds no half for a VAE"),
-        (capm.Prompted(vaes, LEVELS, 1.0), "6 compression levels for 3 frames"),
-        (capm.Prompted(unets, None, 1.0), "svd-unet, this model is svd-vae"),
+        (capm.HostCAPM(None, None, 1.0), "holds no half for a VAE"),
+        (capm.HostCAPM(vaes, LEVELS, 1.0), "6 compression levels for 3 frames"),
+        (capm.HostCAPM(unets, None, 1.0), "svd-unet, this model is svd-vae"),
     ):
         with pytest.raises(ValueError, match=words) as caught:
             decoded(nodes, lite, latent, capm=prompted)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.losses.losses import flicker, followed_change, information, luma_deviation, motion_of
-from training.losses.perceived import haar_loss, neg_loss
+from training.losses.perceptual import haar_loss, neg_loss
 from vsr_ops.metrics.perceptual import haarpsi
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -16,7 +16,7 @@ from vsr_ops.backbones.svd import SVD
 from vsr_ops.cli.demo_clip import ground_truth
 from vsr_ops.image.resize import quantize8
 from vsr_ops.modules.refiner import Refiner
-from vsr_ops.pipeline.parts import Parts
+from vsr_ops.pipeline.parts import PipelineModules
 from vsr_ops.pipeline.sampler import Settings, sample
 
 QUICK = Settings(steps=1, guidance="none", color="none")
@@ -72,7 +72,7 @@ def test_without_steps_the_lr_latent_itself_is_decoded(tiny: SVD, moving: Tensor
 
 def test_every_method_gives_a_clip_of_the_truths_size(tiny: SVD, moving: Tensor) -> None:
     (clip,) = shrunk({"a": moving}, None)
-    scores, seconds = measured(comparison(tiny, QUICK, Parts(refiner=Refiner())), [clip], tiny, QUICK)
+    scores, seconds = measured(comparison(tiny, QUICK, PipelineModules(refiner=Refiner())), [clip], tiny, QUICK)
     assert scores.methods == ("bicubic", "bicubic+USM", "DCM", "DCM+USM", "LR latent", "ours")
     assert set(seconds) == set(scores.methods) and scores.clips == ("a",)
     # Without an upscaler the "DCM" is bicubic, and a fresh refiner returns what was upscaled.
@@ -82,7 +82,7 @@ def test_every_method_gives_a_clip_of_the_truths_size(tiny: SVD, moving: Tensor)
 
 def test_a_result_comes_back_from_disk_as_it_was(tiny: SVD, moving: Tensor) -> None:
     (clip,) = shrunk({"a": moving}, None)
-    upscaled = whole(tiny, clip, QUICK, Parts(refiner=Refiner(), w=1.0))
+    upscaled = whole(tiny, clip, QUICK, PipelineModules(refiner=Refiner(), w=1.0))
     assert torch.equal(upscaled, bicubic(clip.small))
 
 

@@ -13,8 +13,7 @@ from tests.support.tiny_training import settings_of, train_tiny
 from training.loop.draws import generator_at
 from training.loop.recipe import BUNDLED, read_recipe
 from training.tasks.control import ControlTask, as_velocity, controlled, parts_of
-from training.tasks.sd import Data, FrameLatents, SDTask, noised, nothing, unet_shape
-from training.tasks.sd import Shape as SDShape
+from training.tasks.sd import FrameLatents, SDDataSettings, SDModelSettings, SDTask, noised, nothing, unet_shape
 from training.tasks.tasks import make_task
 from vsr_ops.backbones.sd import load_sd
 from vsr_ops.checkpoints.sd import SDWeights, read_sd, write_sd
@@ -30,7 +29,7 @@ def task_of(name: str, photos: Path, vaes: tuple[Path, Path], out: Path, *sets: 
 
 def test_a_sample_is_one_place_of_clean_latents_and_hint(tmp_path: Path) -> None:
     """Every latent of the shard holds its own number."""
-    settings = Data(size=64, frames=3, clips=2, crop=4)
+    settings = SDDataSettings(size=64, frames=3, clips=2, crop=4)
     latents = FrameLatents(tmp_path, settings)
     numbers = torch.arange(2 * 3 * 64.0).view(2, 3, 1, 8, 8).expand(-1, -1, 4, -1, -1)
     clips = [
@@ -62,7 +61,7 @@ def test_noise_and_velocity_are_diffusers() -> None:
 
 def test_the_lite_stable_diffusion_is_small_enough() -> None:
     recipe = read_recipe(BUNDLED / "sd_lite.toml")
-    shape = SDShape(**{key: tuple(v) if isinstance(v, list) else v for key, v in recipe.model.items()})
+    shape = SDModelSettings(**{key: tuple(v) if isinstance(v, list) else v for key, v in recipe.model.items()})
     with torch.device("meta"):
         unet = UNet2DConditionModel(**unet_shape(shape))
     assert sum(p.numel() for p in unet.parameters()) < 0.85e6

@@ -20,10 +20,9 @@ from training.loop.draws import uniform
 from training.loop.recipe import Recipe
 from training.loop.state import weights_of
 from training.loop.task import Batch
-from training.tasks import whole
-from training.tasks.capm import Loss as CAPMLoss
-from training.tasks.capm import check_crfs, disagreement, drawn_crf, watched
-from training.tasks.whole import SCALE, Whole
+from training.tasks import joint
+from training.tasks.capm import CAPMLossSettings, check_crfs, disagreement, drawn_crf, watched
+from training.tasks.joint import SCALE, Joint
 from vsr_ops.errors import SettingError
 from vsr_ops.modules.capm import SVD_UNET, SVD_VAE, attached, decoder_widths
 from vsr_ops.modules.capm_file import CAPMs, load_capms, write_capms
@@ -32,14 +31,14 @@ from vsr_ops.vae.layout import output_widths
 
 
 @dataclass(frozen=True)
-class Shape(whole.Shape):
+class JointCAPMModelSettings(joint.JointModelSettings):
     """`capm`: the CAPM that goes on, a file, "lite", or a run; both its halves learn."""
 
     capm: str = "lite"
 
 
 @dataclass(frozen=True)
-class Data(whole.Data):
+class JointCAPMDataSettings(joint.JointDataSettings):
     """A `clean_share` stays clean, the others go through H.264 at any CRF from `finest` to `coarsest`."""
 
     clean_share: float = 0.1
@@ -48,21 +47,21 @@ class Data(whole.Data):
 
 
 @dataclass(frozen=True)
-class Loss(whole.Loss):
+class JointCAPMLossSettings(joint.JointLossSettings):
     """`untold` is the share of clips whose compression level is not told, `agree` weighs how far d lies from what the
     level would have put in its place."""
 
-    untold: float = CAPMLoss.untold
+    untold: float = CAPMLossSettings.untold
     agree: float = 0.1
 
 
-class WholeCAPM(Whole):
-    """Task "capm_whole". A sample is Whole's, its clip's level, and what CAPM is told of it (NaN: nothing)."""
+class JointCAPM(Joint):
+    """Task "capm_whole". A sample is Joint's, its clip's level, and what CAPM is told of it (NaN: nothing)."""
 
-    shapes, clips, losses = Shape, Data, Loss
-    shape: Shape
-    data: Data
-    weights: Loss
+    shapes, clips, losses = JointCAPMModelSettings, JointCAPMDataSettings, JointCAPMLossSettings
+    shape: JointCAPMModelSettings
+    data: JointCAPMDataSettings
+    weights: JointCAPMLossSettings
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
         super().__init__(recipe, data, out)

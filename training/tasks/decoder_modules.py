@@ -20,8 +20,8 @@ from training.loop.recipe import Recipe, from_table
 from training.loop.state import REFINER, weights_of
 from training.loop.task import Batch
 from training.losses.losses import Motion, charbonnier, flicker, followed_change, motion_of, psnr, temporal_difference
-from training.losses.perceived import haar_loss, neg_losses
-from training.tasks.beside_modules import MODULES, nothing_further
+from training.losses.perceptual import haar_loss, neg_losses
+from training.tasks.decoder_module_kinds import MODULES, nothing_further
 from training.tasks.refiner import decode_refined, decoder_of
 from training.tasks.sampled import CompressedLatents, CompressedSettings
 from training.tasks.svd import read_start
@@ -33,7 +33,7 @@ from vsr_ops.modules.refiner import load_refiner
 
 
 @dataclass(frozen=True)
-class Loss:
+class DecoderModuleLossSettings:
     """Weights, of the refined clip: Charbonnier's and the squared error, 1 - HaarPSI, 1 - ADM and 1 - VIF (VMAF-NEG's
     features), the change of the error from frame to frame (`change`) and along the motion (`followed`), flicker where
     nothing moves (`still`). The same of the decoded clip, but for VMAF-NEG's, counts `decoded` times; `detail` weighs
@@ -65,7 +65,7 @@ class Unrefined(nn.Module):
         return decoded - upscaled
 
 
-class BesideTask:
+class DecoderModuleTask:
     """Task "decoder". A sample is what CompressedLatents draws, `w` for CFW, and the hint for CAPM (NaN: not told)."""
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
@@ -74,7 +74,7 @@ class BesideTask:
             raise SettingError(f"model.module is {name!r}: expected one of {', '.join(MODULES)}")
         self.kind = str(name)
         self.shape = from_table(MODULES[self.kind].settings, recipe.model, "model")
-        self.weights = from_table(Loss, recipe.loss, "loss")
+        self.weights = from_table(DecoderModuleLossSettings, recipe.loss, "loss")
         if not self.shape.start:
             raise SettingError("model.start is empty: expected the SVD that stays as it is (--set model.start=lite)")
         w = self.weights.w

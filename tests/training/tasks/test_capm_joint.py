@@ -11,14 +11,14 @@ import torch
 from tests.support.tiny_training import settings_of
 from training.loop.recipe import BUNDLED, read_recipe
 from training.loop.trainer import Batches, freeze
-from training.tasks.capm_whole import WholeCAPM
+from training.tasks.capm_joint import JointCAPM
 from vsr_ops.errors import SettingError
 from vsr_ops.modules.capm_file import CAPMs, load_capms, write_capms
 
 
-def task_of(photos: Path, vaes: tuple[Path, Path], out: Path, *sets: str) -> WholeCAPM:
+def task_of(photos: Path, vaes: tuple[Path, Path], out: Path, *sets: str) -> JointCAPM:
     recipe = read_recipe(BUNDLED / "capm_whole_lite.toml", [*settings_of("capm_whole", vaes), *sets])
-    return WholeCAPM(recipe, photos, out)
+    return JointCAPM(recipe, photos, out)
 
 
 def test_the_video_teaches_both_halves(photos: Path, vaes: tuple[Path, Path], tmp_path: Path) -> None:

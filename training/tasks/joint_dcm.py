@@ -13,23 +13,22 @@ from training.loop.state import weights_of
 from training.loop.task import Batch
 from training.losses.losses import charbonnier, psnr
 from training.tasks.dcm import KIND
-from training.tasks.whole import Loss as WholeLoss
-from training.tasks.whole import Whole
+from training.tasks.joint import Joint, JointLossSettings
 from vsr_ops.checkpoints.module_file import read_module, write_module
 from vsr_ops.modules.dcm import LITE_DCM, read_dcm
 
 
 @dataclass(frozen=True)
-class Loss(WholeLoss):
+class JointDCMLossSettings(JointLossSettings):
     """`guide`: Charbonnier's of the DCM's own video, without which it may leave pictures behind."""
 
     guide: float = 0.5
 
 
-class WholeWithDCM(Whole):
+class JointWithDCM(Joint):
     """Task "whole_dcm": as "whole", and `model.dcm`, one of this pack's files, learns too."""
 
-    losses = Loss
+    losses = JointDCMLossSettings
 
     def prepare(self, device: torch.device) -> None:
         self._folder.load()
@@ -45,7 +44,7 @@ class WholeWithDCM(Whole):
     def _loss_of(self, model: nn.Module, clip: Batch) -> tuple[Tensor, dict[str, float]]:
         loss, numbers = super()._loss_of(model, clip)
         guide = self._guide(model, clip["lr"])
-        weights = cast(Loss, self.weights)
+        weights = cast(JointDCMLossSettings, self.weights)
         numbers = {**numbers, "guide": psnr(guide, clip["truth"])}
         return loss + weights.guide * charbonnier(guide, clip["truth"]), numbers
 

@@ -16,8 +16,8 @@ from tests.support.tiny_training import BICUBIC
 from training.loop.draws import generator_at
 from training.loop.recipe import BUNDLED, read_recipe
 from training.loop.trainer import Batches, freeze, trained
-from training.tasks.beside import BesideTask
-from training.tasks.beside_modules import CFWSettings
+from training.tasks.decoder_module_kinds import CFWSettings
+from training.tasks.decoder_modules import DecoderModuleTask
 from training.tasks.sampled import CompressedLatents, CompressedSettings
 from training.tasks.tasks import make_task
 from vsr_ops.backbones.svd import load_svd
@@ -32,11 +32,11 @@ LARGEST = {"cfw": 500_000, "stam": 300_000, "capm": 300_000}
 """Bytes of the lite files."""
 
 
-def task_of(kind: str, photos: Path, start: Path | str, out: Path, *more: str) -> BesideTask:
+def task_of(kind: str, photos: Path, start: Path | str, out: Path, *more: str) -> DecoderModuleTask:
     tiny = ["data.size=64", "data.frames=3", "data.clips=2", "data.crop=32", "data.crop_frames=2", "data.steps=[1]"]
     sets = [*tiny, BICUBIC, f"model.start={start}", "train.precision=float32", *more]
     task = make_task(read_recipe(BUNDLED / f"{RECIPES[kind]}.toml", sets), photos, out)
-    assert isinstance(task, BesideTask)
+    assert isinstance(task, DecoderModuleTask)
     return task
 
 

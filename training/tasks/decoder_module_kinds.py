@@ -26,7 +26,7 @@ from vsr_ops.vae.layout import backbone_of, layout_of, level_widths, output_widt
 
 
 @dataclass(frozen=True)
-class Shape:
+class DecoderModuleModelSettings:
     """`module` is one of MODULES. `start`: the SVD, a file or folder, "lite", or a run; `refiner`: a file, "lite", or a
     run; empty: the decoded clip is the result."""
 
@@ -36,7 +36,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class CFWSettings(Shape):
+class CFWSettings(DecoderModuleModelSettings):
     """`levels` are fused (0: the picture's resolution), with `blocks` RRDBs that grow by `grow`."""
 
     levels: tuple[int, ...] = CFWShape.levels
@@ -45,7 +45,7 @@ class CFWSettings(Shape):
 
 
 @dataclass(frozen=True)
-class STAMSettings(Shape):
+class STAMSettings(DecoderModuleModelSettings):
     """Every residual block of these `levels` of the decoder has one, of `inner` channels (0: its own) and `heads`."""
 
     levels: tuple[int, ...] = (0, 1, 2, 3)
@@ -54,7 +54,7 @@ class STAMSettings(Shape):
 
 
 @dataclass(frozen=True)
-class CAPMSettings(Shape):
+class CAPMSettings(DecoderModuleModelSettings):
     """As `vsr_ops.modules.capm.CAPMShape`. `capm`: the CAPM to go on from, a file, "lite", or a run, whose half for
     the UNet stays as it is; where it is empty or lacks the VAE's half: a new one of the other settings."""
 
@@ -75,7 +75,7 @@ class Module:
     clip, and written; `shown` are what it is tried with on held-out clips, by name: changes of the clip. `settle` sees
     one clip before the first step."""
 
-    settings: type[Shape]
+    settings: type[DecoderModuleModelSettings]
     build: Callable[[Any, nn.Module], nn.Module]
     beside: Callable[[nn.Module, Batch], AbstractContextManager[Further]]
     write: Callable[[Path, Any, Any, str], None]

@@ -22,7 +22,7 @@ from training.loop.recipe import Recipe, from_table
 from training.loop.state import REFINER, weights_of
 from training.loop.task import Batch
 from training.losses.losses import charbonnier, flicker, followed_change, motion_of, psnr, temporal_difference
-from training.losses.perceived import haar_loss, neg_losses
+from training.losses.perceptual import haar_loss, neg_losses
 from training.tasks.refiner import decode_refined, decoder_of, decoder_state, factor_of, grown
 from training.tasks.svd import edm_loss, euler, read_start
 from training.tasks.vae import detail, encoded, reconstruction_loss
@@ -30,14 +30,14 @@ from training.tasks.vae_refined import beside
 from vsr_ops.backbones.svd import build_svd, sigmas
 from vsr_ops.checkpoints.svd import SVDWeights, write_svd
 from vsr_ops.errors import SettingError
-from vsr_ops.modules.dcm import Enlarge, load_dcm
+from vsr_ops.modules.dcm import UpscaleFn, load_dcm
 from vsr_ops.modules.refiner import Refiner, RefinerShape, load_refiner, write_refiner
 
 SCALE = 4
 
 
 @dataclass(frozen=True)
-class Shape:
+class JointModelSettings:
     """`start`: the SVD, a file or folder, "lite", or a run. `refiner`: a file, "lite", or the run of vae_refined or
     refiner, which grows to `blocks`, `mixes` and `follows`; `dcm`: the guide's file or run, which does not learn."""
 
@@ -50,7 +50,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Data:
+class JointDataSettings:
     """Clips of `frames` frames of `size` x `size` pixels (a multiple of 64), degraded in a way of DEGRADATIONS but for
     a `clean_share`. Each is sampled in one of the numbers of `steps`; for a `true_share`, the true latents with noise
     of 0.1 are decoded in the sampled ones' place, so that the encoder goes on holding the truth."""
@@ -65,7 +65,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Loss:
+class JointLossSettings:
     """Weights. Of the refined video: Charbonnier's and the squared error, 1 - HaarPSI, 1 - ADM and 1 - VIF (VMAF-NEG's
     features: VMAF rests on ADM, VIF alone asks for blur), the change of the error from frame to frame (`change`) and
     along the motion (`followed`), flicker where nothing moves (`still`). Of the decoded one: its detail's
@@ -85,12 +85,12 @@ class Loss:
     drop: float = 0.1
 
 
-class Whole:
+class Joint:
     """Task "whole". A sample is lr `(frames, 3, h/4, w/4)`, truth `(frames, 3, h, w)`, and what sampling draws."""
 
-    shapes: ClassVar[type[Shape]] = Shape
-    clips: ClassVar[type[Data]] = Data
-    losses: ClassVar[type[Loss]] = Loss
+    shapes: ClassVar[type[JointModelSettings]] = JointModelSettings
+    clips: ClassVar[type[JointDataSettings]] = JointDataSettings
+    losses: ClassVar[type[JointLossSettings]] = JointLossSettings
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
         self.shape = from_table(self.shapes, recipe.model, "model")
@@ -106,11 +106,11 @@ class Whole:
             )
         check_degradation(self.data.degradation)
         self._folder = Folder(data)
-        self._enlarge: Enlarge | None = None
+        self._upscale_fn: UpscaleFn | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the DCM: processes that draw samples need none."""
-        return {**self.__dict__, "_enlarge": None}
+        return {**self.__dict__, "_upscale_fn": None}
 
     @property
     def data_summary(self) -> str:
@@ -118,7 +118,7 @@ class Whole:
 
     def prepare(self, device: torch.device) -> None:
         self._folder.load()
-        self._enlarge = load_dcm(weights_of(self.shape.dcm), device)
+        self._upscale_fn = load_dcm(weights_of(self.shape.dcm), device)
 
     def base(self) -> SVDWeights:
         """The SVD before this training, float32. Raises SettingError for one that a refined clip cannot train."""
@@ -212,8 +212,8 @@ class Whole:
 
     def _guide(self, model: nn.Module, lr: Tensor) -> Tensor:
         """The enlarged input `(frames, 3, 4h, 4w)` in [0, 1]."""
-        assert self._enlarge is not None, "prepare comes first"
-        return self._enlarge(lr).clamp(0, 1)
+        assert self._upscale_fn is not None, "prepare comes first"
+        return self._upscale_fn(lr).clamp(0, 1)
 
     def _sampled(self, model: nn.Module, lr: Tensor, clip: Batch) -> Tensor:
         """Latents of deviation 1. Gradients go through the last step but one: the last, at sigma 0.002, adds nothing,

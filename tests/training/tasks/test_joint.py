@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from training.loop.recipe import Recipe, Train
+from training.tasks.joint import Joint
 from training.tasks.refiner import decoder_of, decoder_state
 from training.tasks.svd import read_start
-from training.tasks.whole import Whole
 from vsr_ops.checkpoints.svd import read_svd
 from vsr_ops.modules.refiner import load_refiner
 from vsr_ops.video.pictures import save_png8
@@ -29,11 +29,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def task(data: Path, drop: float) -> Whole:
+def task(data: Path, drop: float) -> Joint:
     model = {"start": "lite", "refiner": "lite", "blocks": 8, "mixes": 4, "follows": True}
     small = {"size": 64, "frames": 2, "steps": [2]}
     recipe = Recipe("whole", Train(1), model=model, data=small, loss={"drop": drop})
-    return Whole(recipe, data, data / "out")
+    return Joint(recipe, data, data / "out")
 
 
 def test_some_clips_are_kept_from_the_unet_and_nothing_else_is_drawn_differently(data: Path) -> None:
