@@ -22,9 +22,11 @@ from benchmarks.common import MIB, Options, heading, interleaved, parser, peak_b
 from training.tasks.svd import UNET_LITE
 from vsr_ops.backbones.svd import SVD, PatchedAttention
 from vsr_ops.sampling.attention import SelfAttention, Tempered, plain
+from vsr_ops.sampling.calls import Call
 from vsr_ops.sampling.guidance import Branch
 from vsr_ops.sampling.layers import Layer
-from vsr_ops.sampling.propagation import Call, Propagation, Step, TileRun
+from vsr_ops.sampling.propagation import Propagation, TileRun
+from vsr_ops.sampling.schedule import Step
 from vsr_ops.sampling.tiling import plan_tiles
 
 #: Width and heads of the layers at the UNet's own resolution.

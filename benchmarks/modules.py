@@ -29,8 +29,9 @@ from vsr_ops.pipeline.job import Job, UpscaledFrames
 from vsr_ops.pipeline.parts import PipelineModules
 from vsr_ops.pipeline.sampler import Settings
 from vsr_ops.pipeline.upscale import upscale
+from vsr_ops.vae.decoder_modules import DecoderModules
 from vsr_ops.vae.layout import level_widths, residual_widths
-from vsr_ops.vae.stream import stream_decode
+from vsr_ops.vae.stream import Streaming, stream_decode
 from vsr_ops.video import probe
 
 PLAIN = "none"
@@ -77,14 +78,17 @@ def decode_rows(model: SVD, options: Options) -> list[list[str]]:
     for module in (cfw, stam, capm):
         on(module, options)
     named = {
-        PLAIN: {},
-        "CFW": {"reference": reference, "cfw": cfw},
-        "STAM": {"stam": stam},
-        "CAPM": {"capm": capm, "levels": torch.full((tile.frames,), 0.5)},
+        PLAIN: DecoderModules(),
+        "CFW": DecoderModules(cfw=cfw),
+        "STAM": DecoderModules(stam=stam),
+        "CAPM": DecoderModules(capm=capm),
     }
 
-    def decode(modules: dict[str, object]) -> object:
-        return list(stream_decode(vae, latents, chunk=tile.frames, tile=max(tile.height, tile.width), **modules))  # type: ignore[arg-type]
+    compressed = torch.full((tile.frames,), 0.5)
+    how = Streaming(chunk=tile.frames, tile=max(tile.height, tile.width))
+
+    def decode(modules: DecoderModules) -> object:
+        return list(stream_decode(vae, latents, (), modules, reference, compressed, how))
 
     work: dict[str, Callable[[], object]] = {name: lambda m=modules: decode(m) for name, modules in named.items()}
     times = interleaved(work, options)

@@ -21,9 +21,11 @@ from benchmarks import common
 from benchmarks.common import MIB, Options, interleaved, ratio, table
 from vsr_ops.backbones.svd import SVD
 from vsr_ops.sampling.attention import Fused, fused_attention
+from vsr_ops.sampling.calls import Call, gather_tiles, token_grid
 from vsr_ops.sampling.guidance import COND
 from vsr_ops.sampling.layers import Layer
-from vsr_ops.sampling.propagation import Call, Kind, Propagation, Step, TileRun, gather_tiles, sap_rate, token_grid
+from vsr_ops.sampling.propagation import Propagation, TileRun, sap_rate
+from vsr_ops.sampling.schedule import Kind, Step
 from vsr_ops.sampling.tiling import Merger, TileSize, plan_tiles
 from vsr_ops.system.memory import ran_out
 

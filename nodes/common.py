@@ -72,6 +72,12 @@ def count(id: str, default: int, low: int, high: int, tooltip: str, step: int = 
     return io.Int.Input(id, default=default, min=low, max=high, step=step, tooltip=tooltip, **rest)
 
 
+def node_defaults(node: type[io.ComfyNode]) -> dict[str, Any]:
+    """The values that a node's widgets begin with, by name."""
+    inputs = node.define_schema().inputs
+    return {each.id: each.default for each in inputs if getattr(each, "default", None) is not None}
+
+
 def layers_input(default: str, **rest: Any) -> Any:
     """Which layers a method acts in."""
     return choice(

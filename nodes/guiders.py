@@ -47,7 +47,7 @@ class DSSAGGuider(io.ComfyNode):
             category=f"{CATEGORY}/guiders",
             description=(
                 "Detail-suppression self-attention guidance (DC-VSR): away from what the model draws with blurred"
-                " attention. Without a negative equation 8, with one equation 9; two UNet passes a step either way."
+                " attention. DC-VSR equation 8 without a negative, 9 with one; two UNet passes a step either way."
             ),
             inputs=[
                 *sockets(),

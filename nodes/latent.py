@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..vsr_ops.vae.decoder_modules import DecoderModules
 from ..vsr_ops.vae.latents import encode_video, with_augmentation
 from ..vsr_ops.video.scenes import find_cuts
 from . import host
@@ -144,8 +145,10 @@ class Decode(io.ComfyNode):
         seen = None if reference is None else to_frames(reference, "reference")
         size = size_of(latent) if seen is None else tuple(seen.shape[-2:])
         cuts = host.latent_cuts(latent) if host.sees_time(vae, stam) else ()
+        samples = latent["samples"]
+        modules, levels = host.with_capm(DecoderModules(cfw, w, stam), capm, len(samples))
         return io.NodeOutput(
-            to_image(host.decoded(vae, latent["samples"], chunk_frames, cuts, size, seen, cfw, stam, w, tile, capm))
+            to_image(host.decoded(vae, samples, cuts, size, modules, levels, seen, chunk_frames, tile))
         )
 
 

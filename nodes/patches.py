@@ -91,7 +91,7 @@ class TiledDiffusion(io.ComfyNode):
 
 
 SCALE_TIP = "Strength s of the guidance; 0 is off, exactly."
-RHO_TIP = "How fast the blur fades over the steps (equation 10); 0.5 is the paper's, larger fades sooner."
+RHO_TIP = "How fast the blur fades over the steps (DC-VSR equation 10); 0.5 is the paper's, larger fades sooner."
 
 
 class DSSAG(io.ComfyNode):
@@ -105,8 +105,8 @@ class DSSAG(io.ComfyNode):
             category=f"{CATEGORY}/model",
             description=(
                 "Detail-suppression self-attention guidance for samplers without a guider socket. At the sampler's cfg"
-                " 1 it guides by its scale (equation 8); at another cfg that is 1 + s (equation 9), and scale only"
-                " switches it on. Two UNet passes a step either way."
+                " 1 it guides by its scale (DC-VSR equation 8); at another that cfg is 1 + s (equation 9), and scale"
+                " only switches it on. Two UNet passes a step either way."
             ),
             inputs=[
                 io.Model.Input(

@@ -11,29 +11,38 @@ from torch import Tensor
 from ..vsr_ops.image.color import COLOR
 from ..vsr_ops.sampling.propagation import PROPAGATION, SAP_MODES
 from . import host
-from .common import CATEGORY, REFINER, check_choice, choice, count, number
+from .common import CATEGORY, REFINER, check_choice, choice, count, node_defaults, number
 from .guiders import DSSAGGuider, PAGGuider, SAGGuider
 from .latent import Decode, SVDConditioning
-from .patches import TiledDiffusion
+from .patches import DSSAG, TiledDiffusion
 from .picture import ColorMatch, Refine, UpscaleLR
+
+
+def _made(node: type[io.ComfyNode], **values: Any) -> Any:
+    """What a node makes of these values, the others at its own defaults."""
+    return node.execute(**{**node_defaults(node), **values}).args[0]
 
 
 def _dssag(model: Any, positive: Any, negative: Any, cfg: float, scale: float) -> Any:
     if cfg == 1:
-        return DSSAGGuider.execute(model, positive, scale, 0.5, "ends").args[0]
-    return host.guider(host.patch_perturbed(model, "dssag", scale, "ends", 0.5), positive, negative, cfg)
+        return _made(DSSAGGuider, model=model, positive=positive, scale=scale)
+    return host.guider(_made(DSSAG, model=model, scale=scale), positive, negative, cfg)
+
+
+def _pag(model: Any, positive: Any, negative: Any, cfg: float, scale: float) -> Any:
+    return _made(PAGGuider, model=model, positive=positive, negative=negative, cfg=cfg, scale=scale)
+
+
+def _sag(model: Any, positive: Any, negative: Any, cfg: float, scale: float) -> Any:
+    return _made(SAGGuider, model=model, positive=positive, negative=negative, cfg=cfg, scale=scale)
 
 
 #: (model, positive, negative, cfg, scale) -> GUIDER
 GUIDERS: dict[str, Callable[[Any, Any, Any, float, float], Any]] = {
     "dssag": _dssag,
     "cfg": lambda model, positive, negative, cfg, scale: host.guider(model, positive, negative, cfg),
-    "pag": lambda model, positive, negative, cfg, scale: PAGGuider.execute(
-        model, positive, cfg, scale, "middle", negative
-    ).args[0],
-    "sag": lambda model, positive, negative, cfg, scale: SAGGuider.execute(model, positive, cfg, scale, negative).args[
-        0
-    ],
+    "pag": _pag,
+    "sag": _sag,
     "none": lambda model, positive, negative, cfg, scale: host.guider(model, positive, None, 1.0),
 }
 
@@ -123,18 +132,30 @@ class TiledSVDSampler(io.ComfyNode):
         check_choice("color", color, COLOR)
         check_choice("sampler_name", sampler_name, host.SAMPLERS)
         check_choice("scheduler", scheduler, host.SCHEDULERS)
-        upscaled = UpscaleLR.execute(image, scale, 0, 0, "bicubic", upscale_model).args[0]
-        tiled = TiledDiffusion.execute(
-            *(model, tile_height, tile_width, tile_frames, overlap, propagation, sap_mode),
-            *(0, 4, 1, "ends", 0.0, 1.0, 1),
-        ).args[0]
-        start = "noise" if denoise == 1 else "LR latent"
+        upscaled = _made(UpscaleLR, image=image, scale=scale, method="bicubic", upscale_model=upscale_model)
+        tiled = _made(
+            TiledDiffusion,
+            model=model,
+            tile_height=tile_height,
+            tile_width=tile_width,
+            tile_frames=tile_frames,
+            overlap=overlap,
+            propagation=propagation,
+            sap_mode=sap_mode,
+        )
         positive, negative, latent = SVDConditioning.execute(
-            tiled, vae, upscaled, 127, 8, 0.0, start, "detect", clip_vision_output
+            **{
+                **node_defaults(SVDConditioning),
+                "model": tiled,
+                "vae": vae,
+                "image": upscaled,
+                "start": "noise" if denoise == 1 else "LR latent",
+                "clip_vision_output": clip_vision_output,
+            }
         ).args
         made = guide(tiled, positive, negative, cfg, guidance_scale)
         sampled = host.sample(made, latent, seed, steps, sampler_name, scheduler, denoise)
-        decoded = Decode.execute(vae, sampled, 0).args[0]
+        decoded = _made(Decode, vae=vae, latent=sampled)
         if refiner is not None:
-            decoded = Refine.execute(decoded, upscaled, refiner, 0.0).args[0]
-        return io.NodeOutput(sampled, ColorMatch.execute(decoded, upscaled, color, 1.0, 0.0).args[0])
+            decoded = _made(Refine, decoded=decoded, upscaled=upscaled, refiner=refiner)
+        return io.NodeOutput(sampled, _made(ColorMatch, image=decoded, reference=upscaled, method=color))

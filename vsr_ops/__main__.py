@@ -130,7 +130,7 @@ def _cuts(args: argparse.Namespace, job: Job) -> tuple[int, ...]:
 
 def _prepared(args: argparse.Namespace, job: Job) -> tuple[Backbone, Settings, TilePlan, tuple[int, ...]]:
     """Everything that can be refused is refused here, before anything is spent."""
-    settings = settings_of(args, args.scale)
+    settings = settings_of(args)
     model = model_of(args)
     cuts = _cuts(args, job)
     plan = make_plan(job, settings, model.tile, model.factor, cuts)
@@ -146,7 +146,7 @@ def _codec_for(output: Path, name: str | None) -> str:
 
 
 def _upscale(args: argparse.Namespace) -> None:
-    settings_of(args, args.scale)
+    settings_of(args)
     job = _job(args)
     codec = _codec_for(args.output, args.codec)
     check_output(args.output, args.overwrite, codec, job.info, job.frames, files_read(args))
@@ -167,7 +167,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    settings = settings_of(args, 4.0)
+    settings = settings_of(args)
     check_demo(args.out, args.overwrite, files_read(args))
     model, parts = model_of(args), parts_of(args)
     start = time.monotonic()

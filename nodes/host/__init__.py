@@ -9,7 +9,7 @@ from .hooks import patch_perturbed, patch_tiles
 from .load import load_lite, weights_file, weights_files
 from .model import require_svd
 from .motion import estimated_flow, patch_alignment
-from .picture import HostVAE, decoded, managed, progress, refined, sees_time, upscaler
+from .picture import HostVAE, decoded, managed, progress, refined, sees_time, upscaler, with_capm
 from .sampling import SAMPLERS, SCHEDULERS, context_tokens, dssag_guider, fps_key, guider, null_prompt, sample
 
 __all__ = [
@@ -44,4 +44,5 @@ __all__ = [
     "upscaler",
     "weights_file",
     "weights_files",
+    "with_capm",
 ]

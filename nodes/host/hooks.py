@@ -18,16 +18,18 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
-from ...vsr_ops.sampling.attention import Tempered, identity
-from ...vsr_ops.sampling.guidance import COND, UNCOND, Branch, add_guidance, sag_degrade, sag_renoise
+from ...vsr_ops.sampling.calls import Call
+from ...vsr_ops.sampling.guidance import COND, UNCOND, Branch, add_dssag, add_pag, add_sag, cfg_branches
 from ...vsr_ops.sampling.layers import check_layers
-from ...vsr_ops.sampling.propagation import Call, Propagation, TileRun, run_pass
+from ...vsr_ops.sampling.passes import run_pass
+from ...vsr_ops.sampling.propagation import Propagation, TileRun
+from ...vsr_ops.sampling.schedule import steps_before
 from ...vsr_ops.sampling.tiling import TileSize, plan_tiles
 from ...vsr_ops.vae.latents import CELL
 from ..session.attention import attention_override
 from ..session.checks import check_run, run_cuts
 from ..session.inputs import Inputs
-from ..session.run import KEY, GuidancePatch, Run, Tiles, changed, main_branches, pack_settings, sap_lagged
+from ..session.run import KEY, GuidancePatch, Run, Tiles, changed, pack_settings, sap_lagged
 from .control import CONTROLS, merged
 from .device import MEMORY, is_compiled, uncompiled
 from .model import context_width, factor, is_svd, plan_for, require_unet, spatial_layers, together
@@ -45,7 +47,9 @@ def make_run(model: Any, settings: Mapping[str, Any], shape: Sequence[int], sigm
     plan = plan_for(model, tiles, frames, height, width, cuts)
     at_once = together(model, tiles, plan)
     propagation = replace(tiles.propagation, sap_lagged=sap_lagged(tiles, plan, at_once))
-    return Run(model, sigmas.tolist(), spatial_layers(model), plan, tiles, propagation, tiles.batch, at_once)
+    before = steps_before(sigmas.tolist(), float(model.get_model_object("model_sampling").sigma_max))
+    layers = spatial_layers(model)
+    return Run(model, sigmas.tolist(), layers, plan, tiles, propagation, tiles.batch, at_once, before)
 
 
 def patch(model: Any, name: str, value: object) -> Any:
@@ -135,40 +139,40 @@ def calc_cond_batch(
                 " negative; use the pack's guiders, CFGGuider or KSampler"
             )
         if first and len(conds) == 2:
-            branches = main_branches(settings, run.gamma, float(timestep.max()), conds[1] is not None)
+            dssag = settings.get("dssag") if conds[1] is not None else None
+            gamma = None if dssag is None else run.gamma(float(timestep.max()), dssag.rho)
+            layers = "ends" if dssag is None else dssag.layers
+            branches = cfg_branches(gamma, layers, observe=settings.get("sag") is not None)
         model_options = changed(model_options, branches=tuple(branches))
     return executor(model, conds, x, timestep, model_options)
 
 
 def post_cfg(args: dict[str, Any]) -> Tensor:
-    """DSSAG without CFG (equation 8), PAG and SAG: what each adds to the guided estimate."""
+    """DSSAG without CFG (DC-VSR, equation 8), PAG and SAG: what each adds to the guided estimate."""
     settings = pack_settings(args["model_options"])
     run: Run = settings["run"]
     x, sigma, denoised = args["input"], float(args["sigma"].max()), args["denoised"]
     cfg = args["uncond"] is not None and args["cond_scale"] != 1
 
-    def evaluate(cond: Any, x: Tensor, branch: Branch) -> Tensor:
+    def evaluate(x: Tensor, branch: Branch) -> Tensor:
         options = changed(args["model_options"], branches=(branch,))
+        cond = args["cond" if branch.conditional else "uncond"]
         return comfy.samplers.calc_cond_batch(args["model"], [cond], x, args["sigma"], options)[0]
 
-    if (dssag := settings.get("dssag")) is not None and not cfg and (gamma := run.gamma(sigma, dssag.rho)) > 0:
-        weak = evaluate(args["cond"], x, Branch("dssag", attention=Tempered(gamma), layers=dssag.layers))
-        denoised = add_guidance(denoised, args["cond_denoised"], weak, dssag.scale)
+    if (dssag := settings.get("dssag")) is not None and not cfg:
+        gamma = run.gamma(sigma, dssag.rho)
+        denoised = add_dssag(evaluate, x, denoised, args["cond_denoised"], gamma, dssag.scale, dssag.layers)
     if (pag := settings.get("pag")) is not None:
-        weak = evaluate(args["cond"], x, Branch("pag", attention=identity, layers=pag.layers))
-        denoised = add_guidance(denoised, args["cond_denoised"], weak, pag.scale)
+        denoised = add_pag(evaluate, x, denoised, args["cond_denoised"], pag.scale, pag.layers)
     if (sag := settings.get("sag")) is not None:
-        cond, estimate = (args["uncond"], args["uncond_denoised"]) if cfg else (args["cond"], args["cond_denoised"])
-        name = (UNCOND if cfg else COND).name
-        saliency = next((p.saliency for (seen, _), p in run.passes.items() if seen == name and p.saliency), None)
+        weak, estimate = (UNCOND, args["uncond_denoised"]) if cfg else (COND, args["cond_denoised"])
+        saliency = next((p.saliency for (seen, _), p in run.passes.items() if seen == weak.name and p.saliency), None)
         if saliency is None:
             raise SettingError(
                 "SAG saw no attention at this step: expected conditioning that acts over the whole run; take its"
                 " timestep range off"
             )
-        degraded = sag_degrade(estimate, saliency.result())
-        answer = evaluate(cond, sag_renoise(x, estimate, degraded), Branch("sag"))
-        denoised = add_guidance(denoised, degraded, answer, sag.scale)
+        denoised = add_sag(evaluate, x, denoised, weak, estimate, saliency.result(), sag.scale)
     return denoised
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
@@ -13,14 +13,14 @@ from einops import rearrange
 from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
-from ...vsr_ops.modules.capm import CAPM, HostCAPM
+from ...vsr_ops.modules.capm import HostCAPM
 from ...vsr_ops.modules.capm_hints import check_strength
-from ...vsr_ops.modules.cfw import CFW, check_w
 from ...vsr_ops.modules.refiner import Refiner, refine
 from ...vsr_ops.modules.stam import STAM
-from ...vsr_ops.vae.latents import CELL, VAE_TILE, decode_video
-from ...vsr_ops.vae.layout import is_temporal
-from ...vsr_ops.vae.stream import stream_video
+from ...vsr_ops.vae.decoder_modules import DecoderModules
+from ...vsr_ops.vae.latents import CELL, VAE_TILE, collect, decode_video
+from ...vsr_ops.vae.layout import cell_of, is_temporal
+from ...vsr_ops.vae.stream import Streaming, stream_decode
 from ...vsr_ops.vae.tiles import ComputedIn
 from .device import make_patcher
 from .model import STOCK_TILE
@@ -103,19 +103,20 @@ def refined(refiner: Refiner, decoded: Tensor, upscaled: Tensor, w: float, cuts:
         refiner.to(manage.unet_offload_device())
 
 
-def _prompts(capm: HostCAPM | None, frames: int) -> tuple[CAPM | None, Tensor | None]:
-    """What acts of a CAPM, and the frames' levels. Raises SettingError for one without a VAE's half."""
+def with_capm(modules: DecoderModules, capm: HostCAPM | None, frames: int) -> tuple[DecoderModules, Tensor | None]:
+    """Decoder modules with what acts of a CAPM, and the frames' levels. Raises SettingError for one without a VAE's
+    half."""
     if capm is None:
-        return None, None
+        return modules, None
     check_strength(capm.strength)
     if capm.strength == 0:
-        return None, None
+        return modules, None
     if capm.model is None:
         raise SettingError(
             "the CAPM holds no half for a VAE's decoder: expected one; take it off Decode Video (VSR), or give CAPM"
             " (VSR) a file that has both"
         )
-    return capm.model, capm.hint(frames)
+    return replace(modules, capm=capm.model, strength=capm.strength), capm.hint(frames)
 
 
 def sees_time(vae: Any, stam: STAM | None) -> bool:
@@ -126,63 +127,51 @@ def sees_time(vae: Any, stam: STAM | None) -> bool:
 def decoded(
     vae: Any,
     latents: Tensor,
-    chunk: int,
     cuts: Sequence[int],
     size: tuple[int, int] | None,
+    modules: DecoderModules,
+    levels: Tensor | None,
     reference: Tensor | None,
-    cfw: CFW | None,
-    stam: STAM | None,
-    w: float,
+    chunk: int,
     tile: int,
-    capm: HostCAPM | None = None,
 ) -> Tensor:
-    """Frames `(n, 3, height, width)`: `decode_video` where no tile is asked for and no module acts, else `stream_video`
-    on the host's device, with the node's progress bar; modules go back afterwards. `chunk` 0 is the VAE's own."""
-    check_w(w)
+    """Frames `(n, 3, height, width)`: `decode_video` where no tile is asked for and no module acts, else streamed on
+    the host's device, with the node's progress bar; modules go back afterwards. `chunk` 0 is the VAE's own."""
     if latents.ndim == 4 and latents.shape[1] != vae.latent_channels:
         raise SettingError(
             f"the LATENT has {latents.shape[1]} channels, this VAE decodes {vae.latent_channels}: expected the VAE of"
             " the MODEL that sampled it; wire that one"
         )
-    latents = latents.float()
-    prompts, levels = _prompts(capm, len(latents))
+    latents, modules = latents.float(), modules.acting
     adapter, manage = HostVAE(vae), comfy.model_management
     tick = progress(len(latents))
-    cfw = None if w == 0 else cfw
-    if tile == 0 and cfw is None and stam is None and prompts is None:
+    if tile == 0 and not modules.found:
         return decode_video(adapter, latents, chunk or adapter.chunk, cuts, size, tick)
-    modules = [module for module in (cfw, stam, prompts) if module is not None]
-    together = chunk or adapter.chunk
-    margin = STREAM_MARGIN + (0 if prompts is None else CAPM_MARGIN)
-    sides = [min(side, (tile or VAE_TILE) + 2 * margin) for side in latents.shape[-2:]]
-    at_once = min(len(latents), together) if sees_time(vae, stam) else 1
-    needed = at_once * vae.memory_used_decode((1, 4, *sides), vae.vae_dtype)
-    if cfw is not None:
-        needed += at_once * vae.memory_used_encode((1, 3, *(side * CELL for side in sides)), vae.vae_dtype)
-    needed += sum(manage.module_size(module) for module in modules)
+    how = Streaming(
+        chunk or adapter.chunk,
+        tile or VAE_TILE,
+        check_interrupted=manage.throw_exception_if_processing_interrupted,
+        computed_in=ComputedIn(vae.device, vae.vae_dtype),
+    )
     # Whole: the streaming decoder calls the VAE's layers one by one, tile after tile.
-    manage.load_models_gpu([vae.patcher], memory_required=needed, force_full_load=True)
+    manage.load_models_gpu([vae.patcher], memory_required=_needed(vae, latents, modules, how), force_full_load=True)
     try:
-        for module in modules:
+        for module in modules.found:
             module.to(vae.device)
-        return stream_video(
-            vae.first_stage_model,
-            latents.to(vae.output_device),
-            cuts,
-            size,
-            tick,
-            reference=reference,
-            cfw=cfw,
-            w=w,
-            stam=stam,
-            capm=prompts,
-            levels=levels,
-            strength=1.0 if capm is None else capm.strength,
-            chunk=together,
-            tile=tile or VAE_TILE,
-            check_interrupted=manage.throw_exception_if_processing_interrupted,
-            computed_in=ComputedIn(vae.device, vae.vae_dtype),
-        )
+        latents = latents.to(vae.output_device)
+        frames = stream_decode(vae.first_stage_model, latents, cuts, modules, reference, levels, how)
+        return collect(frames, latents, cell_of(vae.first_stage_model), size, tick)
     finally:
-        for module in modules:
+        for module in modules.found:
             module.to(manage.vae_offload_device())
+
+
+def _needed(vae: Any, latents: Tensor, modules: DecoderModules, how: Streaming) -> float:
+    """Bytes that a streamed decoding takes beside the VAE's weights."""
+    margin = STREAM_MARGIN + (0 if modules.capm is None else CAPM_MARGIN)
+    sides = [min(side, how.tile + 2 * margin) for side in latents.shape[-2:]]
+    at_once = min(len(latents), how.chunk) if sees_time(vae, modules.stam) else 1
+    needed = at_once * vae.memory_used_decode((1, 4, *sides), vae.vae_dtype)
+    if modules.cfw is not None:
+        needed += at_once * vae.memory_used_encode((1, 3, *(side * CELL for side in sides)), vae.vae_dtype)
+    return needed + sum(comfy.model_management.module_size(module) for module in modules.found)

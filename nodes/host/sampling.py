@@ -73,7 +73,7 @@ def guider(model: Any, positive: Any, negative: Any, cfg: float) -> Any:
 
 
 def dssag_guider(model: Any, positive: Any, negative: Any, scale: float, rho: float, layers: str) -> Any:
-    """Equation 8 without a negative; equation 9, where the host's cfg is 1 + s, with one."""
+    """DC-VSR equation 8 without a negative; equation 9, where the host's cfg is 1 + s, with one."""
     patched = patch_perturbed(model, "dssag", scale, layers, rho)
     return guider(patched, positive, negative, 1.0 if negative is None else 1.0 + scale)
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
 from ...vsr_ops.sampling.attention import identity
+from ...vsr_ops.sampling.calls import Call
 from ...vsr_ops.sampling.layers import Layer
-from ...vsr_ops.sampling.propagation import Call, TileRun
+from ...vsr_ops.sampling.propagation import TileRun
 
 
 def attention_override(

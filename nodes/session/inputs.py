@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
-from ...vsr_ops.sampling.propagation import Call, gather_tiles
+from ...vsr_ops.sampling.calls import Call, gather_tiles
 from ...vsr_ops.sampling.tiling import Span, TilePlan
 
 #: What ControlNets add to a UNet: for each stage, values in the order of the host's blocks, or nothing for a block.

@@ -5,14 +5,14 @@ A run's state lives in a `Run` that this run's own copy of the model options ref
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from ...vsr_ops.sampling.attention import Tempered
-from ...vsr_ops.sampling.guidance import COND, UNCOND, Branch, gamma_at, schedule_ends
+from ...vsr_ops.sampling.guidance import gamma_at
 from ...vsr_ops.sampling.layers import Layer
-from ...vsr_ops.sampling.propagation import Propagation, Step, TileRun, step_at, step_index
+from ...vsr_ops.sampling.propagation import Propagation, TileRun
+from ...vsr_ops.sampling.schedule import Step, schedule_ends, step_at, step_index
 from ...vsr_ops.sampling.tiling import TilePlan, TileSize
 
 #: Where the pack keeps its settings in a MODEL's transformer options, and the name of its hooks.
@@ -64,8 +64,9 @@ def sap_lagged(tiles: Tiles, plan: TilePlan, at_once: int) -> bool:
 
 @dataclass
 class Run:
-    """What one sampling run remembers. `order` counts the evaluations of one step, to keep nested ones apart; `warned`
-    is whether the artist has been told of features between cells."""
+    """What one sampling run remembers. `before` are the steps of the model's schedule before this run's, `order` counts
+    the evaluations of one step, to keep nested ones apart; `warned` is whether the artist has been told of features
+    between cells."""
 
     model: Any
     sigmas: list[float]
@@ -75,32 +76,23 @@ class Run:
     propagation: Propagation
     batch: int = 1
     at_once: int = 1
+    before: int = 0
     order: int = 0
     warned: bool = False
     passes: dict[tuple[object, ...], TileRun] = field(default_factory=dict)
 
     def gamma(self, sigma: float, rho: float) -> float:
+        """DSSAG's gamma at a noise level (DC-VSR, equation 10)."""
         sampling = self.model.get_model_object("model_sampling")
         ends = schedule_ends(self.sigmas, float(sampling.sigma_max), float(sampling.sigma_min))
         return gamma_at(sigma, *ends, rho)
 
     def step(self, sigma: float) -> Step:
-        index = step_index(self.sigmas, sigma)
+        """The step of the model's whole schedule that a noise level belongs to; plain outside the tiles' share."""
+        index = self.before + step_index(self.sigmas, sigma)
         if self.tiles is None:
             return Step(index)
         sampling = self.model.get_model_object("model_sampling")
         first, last = (sampling.percent_to_sigma(share) for share in (self.tiles.start, self.tiles.end))
         acts = last <= sigma <= first
         return step_at(index, self.propagation.kinds) if acts else Step(index)
-
-
-def main_branches(
-    settings: Mapping[str, Any], gamma: Callable[[float, float], float], sigma: float, cfg: bool
-) -> list[Branch]:
-    """Conditional and unconditional branch as CFG evaluates them; with CFG, DSSAG blurs the second (equation 9)."""
-    branches = [COND, UNCOND]
-    if cfg and (dssag := settings.get("dssag")) is not None:
-        branches[1] = replace(UNCOND, attention=Tempered(gamma(sigma, dssag.rho)), layers=dssag.layers)
-    if settings.get("sag") is not None:
-        branches = [replace(branch, observe=True) for branch in branches]
-    return branches

@@ -25,8 +25,10 @@ from vsr_ops.checkpoints.svd import LITE
 from vsr_ops.errors import CheckpointError, SettingError
 from vsr_ops.modules.control import Control
 from vsr_ops.pipeline.sampler import Settings, sample
+from vsr_ops.sampling.calls import Call
 from vsr_ops.sampling.guidance import COND
-from vsr_ops.sampling.propagation import Call, Propagation, Step, TileRun
+from vsr_ops.sampling.propagation import Propagation, TileRun
+from vsr_ops.sampling.schedule import Step
 from vsr_ops.sampling.tiling import TileSize, plan_tiles
 
 if TYPE_CHECKING:

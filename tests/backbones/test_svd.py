@@ -20,8 +20,10 @@ from vsr_ops.backbones.svd import (
     spatial_self_attention,
 )
 from vsr_ops.errors import DeviceError
+from vsr_ops.sampling.calls import Call
 from vsr_ops.sampling.guidance import COND
-from vsr_ops.sampling.propagation import Call, Propagation, Step, TileRun
+from vsr_ops.sampling.propagation import Propagation, TileRun
+from vsr_ops.sampling.schedule import Step
 from vsr_ops.sampling.tiling import TileSize, plan_tiles
 
 if TYPE_CHECKING:

@@ -97,7 +97,7 @@ def test_defaults_run_with_propagation_and_guidance(weights: Path, clip: Path, t
     ],
 )
 def test_the_bundled_weights_run_as_they_were_trained(given: list[str], guidance: str, steps: int) -> None:
-    settings = settings_of(_parser().parse_args(["upscale", "in.mp4", "out.mp4", *given]), 4.0)
+    settings = settings_of(_parser().parse_args(["upscale", "in.mp4", "out.mp4", *given]))
     assert (settings.guidance, settings.steps) == (guidance, steps)
 
 
@@ -138,7 +138,7 @@ def frames_of(path: Path) -> Tensor:
 def test_bicubic_and_no_refiner_are_the_bare_job(tiny: SVD, weights: Path, clip: Path, tmp_path: Path) -> None:
     bare = ("--upscaler", "bicubic", "--refiner", "none", "--codec", "ffv1")
     assert run("upscale", clip, tmp_path / "a.mkv", "--model", weights, *bare, *QUICK) == 0
-    settings = Settings(scale=2, steps=1, guidance="none")
+    settings = Settings(steps=1, guidance="none")
     job = Job(probe(clip), 0, 3, 2)
     # The file's weights, not the fixture's own: the file holds them in half precision.
     model = load_svd(str(weights), torch.device("cpu"), torch.float32)
@@ -166,7 +166,7 @@ def test_a_refiner_is_taken_with_the_bundled_weights_and_with_no_others(weights:
 
     def chosen(*arguments: object) -> tuple[bool, str]:
         args = _parser().parse_args([str(a) for a in ("upscale", "in.mp4", "out.mp4", *arguments)])
-        return parts_of(args).refiner is not None, settings_of(args, 4.0).color
+        return parts_of(args).refiner is not None, settings_of(args).color
 
     assert chosen() == (True, "none")
     assert chosen("--model", weights) == (False, "detail")
@@ -340,3 +340,8 @@ def test_a_failing_write_keeps_the_older_result(
     base = ("upscale", clip, clip.parent / "out.mp4", "--model", weights, "--overwrite", *QUICK)
     assert run(*base) == 130
     assert (clip.parent / "out.mp4").read_bytes() == b"older"
+
+
+def test_rho_reaches_the_settings() -> None:
+    asked = ["upscale", "in.mp4", "out.mp4", "--rho", "2"]
+    assert settings_of(_parser().parse_args(asked)).rho == 2 and settings_of(_parser().parse_args(asked[:3])).rho == 0.5

@@ -15,13 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.conftest import randomise
-from tests.support.small_vaes import CELL, noise, picture_vae, pictures, streamed
+from tests.support.small_vaes import CELL, noise, picture_vae, pictures, stream, streamed
 from vsr_ops.checkpoints.module_file import write_module
 from vsr_ops.checkpoints.safefile import read_pickle
 from vsr_ops.errors import CheckpointError, SettingError
 from vsr_ops.modules import cfw
 from vsr_ops.modules.cfw import CFW, CFWShape, load_cfw, write_cfw
-from vsr_ops.vae.stream import stream_decode
 
 SMALL = CFWShape((1,), (8,), blocks=1, grow=4)
 
@@ -135,7 +134,7 @@ def test_a_reference_of_the_size_before_padding_will_do(height: int, width: int)
 def test_a_reference_of_another_video_is_refused(shape: tuple[int, ...] | None) -> None:
     reference = None if shape is None else pictures(*shape)
     with pytest.raises(SettingError, match="reference") as caught:
-        stream_decode(picture_vae(), noise(2, 4, 12, 13), cfw=filled(), reference=reference)
+        stream(picture_vae(), noise(2, 4, 12, 13), cfw=filled(), reference=reference)
     assert "\n" not in str(caught.value) and (shape is None or str(shape) in str(caught.value))
 
 
@@ -150,7 +149,7 @@ def test_a_reference_of_another_video_is_refused(shape: tuple[int, ...] | None) 
 )
 def test_one_made_for_another_vae_is_refused_with_both(shape: CFWShape, both: tuple[str, str]) -> None:
     with pytest.raises(SettingError) as caught:
-        stream_decode(picture_vae(), noise(1, 4, 4, 4), cfw=CFW(shape), reference=pictures(1, 3, 16, 16))
+        stream(picture_vae(), noise(1, 4, 4, 4), cfw=CFW(shape), reference=pictures(1, 3, 16, 16))
     assert all(name in str(caught.value) for name in both) and "\n" not in str(caught.value)
 
 

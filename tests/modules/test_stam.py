@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from tests.conftest import randomise
-from tests.support.small_vaes import noise, picture_vae, pictures, streamed
+from tests.support.small_vaes import noise, picture_vae, pictures, stream, streamed
 from vsr_ops.checkpoints.module_file import write_module
 from vsr_ops.errors import CheckpointError, SettingError
 from vsr_ops.modules import stam
 from vsr_ops.modules.cfw import CFW, CFWShape
 from vsr_ops.modules.stam import STAM, STAMBlock, STAMShape, load_stam, write_stam
 from vsr_ops.vae.layout import residual_widths
-from vsr_ops.vae.stream import stream_decode
 
 
 def filled(vae: Any, inner: int = 4) -> STAM:
@@ -112,7 +111,7 @@ def test_frames_see_their_chunk_and_no_cut_is_passed() -> None:
 )
 def test_one_made_for_another_vae_is_refused_with_both(shape: STAMShape, both: tuple[str, str]) -> None:
     with pytest.raises(SettingError) as caught:
-        stream_decode(picture_vae(), noise(1, 4, 4, 4), stam=STAM(shape))
+        stream(picture_vae(), noise(1, 4, 4, 4), stam=STAM(shape))
     assert all(name in str(caught.value) for name in both) and "\n" not in str(caught.value)
 
 

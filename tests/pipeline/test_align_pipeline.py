@@ -169,7 +169,7 @@ def test_cuts_outside_the_video_are_refused() -> None:
 
 def test_a_job_estimates_the_flow_it_needs_and_no_other(tiny: SVD, tmp_path: Path) -> None:
     info = written(tmp_path / "in.mkv", moving(4, 15, 22))
-    settings = Settings(scale=2, steps=1, guidance="none", color="none")
+    settings = Settings(steps=1, guidance="none", color="none")
     heard: list[tuple[str, int, int]] = []
 
     def result(name: str, cuts: tuple[int, ...] = (), **changes: Any) -> Tensor:
@@ -201,7 +201,7 @@ def test_a_job_estimates_the_flow_it_needs_and_no_other(tiny: SVD, tmp_path: Pat
 
 def test_a_single_frame_is_left_alone_with_a_note(tiny: SVD, tmp_path: Path) -> None:
     info = written(tmp_path / "in.mkv", moving(2, 15, 22))
-    settings = Settings(scale=2, steps=1, guidance="none")
+    settings = Settings(steps=1, guidance="none")
     upscale(tiny, Job(info, 0, 1, 2), tmp_path / "a.mkv", settings, "ffv1", cuts=())
     with pytest.warns(UserWarning, match="align: a single frame"):
         upscale(tiny, Job(info, 0, 1, 2), tmp_path / "b.mkv", replace(settings, align=0.3), "ffv1", cuts=())

@@ -27,7 +27,7 @@ from vsr_ops.video import Frame, made_info, open_writer, probe, read_frames
 if TYPE_CHECKING:
     from vsr_ops.backbones.svd import SVD
 
-QUICK = Settings(scale=2, steps=1, guidance="none", color="none")
+QUICK = Settings(steps=1, guidance="none", color="none")
 
 
 @pytest.fixture

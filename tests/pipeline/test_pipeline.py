@@ -22,8 +22,10 @@ from vsr_ops.errors import SamplingError, SettingError, VideoError
 from vsr_ops.pipeline.job import Job
 from vsr_ops.pipeline.sampler import Settings, make_plan, noise_schedule, sample, strengths, unet_calls
 from vsr_ops.pipeline.upscale import upscale
+from vsr_ops.sampling.calls import Call
 from vsr_ops.sampling.guidance import GUIDANCE
-from vsr_ops.sampling.propagation import Call, Propagation, step_at
+from vsr_ops.sampling.propagation import Propagation
+from vsr_ops.sampling.schedule import step_at
 from vsr_ops.sampling.tiling import TilePlan, TileSize, plan_tiles
 from vsr_ops.video import VideoInfo, made_info, probe, read_frames
 
@@ -271,9 +273,6 @@ def test_a_stop_within_a_tick_comes_through_at_once(tiny: SVD) -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"scale": 0.0}, "0.0"),
-        ({"scale": -4.0}, "-4.0"),
-        ({"scale": math.nan}, "nan"),
         ({"steps": -1}, "-1"),
         ({"steps": 1001}, "1001"),
         ({"denoise": 0.0}, "0.0"),
@@ -294,8 +293,14 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, object], name
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("scale", [0.0, -4.0, math.nan, 17.0])
+def test_a_job_of_no_scale_is_refused(scale: float) -> None:
+    with pytest.raises(SettingError, match=f"scale is {scale}: expected"):
+        Job(made_info(16, 16, 3), 0, 3, scale)
+
+
 def test_the_limits_themselves_work() -> None:
-    widest = Settings(scale=16.0, rho=1e-3, denoise=1.0)
+    widest = Settings(rho=1e-3, denoise=1.0)
     for settings in (Settings(steps=1000, denoise=0.5), Settings(steps=4, denoise=0.01), widest):
         assert len(noise_schedule(settings)) == settings.steps + 1
         assert all(0 <= power.gamma <= 1 for power in strengths(settings))
@@ -308,7 +313,7 @@ def test_jobs_of_any_size_fit_the_unet() -> None:
         out_height, out_width = job.size
         assert rows % factor == 0 and cols % factor == 0
         assert 0 <= rows * 8 - out_height < 8 * factor and 0 <= cols * 8 - out_width < 8 * factor
-        plan = make_plan(job, Settings(scale=scale), TileSize(2 * factor, 2 * factor, 2), factor, (1,))
+        plan = make_plan(job, Settings(), TileSize(2 * factor, 2 * factor, 2), factor, (1,))
         assert (plan.frames, plan.height, plan.width, len(plan.windows)) == (3, rows, cols, 2)
 
 
@@ -337,7 +342,7 @@ def test_odd_and_short_clips_come_out_at_their_size(
         tiny,
         job,
         tmp_path / "out",
-        Settings(scale=3.0, steps=1, guidance="none"),
+        Settings(steps=1, guidance="none"),
         codec="png",
         cuts=(),
         progress=lambda stage, done, total: heard.append((stage, done, total)),
@@ -360,7 +365,7 @@ def test_a_run_that_fails_leaves_nothing_under_the_final_name(tiny: SVD, tmp_pat
         if stage == "decode":
             raise KeyboardInterrupt
 
-    settings = Settings(scale=4.0, steps=1, guidance="none")
+    settings = Settings(steps=1, guidance="none")
     with pytest.raises(KeyboardInterrupt):
         upscale(tiny, Job(info, 0, 1, 4.0), output, settings, cuts=(), progress=stop)
     assert not output.exists()

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from vsr_ops.pipeline.plan_cost import Bank, describe_plan, lagged_bytes, tap_bytes
+from vsr_ops.sampling.calls import Call, calls
 from vsr_ops.sampling.guidance import COND
 from vsr_ops.sampling.layers import Layer
-from vsr_ops.sampling.propagation import Call, Propagation, Step, TileRun, calls
+from vsr_ops.sampling.propagation import Propagation, TileRun
+from vsr_ops.sampling.schedule import Step
 from vsr_ops.sampling.tiling import TileSize, plan_tiles
 from vsr_ops.units import readable
 

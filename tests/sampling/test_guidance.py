@@ -24,7 +24,6 @@ from vsr_ops.sampling.guidance import (
     resolve_scale,
     sag_degrade,
     sag_renoise,
-    schedule_ends,
 )
 
 SIGMA = 3.0
@@ -45,6 +44,11 @@ ANSWERS = {
 }
 
 
+def kind(branch: Branch) -> str:
+    """Of a pass: SAG perturbs its input, the others their attention."""
+    return "perturbed" if branch.attention is not None or branch.name == "sag" else branch.name
+
+
 class Model:
     """Answers by a branch's name and condition, whatever x is, and keeps what it was asked."""
 
@@ -53,7 +57,7 @@ class Model:
     ) -> None:
         self.asked: list[tuple[Tensor, Branch]] = []
         self._saliency = torch.as_tensor(saliency).expand(2, 1, 12, 16)
-        self._answer = answer or (lambda x, branch: ANSWERS[branch.name, branch.conditional].to(x.dtype))
+        self._answer = answer or (lambda x, branch: ANSWERS[kind(branch), branch.conditional].to(x.dtype))
 
     def __call__(self, x: Tensor, branch: Branch) -> tuple[Tensor, Tensor | None]:
         self.asked.append((x, branch))
@@ -142,7 +146,7 @@ def test_dssag_is_equation_8_and_with_cfg_equation_9() -> None:
         assert relative(eps(guided("dssag", power, model)), weak + (1 + s) * (cond - weak)) < 1e-6
         assert [branch for _, branch in model.asked] == [
             COND,
-            Branch("perturbed", conditional, Tempered(gamma), "ends"),
+            Branch("dssag" if conditional else "uncond", conditional, Tempered(gamma), "ends"),
         ]
 
 
@@ -151,7 +155,7 @@ def test_pag_is_equation_6_on_top_of_cfg() -> None:
     cond, weak = eps(ANSWERS["cond", True]), eps(ANSWERS["perturbed", True])
     model = Model()
     assert relative(eps(guided("pag", GuidanceScale(1.0, s), model)), weak + (1 + s) * (cond - weak)) < 1e-6
-    assert model.asked[-1][1] == Branch("perturbed", True, identity, "middle")
+    assert model.asked[-1][1] == Branch("pag", True, identity, "middle")
     both = eps(guided("cfg", GuidanceScale(3.0))) + s * (cond - weak)
     assert relative(eps(guided("pag", GuidanceScale(3.0, s))), both) < 1e-6
 
@@ -188,7 +192,7 @@ def test_sag_is_equation_5_on_top_of_cfg(cfg: float) -> None:
     blurred = X.double() - estimate + (1 - saliency) * estimate + saliency * blur(estimate)
     asked_x, asked = model.asked[-1]
     assert relative(asked_x, blurred) < 1e-6
-    assert asked.name == "perturbed" and asked.conditional == weak[1] and asked.attention is None and not asked.observe
+    assert asked.name == "sag" and asked.conditional == weak[1] and asked.attention is None and not asked.observe
     assert [branch.observe for _, branch in model.asked].count(True) == 1
     weak_eps, degraded_eps = eps(ANSWERS[weak]), (blurred - ANSWERS["perturbed", weak[1]].double()) / SIGMA
     guided_eps = weak_eps + cfg * (eps(ANSWERS["cond", True]) - weak_eps)
@@ -276,10 +280,3 @@ def test_nothing_salient_degrades_nothing_and_renoising_is_then_the_input() -> N
     assert torch.allclose(sag_renoise(x, estimate, degraded), x, atol=1e-6)
     everywhere = sag_degrade(estimate, torch.ones(2, 1, 16, 16))
     assert float(everywhere.std()) < 0.5 * float(estimate.std())
-
-
-def test_gamma_falls_over_the_runs_own_sigmas_or_over_the_models_at_partial_denoise() -> None:
-    assert schedule_ends([700.0, 10.0, 0.002, 0.0], 700.0, 0.002) == (700.0, 0.002)
-    assert schedule_ends([650.0, 3.0, 0.0], 700.0, 0.002) == (650.0, 3.0)
-    assert schedule_ends([20.0, 3.0, 0.0], 700.0, 0.002) == (700.0, 0.002)
-    assert gamma_at(700.0, *schedule_ends([700.0, 0.0], 700.0, 0.002)) == 1.0

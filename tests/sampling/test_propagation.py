@@ -13,22 +13,11 @@ from torch import Tensor
 
 from tests.support.one_layer import LAGGED, PAIR, SAP, TAP, TILE, attend, noise, one_layer, passed, project, relative
 from vsr_ops.errors import SettingError
+from vsr_ops.sampling.calls import Call, calls, token_grid
 from vsr_ops.sampling.guidance import COND, Branch
-from vsr_ops.sampling.propagation import (
-    PROPAGATION,
-    Call,
-    Propagation,
-    Step,
-    TileRun,
-    calls,
-    run_pass,
-    sap_rate,
-    sharpest_frames,
-    step_at,
-    step_index,
-    subsample,
-    token_grid,
-)
+from vsr_ops.sampling.passes import run_pass
+from vsr_ops.sampling.propagation import PROPAGATION, Propagation, TileRun, sap_rate, sharpest_frames, subsample
+from vsr_ops.sampling.schedule import Step, step_at, step_index
 from vsr_ops.sampling.tiling import plan_tiles
 
 if TYPE_CHECKING:

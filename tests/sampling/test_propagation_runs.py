@@ -28,9 +28,12 @@ from tests.support.one_layer import (
 )
 from vsr_ops.errors import SamplingError
 from vsr_ops.sampling.attention import Tempered, identity
+from vsr_ops.sampling.calls import Call, gather_tiles
 from vsr_ops.sampling.guidance import COND, Branch
 from vsr_ops.sampling.layers import LAYERS, place_layers
-from vsr_ops.sampling.propagation import Call, Kind, Propagation, Step, TileRun, gather_tiles, run_pass, step_at
+from vsr_ops.sampling.passes import run_pass
+from vsr_ops.sampling.propagation import Propagation, TileRun
+from vsr_ops.sampling.schedule import Kind, Step, step_at
 from vsr_ops.sampling.tiling import plan_tiles
 
 if TYPE_CHECKING:

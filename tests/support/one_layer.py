@@ -11,9 +11,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from vsr_ops.sampling.calls import Call, gather_tiles
 from vsr_ops.sampling.guidance import COND, Branch
 from vsr_ops.sampling.layers import Layer
-from vsr_ops.sampling.propagation import Call, Propagation, Step, TileRun, gather_tiles, run_pass
+from vsr_ops.sampling.passes import run_pass
+from vsr_ops.sampling.propagation import Propagation, TileRun
+from vsr_ops.sampling.schedule import Step
 from vsr_ops.sampling.tiling import TilePlan, TileSize, plan_tiles
 
 if TYPE_CHECKING:

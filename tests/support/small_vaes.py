@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tests.conftest import randomise
-from vsr_ops.vae.stream import stream_decode
+from vsr_ops.vae.decoder_modules import DecoderModules
+from vsr_ops.vae.stream import Streaming, stream_decode
 
 #: Three levels: a latent is 4x4 pixels.
 WIDTHS, CELL = (8, 8, 16), 4
@@ -56,5 +59,13 @@ def pictures(*shape: int, seed: int = 1) -> Tensor:
     return noise(*shape, seed=seed).sigmoid()
 
 
+def stream(
+    vae: Any, z: Tensor, cuts: Sequence[int] = (), reference: Any = None, levels: Tensor | None = None, **named: Any
+) -> Iterator[Tensor]:
+    """`stream_decode` with the fields of its two records by name."""
+    beside = {field.name: named.pop(field.name) for field in fields(DecoderModules) if field.name in named}
+    return stream_decode(vae, z, cuts, DecoderModules(**beside), reference, levels, Streaming(**named))
+
+
 def streamed(vae: Any, z: Tensor, *rest: Any, **named: Any) -> Tensor:
-    return torch.stack(list(stream_decode(vae, z, *rest, **named)))
+    return torch.stack(list(stream(vae, z, *rest, **named)))

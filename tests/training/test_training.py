@@ -112,7 +112,7 @@ def small_unet() -> UNetSpatioTemporalConditionModel:
 
 
 def test_the_loss_is_that_of_the_denoiser_that_samples() -> None:
-    """Equation 11 with equation 12's D taken from the pipeline: the mean of (s^2 + 1) / s^2 |D(y + n) - y|^2."""
+    """DC-VSR equation 11 with equation 12's D taken from the pipeline: the mean of (s^2 + 1) / s^2 |D(y + n) - y|^2."""
     unet, sample = small_unet(), edm_sample(5)
     vae = AutoencoderKLTemporalDecoder(**SHAPE, scaling_factor=0.18215)
     model = SVD(unet, vae, None, TileSize(8, 8, 2), torch.device("cpu"), torch.float32)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import randomise
+from tests.support.small_vaes import stream
 from tests.support.tiny_capm import filled, noise
 from vsr_ops.errors import SettingError
 from vsr_ops.modules.capm import CAPM, SD_VAE, SVD_VAE, CAPMShape, attached, decoder_widths
 from vsr_ops.vae.capm_tiles import TiledCAPM
-from vsr_ops.vae.stream import stream_decode
 
 LATENT = 4
 """Pixels of a latent of `decoder_of`'s."""
@@ -63,9 +63,9 @@ def test_a_decoder_in_tiles_is_one_pass(temporal: bool, hint: Tensor | None) -> 
     vae, model, z = decoder_of(temporal), half_of(temporal), uneven(2, 4, 13, 9)
     whole = one_pass(vae, z, model, hint)
     assert (whole - one_pass(vae, z, model, hint, 0)).abs().max() > 0.1, "it acts"
-    one = torch.stack(list(stream_decode(vae, z, capm=model, levels=hint)))
+    one = torch.stack(list(stream(vae, z, capm=model, levels=hint)))
     assert (one - whole).abs().max() < 1e-5
-    tiles = torch.stack(list(stream_decode(vae, z, capm=model, levels=hint, tile=5)))
+    tiles = torch.stack(list(stream(vae, z, capm=model, levels=hint, tile=5)))
     assert (tiles - whole).abs().max() <= 1e-3
 
 
@@ -75,7 +75,7 @@ def test_a_tile_s_own_code_would_not_do(monkeypatch: pytest.MonkeyPatch) -> None
     whole = one_pass(vae, z, model, None)
 
     def off() -> float:
-        return float((torch.stack(list(stream_decode(vae, z, capm=model, tile=5))) - whole).abs().max())
+        return float((torch.stack(list(stream(vae, z, capm=model, tile=5))) - whole).abs().max())
 
     with monkeypatch.context() as patch:
         patch.setattr(TiledCAPM, "_code", lambda self, name, x, place, own: self.model.code(name, x))
@@ -88,7 +88,7 @@ def test_a_tile_s_own_code_would_not_do(monkeypatch: pytest.MonkeyPatch) -> None
 def test_levels_go_with_their_frames_through_chunks_and_cuts() -> None:
     vae, model, z = decoder_of(True), half_of(True), uneven(7, 4, 4, 5)
     levels = torch.linspace(0, 1, 7)
-    out = torch.stack(list(stream_decode(vae, z, (3,), capm=model, levels=levels, chunk=4)))
+    out = torch.stack(list(stream(vae, z, (3,), capm=model, levels=levels, chunk=4)))
     assert (out[:3] - one_pass(vae, z[:3], model, levels[:3])).abs().max() < 1e-5
     assert (out[3:] - one_pass(vae, z[3:], model, levels[3:])).abs().max() < 1e-5
 
@@ -96,9 +96,9 @@ def test_levels_go_with_their_frames_through_chunks_and_cuts() -> None:
 def test_a_fresh_capm_or_strength_zero_leaves_the_picture_as_it_is() -> None:
     vae, model, z = decoder_of(True), half_of(True), uneven(2, 4, 6, 9)
     for tile in (64, 5):
-        plain = torch.stack(list(stream_decode(vae, z, tile=tile)))
-        assert torch.equal(torch.stack(list(stream_decode(vae, z, tile=tile, capm=model, strength=0))), plain)
-        fresh = torch.stack(list(stream_decode(vae, z, tile=tile, capm=CAPM(model.shape), levels=torch.zeros(2))))
+        plain = torch.stack(list(stream(vae, z, tile=tile)))
+        assert torch.equal(torch.stack(list(stream(vae, z, tile=tile, capm=model, strength=0))), plain)
+        fresh = torch.stack(list(stream(vae, z, tile=tile, capm=CAPM(model.shape), levels=torch.zeros(2))))
         assert torch.equal(fresh, plain)
 
 
@@ -112,5 +112,5 @@ def test_a_decoder_refuses_another_s_capm_and_levels() -> None:
         ({"capm": model, "strength": 2.5}, "strength is 2.5"),
     ):
         with pytest.raises(SettingError, match=words) as caught:
-            stream_decode(vae, z, **given)
+            stream(vae, z, **given)
         assert "\n" not in str(caught.value)

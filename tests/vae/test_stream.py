@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.small_vaes import CELL, WIDTHS, noise, picture_vae, streamed, video_vae
+from tests.support.small_vaes import CELL, WIDTHS, noise, picture_vae, stream, streamed, video_vae
 from vsr_ops.errors import SettingError
 from vsr_ops.vae.group_norm import Statistics
-from vsr_ops.vae.latents import decode_frames
+from vsr_ops.vae.latents import collect, decode_frames
 from vsr_ops.vae.layout import LAYOUTS, DecoderOp, level_widths, residual_widths
-from vsr_ops.vae.stream import stream_decode, stream_video
 
 #: As far as a picture of tiles may be from that of one pass; what is aimed at is well below.
 ALLOWED, AIM = 2 / 255, 1e-3
@@ -75,7 +74,7 @@ def test_the_frame_before_lends_its_statistics() -> None:
     def check_interrupted() -> None:
         counts[-1] += 1
 
-    for _ in stream_decode(vae, z, tile=9, check_interrupted=check_interrupted):
+    for _ in stream(vae, z, tile=9, check_interrupted=check_interrupted):
         counts.append(0)
     assert counts[1] < counts[0]
 
@@ -105,7 +104,7 @@ def test_what_is_held_does_not_grow_with_the_picture() -> None:
             part.register_forward_hook(note)
     for side in (24, 48):
         largest.append(0)
-        next(stream_decode(vae, noise(1, 4, 24, side), tile=8))
+        next(stream(vae, noise(1, 4, 24, side), tile=8))
     assert largest[0] == largest[1] < 8 * 48 * 24 * CELL**2
 
 
@@ -171,29 +170,32 @@ def test_pictures_do_not_depend_on_chunks() -> None:
 
 def test_frames_come_as_soon_as_they_are_done() -> None:
     vae, done = picture_vae(), list[int]()
-    frames: Iterator[Tensor] = stream_decode(vae, noise(4, 4, 4, 4), check_interrupted=lambda: done.append(1))
+    frames: Iterator[Tensor] = stream(vae, noise(4, 4, 4, 4), check_interrupted=lambda: done.append(1))
     assert next(frames).shape == (3, 4 * CELL, 4 * CELL) and len(done) == 1
 
 
 def test_a_video_is_the_frames_cropped_and_limited() -> None:
     vae, z, done = picture_vae(), 3 * noise(3, 4, 5, 6), list[int]()
-    frames = torch.stack(list(stream_decode(vae, z, tile=4)))
+    frames = torch.stack(list(stream(vae, z, tile=4)))
     assert float(frames.min()) < 0 or float(frames.max()) > 1
-    assert torch.equal(stream_video(vae, z, (), (18, 23), done.append, tile=4), frames[..., :18, :23].clamp(0, 1))
-    assert torch.equal(stream_video(vae, z, tile=4), frames.clamp(0, 1)) and done == [1, 1, 1]
+    assert torch.equal(
+        collect(stream(vae, z, tile=4), z, CELL, (18, 23), done.append), frames[..., :18, :23].clamp(0, 1)
+    )
+    assert done == [1, 1, 1]
+    assert torch.equal(collect(stream(vae, z, tile=4), z, CELL, None, done.append), frames.clamp(0, 1))
 
 
 @pytest.mark.parametrize("size", [(21, 24), (20, 25), (0, 24)])
 def test_a_video_of_another_size_is_refused_with_both(size: tuple[int, int]) -> None:
     with pytest.raises(SettingError, match=f"24x20 .*{size[1]}x{size[0]}: expected the size that was encoded"):
-        stream_video(picture_vae(), noise(1, 4, 5, 6), (), size)
+        collect(stream(picture_vae(), z := noise(1, 4, 5, 6)), z, CELL, size, lambda done: None)
 
 
 def test_frames_that_are_not_finite_are_refused() -> None:
     z = noise(2, 4, 4, 4)
     z[1, 0, 0, 0] = float("nan")
     with pytest.raises(SettingError, match="frame 2 decoded to NaN"):
-        stream_video(picture_vae(), z)
+        collect(stream(picture_vae(), z), z, CELL, None, lambda done: None)
 
 
 # --- What is known and refused ----------------------------------------------------------------------------------------
@@ -217,16 +219,16 @@ def test_another_kind_of_vae_is_refused_by_name() -> None:
     from diffusers import AutoencoderTiny
 
     with pytest.raises(SettingError, match="DecoderTiny") as caught:
-        stream_decode(AutoencoderTiny(), noise(1, 4, 4, 4))
+        stream(AutoencoderTiny(), noise(1, 4, 4, 4))
     assert all(name in str(caught.value) for name in LAYOUTS)
 
 
 @pytest.mark.parametrize("named", [{"tile": 0}, {"chunk": 0}, {"w": -0.1}, {"w": 1.5}, {"w": float("nan")}])
 def test_settings_that_cannot_work_are_refused(named: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match="expected"):
-        stream_decode(picture_vae(), noise(1, 4, 4, 4), **named)
+        stream(picture_vae(), noise(1, 4, 4, 4), **named)
 
 
 def test_latents_that_are_no_video_are_refused() -> None:
     with pytest.raises(SettingError, match=r"\(frames, 4, height, width\)"):
-        stream_decode(picture_vae(), torch.zeros(4, 8, 8))
+        stream(picture_vae(), torch.zeros(4, 8, 8))

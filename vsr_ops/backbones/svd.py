@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from ..checkpoints.svd import LITE, SVDWeights, match_host_epsilon, read_svd
 from ..errors import DeviceError
 from ..sampling.attention import plain
+from ..sampling.calls import Call
 from ..sampling.layers import Layer, place_layers
-from ..sampling.propagation import Call, TileRun
+from ..sampling.propagation import TileRun
 from ..sampling.tiling import TileSize
 
 #: What the UNet is told beside the picture: frame rate (the paper's 8, as the UNet sees it), motion bucket, noise.

@@ -46,8 +46,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, help=f"{LITE_STEPS} with the bundled SVD, else {Settings.steps}; 0 is no diffusion")
     auto = f"auto ({LITE_GUIDANCE} with the bundled weights unless a strength is given, else {Settings.guidance})"
     add("--guidance", default="auto", help=", ".join([auto, *GUIDANCE]))
-    add("--cfg", type=float, help="classifier-free guidance; 1 is off. With dssag it is equation 9's 1 + s")
+    add("--cfg", type=float, help="classifier-free guidance; 1 is off. With dssag it is DC-VSR equation 9's 1 + s")
     add("--guidance-scale", type=float, help="the s of dssag, pag and sag; 0 is off")
+    add("--rho", type=float, default=Settings.rho, help="how fast dssag's blur fades over the steps; larger is sooner")
     add("--tile", metavar="HxWxT", help="in latents (8 pixels each) and frames; the model's own by default")
     add("--overlap", type=float, default=0.5, help="share of a tile, 0 to 0.75")
     add("--propagation", default="sap+tap", help=", ".join(PROPAGATION))
@@ -88,7 +89,7 @@ def files_read(args: argparse.Namespace) -> list[Path]:
     return [file for path in map(Path, sorted(given)) if path.exists() for file in files_of(path)]
 
 
-def settings_of(args: argparse.Namespace, scale: float) -> Settings:
+def settings_of(args: argparse.Namespace) -> Settings:
     """Raises SettingError."""
     if args.sap_mode not in SAP_MODES:
         raise SettingError(f"SAP mode is {args.sap_mode!r}: expected one of {', '.join(SAP_MODES)}")
@@ -100,11 +101,11 @@ def settings_of(args: argparse.Namespace, scale: float) -> Settings:
         tap_rate=args.tap_rate,
     )
     return Settings(
-        scale=scale,
         steps=_steps(args),
         guidance=_guidance(args),
         cfg=args.cfg,
         guidance_scale=args.guidance_scale,
+        rho=args.rho,
         tile=None if args.tile is None else TileSize.parse(args.tile),
         overlap=args.overlap,
         propagation=propagation,

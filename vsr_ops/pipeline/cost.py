@@ -16,13 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..backbones.sd import SD
 from ..backbones.svd import Backbone, find_layers, spatial_self_attention
+from ..sampling.calls import calls
 from ..sampling.guidance import COND, guide
-from ..sampling.propagation import calls, step_at
 from ..sampling.tiling import TilePlan, TileSize
 from ..units import readable
 from .job import Job
 from .plan_cost import EFFICIENCY, Bank, lagged_bytes, matmul_speed, tap_bytes
-from .sampler import NoiseRange, Settings, strengths, unet_calls
+from .sampler import NoiseRange, Settings, run_steps, strengths, unet_calls
 
 #: Live copies of the widest activation at the peak of a UNet call: rough, good to a factor of about 2.
 ACTIVATION_COPIES = 24
@@ -104,15 +104,13 @@ def tile_flops(model: Backbone, tile: TileSize) -> float:
 def estimate(model: Backbone, plan: TilePlan, settings: Settings) -> Estimate:
     """Numbers for a plan whose SAP mode is decided (`resolve_sap`). Measures the device for a tenth of a second."""
     tile = max((plan.tile_size(n) for n in range(len(plan.windows))), key=lambda t: t.frames)
-    layers, kinds = banks(model, tile, settings.propagation.layers), settings.propagation.kinds
+    layers = banks(model, tile, settings.propagation.layers)
     guidance, powers = guide(settings.guidance), strengths(settings, NoiseRange.of(model))
     tile_passes = sum(guidance.passes(power) for power in powers) * plan.tiles
     together = max(
         len(call.tiles)
-        for index in range(len(powers))
-        for call in calls(
-            plan, step_at(index, kinds), COND, settings.batch, synchronous=not settings.propagation.sap_lagged
-        )
+        for step in run_steps(settings, NoiseRange.of(model))
+        for call in calls(plan, step, COND, settings.batch, synchronous=not settings.propagation.sap_lagged)
     )
     flops = tile_flops(model, tile)
     seconds = tile_passes * flops / (EFFICIENCY * matmul_speed(model.device, model.dtype))

@@ -35,6 +35,8 @@ class Job:
     scale: float
 
     def __post_init__(self) -> None:
+        if not 0 < self.scale <= 16:
+            raise SettingError(f"scale is {self.scale}: expected a number above 0, at most 16")
         if not 0 <= self.start < self.stop <= self.info.frames:
             raise SettingError(
                 f"frames {self.start}:{self.stop} of '{self.info.path}': it has {self.info.frames} frames;"

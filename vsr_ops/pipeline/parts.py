@@ -22,9 +22,9 @@ from ..modules.compression import CompressionHead, estimate_levels, level_of
 from ..modules.dcm import UpscaleFn
 from ..modules.refiner import Refiner, refine_frames
 from ..modules.stam import STAM
+from ..vae.decoder_modules import DecoderModules
 from ..vae.latents import decode_frames
-from ..vae.layout import backbone_of, level_widths, output_widths, residual_widths
-from ..vae.stream import stream_decode
+from ..vae.stream import Streaming, stream_decode
 from ..video import Frame
 from .job import Job
 
@@ -69,18 +69,20 @@ class PipelineModules:
     def __post_init__(self) -> None:
         check_w(self.decode_w)
 
+    @property
+    def of_decoder(self) -> DecoderModules:
+        """Those that stand beside the VAE's decoder."""
+        if self.prompts is None:
+            return DecoderModules(self.cfw, self.decode_w, self.stam)
+        return DecoderModules(self.cfw, self.decode_w, self.stam, self.prompts.capms.vae, self.prompts.strength)
+
     def check_fits(self, model: Backbone) -> None:
         """Raises SettingError for a module that was made for another UNet or VAE, before any work."""
-        capms = CAPMs() if self.prompts is None else self.prompts.capms
-        if capms.unet is not None:
+        capm = None if self.prompts is None else self.prompts.capms.unet
+        if capm is not None:
             backbone = SD_UNET if isinstance(model, SD) else SVD_UNET
-            capms.unet.check_fits(backbone, decoder_widths(model.unet.config["block_out_channels"]))
-        if capms.vae is not None:
-            capms.vae.check_fits(f"{backbone_of(model.vae)}-vae", output_widths(model.vae))
-        if self.cfw is not None and self.decode_w > 0:
-            self.cfw.check_fits(backbone_of(model.vae), level_widths(model.vae))
-        if self.stam is not None:
-            self.stam.check_fits(backbone_of(model.vae), residual_widths(model.vae))
+            capm.check_fits(backbone, decoder_widths(model.unet.config["block_out_channels"]))
+        self.of_decoder.check_fits(model.vae)
 
 
 @contextmanager
@@ -134,27 +136,13 @@ def decoded(
     cuts: Sequence[int],
 ) -> Iterator[Tensor]:
     """Frames `(3, 8h, 8w)` of unscaled latents, not clamped, through the modules that there are."""
-    prompts = parts.prompts
-    capm = None if prompts is None else prompts.capms.vae
-    cfw = parts.cfw if parts.decode_w > 0 else None
-    if capm is None and cfw is None and parts.stam is None:
+    modules = parts.of_decoder.acting
+    if not modules.found:
         return decode_frames(model, latents, model.tile.frames, cuts)
     reference: Rolling | None = None
-    if cfw is not None:
+    if modules.cfw is not None:
         reference = Rolling((frame.image for frame in references()), latents.shape[0], size)
-    return stream_decode(
-        model.vae,
-        latents,
-        cuts,
-        reference=reference,
-        cfw=cfw,
-        w=parts.decode_w,
-        stam=parts.stam,
-        capm=capm,
-        levels=levels,
-        strength=1.0 if prompts is None else prompts.strength,
-        chunk=model.tile.frames,
-    )
+    return stream_decode(model.vae, latents, cuts, modules, reference, levels, Streaming(chunk=model.tile.frames))
 
 
 def refined(

@@ -14,31 +14,30 @@ from ..errors import SettingError
 from ..flow.field import Flow, check_fits
 from ..image.color import COLOR
 from ..sampling.align import ROUNDS, align, check_strength
+from ..sampling.calls import Call, calls, gather_tiles
 from ..sampling.guidance import COND, Branch, GuidanceScale, gamma_at, guide, resolve_scale
-from ..sampling.propagation import Call, Propagation, Step, TileRun, calls, gather_tiles, run_pass, step_at
+from ..sampling.passes import run_pass
+from ..sampling.propagation import Propagation, TileRun
+from ..sampling.schedule import Step, schedule_ends, step_at, steps_before
 from ..sampling.tiling import TilePlan, TileSize, plan_tiles
 from .job import Job
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What `upscale` does. None takes the model's or the strategy's own value.
+class SamplingSettings:
+    """What `sample` does. None takes the strategy's own value.
 
     `steps` 0 decodes the LR latent as it is, to see what the diffusion adds. `denoise` below 1 starts from the LR
-    latent at partial noise, keeping `steps`. `batch` is how many spatial tiles go
-    through the UNet together where they need not all. `align` is lambda of SDATC's alignment along the flow, 0 is off.
+    latent at partial noise, keeping `steps`. `batch` is how many spatial tiles go through the UNet together where they
+    need not all. `align` is lambda of SDATC's alignment along the flow, 0 is off. Raises SettingError.
     """
 
-    scale: float = 4.0
     steps: int = 10
     guidance: str = "dssag"
     cfg: float | None = None
     guidance_scale: float | None = None
     rho: float = 0.5
-    tile: TileSize | None = None
-    overlap: float = 0.5
     propagation: Propagation = field(default_factory=Propagation)
-    color: str = "detail"
     seed: int = 0
     denoise: float = 1.0
     batch: int = 1
@@ -46,8 +45,6 @@ class Settings:
     align_mode: str = "gradient"
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale <= 16:
-            raise SettingError(f"scale is {self.scale}: expected a number above 0, at most 16")
         if not 0 <= self.steps <= 1000:
             raise SettingError(f"steps is {self.steps}: expected a whole number from 1 to 1000, or 0 for no diffusion")
         if not 0.01 <= self.denoise <= 1:
@@ -56,10 +53,22 @@ class Settings:
             raise SettingError(f"rho is {self.rho}: expected a number above 0, at most 100 (0.5 is the paper's)")
         if self.batch < 1:
             raise SettingError(f"batch is {self.batch}: expected a whole number from 1")
-        if self.color not in COLOR:
-            raise SettingError(f"color is {self.color!r}: expected one of {', '.join(COLOR)}")
         resolve_scale(self.guidance, self.cfg, self.guidance_scale)
         check_strength(self.align, self.align_mode)
+
+
+@dataclass(frozen=True)
+class Settings(SamplingSettings):
+    """What `upscale` does: sampling, in tiles of `tile` (None: the model's own), and colours after it."""
+
+    tile: TileSize | None = None
+    overlap: float = 0.5
+    color: str = "detail"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.color not in COLOR:
+            raise SettingError(f"color is {self.color!r}: expected one of {', '.join(COLOR)}")
 
 
 def make_plan(job: Job, settings: Settings, tile: TileSize, factor: int, cuts: Sequence[int] = ()) -> TilePlan:
@@ -83,7 +92,7 @@ class NoiseRange:
 SVD_NOISE = NoiseRange(sigmas, SIGMA_MAX, SIGMA_MIN)
 
 
-def noise_schedule(settings: Settings, noise: NoiseRange = SVD_NOISE) -> list[float]:
+def noise_schedule(settings: SamplingSettings, noise: NoiseRange = SVD_NOISE) -> list[float]:
     """Falling sigmas with a final 0: all of them, or the last `steps` of a longer schedule at partial denoise."""
     if settings.steps == 0:
         return [0.0]
@@ -91,25 +100,29 @@ def noise_schedule(settings: Settings, noise: NoiseRange = SVD_NOISE) -> list[fl
     return noise.sigmas(total)[-(settings.steps + 1) :]
 
 
-def unet_calls(plan: TilePlan, settings: Settings, noise: NoiseRange = SVD_NOISE) -> int:
+def run_steps(settings: SamplingSettings, noise: NoiseRange = SVD_NOISE) -> list[Step]:
+    """The steps of a run: what each propagates, counted from the beginning of the model's whole schedule."""
+    before = steps_before(noise_schedule(settings, noise), noise.most)
+    return [step_at(before + index, settings.propagation.kinds) for index in range(settings.steps)]
+
+
+def unet_calls(plan: TilePlan, settings: SamplingSettings, noise: NoiseRange = SVD_NOISE) -> int:
     """How many UNet calls `sample` makes: branches of each step's guidance times the batches of its tiles."""
     chosen = guide(settings.guidance)
-    lagged, kinds = settings.propagation.sap_lagged, settings.propagation.kinds
-    total = 0
-    for index, power in enumerate(strengths(settings, noise)):
-        batches = sum(1 for _ in calls(plan, step_at(index, kinds), COND, settings.batch, synchronous=not lagged))
+    total, lagged = 0, settings.propagation.sap_lagged
+    for step, power in zip(run_steps(settings, noise), strengths(settings, noise), strict=True):
+        batches = sum(1 for _ in calls(plan, step, COND, settings.batch, synchronous=not lagged))
         total += chosen.passes(power) * batches
     return total
 
 
-def strengths(settings: Settings, noise: NoiseRange = SVD_NOISE) -> list[GuidanceScale]:
+def strengths(settings: SamplingSettings, noise: NoiseRange = SVD_NOISE) -> list[GuidanceScale]:
     """The guidance's strengths at each step, gamma included."""
     power = resolve_scale(settings.guidance, settings.cfg, settings.guidance_scale)
     schedule = noise_schedule(settings, noise)
     if settings.steps == 0:
         return []
-    # A partial schedule is a part of the model's own, so gamma starts lower there.
-    ends = (schedule[0], schedule[-2]) if settings.denoise == 1 else (noise.most, noise.least)
+    ends = schedule_ends(schedule, noise.most, noise.least)
     return [replace(power, gamma=gamma_at(sigma, *ends, settings.rho)) for sigma in schedule[:-1]]
 
 
@@ -118,7 +131,7 @@ def sample(
     model: Backbone,
     lr: Tensor,
     plan: TilePlan,
-    settings: Settings,
+    settings: SamplingSettings,
     context: Tensor | None = None,
     noise: Tensor | None = None,
     tick: Callable[[Call], None] = lambda call: None,
@@ -126,10 +139,10 @@ def sample(
 ) -> Tensor:
     """Scaled latents `(frames, 4, h, w)` of the result, from unscaled LR latents of the same shape (DC-VSR, section 3).
 
-    Euler steps on tiles, with SAP and TAP in turn and guidance outside the tiles, and so is the alignment along `flow`,
-    which is of the latents' size. Latents stay where `lr` is; one batch of tiles, or scene to align, at a time goes to
-    the model's device. `noise` has deviation 1 (drawn from the seed when None), `tick` is called before each UNet call.
-    Raises SamplingError for a value that is not finite, SettingError for alignment without a flow that fits.
+    Euler steps on tiles, with SAP and TAP in turn. Guidance, and the alignment along `flow` (of the latents' size), act
+    on the whole video, tiles merged. Latents stay where `lr` is; one batch of tiles, or scene to align, at a time goes
+    to the model's device. `noise` has deviation 1 (drawn from the seed when None), `tick` is called before each UNet
+    call. Raises SamplingError for a value that is not finite, SettingError for alignment without a flow that fits.
     """
     if settings.steps == 0:
         return lr * model.scaling_factor
@@ -145,8 +158,8 @@ def sample(
     first = schedule[0]
     x = noise * (first**2 + 1) ** 0.5 if settings.denoise == 1 else lr * model.scaling_factor + noise * first
     run = TileRun(plan, settings.propagation)
-    for index, ((sigma, following), power) in enumerate(zip(pairwise(schedule), powers, strict=True)):
-        step = step_at(index, settings.propagation.kinds)
+    steps = run_steps(settings, levels)
+    for (sigma, following), step, power in zip(pairwise(schedule), steps, powers, strict=True):
 
         def evaluate(x: Tensor, branch: Branch, call: Call, sigma: float = sigma) -> Tensor:
             tick(call)
@@ -165,7 +178,7 @@ def sample(
     return x
 
 
-def _fitting(flow: Flow | None, lr: Tensor, settings: Settings) -> Flow | None:
+def _fitting(flow: Flow | None, lr: Tensor, settings: SamplingSettings) -> Flow | None:
     """The flow to align along; None where nothing is aligned."""
     if settings.align == 0 or lr.shape[0] < 2:
         return None

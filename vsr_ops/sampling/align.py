@@ -35,8 +35,8 @@ _ROUNDING = 1e-6
 
 
 def motion_error(z: Tensor, flow: Flow) -> float:
-    """E of equation 12: the mean absolute difference along the flow, over the visible pixels of all frames and both
-    directions.
+    """E of SDATC equation 12: the mean absolute difference along the flow, over the visible pixels of all frames and
+    both directions.
 
     `z` is (n, c, h, w), `flow` of the same size. 0 where nothing is visible.
     """
@@ -122,7 +122,7 @@ def _error(z: Tensor, flow: Flow) -> float:
 
 
 def _gradient(z: Tensor, flow: Flow, strength: float, sigma: float) -> Tensor:
-    """The step of equation 13."""
+    """The step of SDATC equation 13."""
     gradient = torch.zeros_like(z)
     for here, there, moves, seen in _sides(z, flow):
         apart = warp(z[there], moves) - z[here]

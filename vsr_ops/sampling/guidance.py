@@ -1,13 +1,17 @@
 """Guidance: how the branches of one step become one estimate. Plain functions in a table, to be swapped.
 
-All work on the denoised estimate of the whole video. As eps = (x - x0)/sigma, equations written for eps hold for x0 too
-wherever both branches see the same x.
+All work on the denoised estimate x0 of the whole video. With eps = (x - x0)/sigma and both branches seeing the same x,
+eps' + (1+s)(eps - eps') = (x - (x0' + (1+s)(x0 - x0')))/sigma: an equation for eps holds for x0 too.
+
+To add a strategy: a function of `Denoise`, x and `GuidanceScale`, and a row in `GUIDANCE`. For the host's samplers,
+which evaluate CFG's branches themselves, what it adds to their estimate is a function of `Evaluate`, as `add_pag` is,
+that `nodes/host/hooks.py` calls in `post_cfg`, and a node that sets it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -29,8 +33,8 @@ SAG_BLUR_SIGMA, SAG_BLUR_SIZE = 2.0, 9
 class Branch:
     """One way to evaluate the model at a step. Banks are kept apart by `name`.
 
-    `attention` replaces self-attention in the layers called `layers` ("ends": the first two and last two spatial
-    ones, "middle": those of the middle block). `observe` asks for the saliency of the middle block.
+    `attention` replaces self-attention in the layers called `layers`, a name in LAYERS. `observe` asks for the saliency
+    of the middle block.
     """
 
     name: str
@@ -102,13 +106,61 @@ def sag_renoise(x: Tensor, estimate: Tensor, degraded: Tensor) -> Tensor:
     return (degraded.float() + x.float() - estimate.float()).to(x.dtype)
 
 
-def schedule_ends(sigmas: Sequence[float], model_max: float, model_min: float) -> tuple[float, float]:
-    """The sigmas between which gamma falls: the run's own above zero, or the model's when the run starts below them.
+# --- One formula each: what is added to the estimate of CFG's branches, also where a host has evaluated these ---------
 
-    A run whose first sigma is under 0.9 of the model's counts as partial denoise.
+#: (x, branch) -> denoised estimate.
+Evaluate = Callable[[Tensor, Branch], Tensor]
+
+
+def cfg_branches(gamma: float | None = None, layers: str = "ends", observe: bool = False) -> tuple[Branch, Branch]:
+    """The conditional and the unconditional branch of CFG. With a `gamma` DSSAG blurs the second (DC-VSR, equation 9);
+    `observe` asks both for their saliency, for SAG."""
+    uncond = UNCOND if gamma is None else replace(UNCOND, attention=Tempered(gamma), layers=layers)
+    return replace(COND, observe=observe), replace(uncond, observe=observe)
+
+
+def add_dssag(
+    evaluate: Evaluate, x: Tensor, guided: Tensor, cond: Tensor, gamma: float, scale: float, layers: str = "ends"
+) -> Tensor:
+    """Detail-suppression guidance without CFG (DC-VSR, equation 8): eps' + (1+s)(eps - eps') = eps + s (eps - eps')."""
+    if scale == 0 or gamma == 0:
+        # At gamma 0 the perturbed branch is the plain one: nothing to extrapolate from, no pass to spend.
+        return guided
+    weak = evaluate(x, Branch("dssag", attention=Tempered(gamma), layers=layers))
+    return add_guidance(guided, cond, weak, scale)
+
+
+def add_pag(
+    evaluate: Evaluate, x: Tensor, guided: Tensor, cond: Tensor, scale: float, layers: str = "middle"
+) -> Tensor:
+    """Perturbed-attention guidance (DC-VSR, equation 6) on top of what guided before: each token sees itself alone."""
+    if scale == 0:
+        return guided
+    weak = evaluate(x, Branch("pag", attention=identity, layers=layers))
+    return add_guidance(guided, cond, weak, scale)
+
+
+def add_sag(
+    evaluate: Evaluate, x: Tensor, guided: Tensor, weak: Branch, estimate: Tensor, saliency: Tensor, scale: float
+) -> Tensor:
+    """Self-attention guidance (DC-VSR, equation 5) on top of what guided before.
+
+    `estimate` is that of the branch `weak` (unconditional if CFG is on), which was observed: blurred where its middle
+    block attends most, noise intact, and evaluated again. With D the blurred estimate and D' the model's answer to it,
+    eps(x) - eps(b(x)) = (D' - D)/sigma, as both have the noise x - estimate on them.
     """
-    above = [sigma for sigma in sigmas if sigma > 0]
-    return (above[0], above[-1]) if above[0] >= 0.9 * model_max else (model_max, model_min)
+    if scale == 0:
+        return guided
+    degraded = sag_degrade(estimate, saliency)
+    answer = evaluate(sag_renoise(x, estimate, degraded), Branch("sag", conditional=weak.conditional))
+    return add_guidance(guided, degraded, answer, scale)
+
+
+# --- The strategies: every branch of a step, evaluated and put together -----------------------------------------------
+
+
+def _estimate(denoise: Denoise) -> Evaluate:
+    return lambda x, branch: denoise(x, branch)[0]
 
 
 def no_guidance(denoise: Denoise, x: Tensor, strength: GuidanceScale) -> Tensor:
@@ -125,42 +177,30 @@ def cfg(denoise: Denoise, x: Tensor, strength: GuidanceScale) -> Tensor:
 
 
 def dssag(denoise: Denoise, x: Tensor, strength: GuidanceScale) -> Tensor:
-    """Detail-suppression guidance: equation 8, or 9 (with 1 + s = cfg) when cfg is on. Two passes either way."""
-    blurred = Branch("perturbed", attention=Tempered(strength.gamma))
+    """Detail-suppression guidance: DC-VSR equation 8, or 9 (with 1 + s = cfg) when cfg is on. Two passes either way."""
     cond = denoise(x, COND)[0]
-    if strength.cfg != 1:
-        return extrapolate(denoise(x, replace(blurred, conditional=False))[0], cond, strength.cfg)
-    if strength.scale == 0 or strength.gamma == 0:
-        # At gamma 0 the perturbed branch is the plain one: nothing to extrapolate from, no pass to spend.
-        return cond
-    return extrapolate(denoise(x, blurred)[0], cond, 1 + strength.scale)
+    if strength.cfg == 1:
+        return add_dssag(_estimate(denoise), x, cond, cond, strength.gamma, strength.scale)
+    _, blurred = cfg_branches(strength.gamma)
+    return extrapolate(denoise(x, blurred)[0], cond, strength.cfg)
 
 
 def pag(denoise: Denoise, x: Tensor, strength: GuidanceScale) -> Tensor:
-    """Perturbed-attention guidance (equation 6) in the middle block, on top of CFG."""
+    """Perturbed-attention guidance in the middle block, on top of CFG."""
     cond = denoise(x, COND)[0]
     guided = cond if strength.cfg == 1 else extrapolate(denoise(x, UNCOND)[0], cond, strength.cfg)
-    if strength.scale == 0:
-        return guided
-    perturbed = denoise(x, Branch("perturbed", attention=identity, layers="middle"))[0]
-    return add_guidance(guided, cond, perturbed, strength.scale)
+    return add_pag(_estimate(denoise), x, guided, cond, strength.scale)
 
 
 def sag(denoise: Denoise, x: Tensor, strength: GuidanceScale) -> Tensor:
-    """Self-attention guidance (equation 5) on top of CFG: blurs where the middle block attends most, noise intact.
-
-    The weak branch (unconditional if CFG is on) is the one observed, blurred and evaluated again, as in the host. With
-    D the blurred estimate and D' the model's answer to it, eps(x) - eps(b(x)) = (D' - D)/sigma.
-    """
-    weak = COND if strength.cfg == 1 else UNCOND
+    """Self-attention guidance on top of CFG. The weak branch is the one observed, as in the host."""
     if strength.scale == 0:
         return cfg(denoise, x, strength)
+    weak = COND if strength.cfg == 1 else UNCOND
     estimate, saliency = denoise(x, replace(weak, observe=True))
     assert saliency is not None
     guided = estimate if weak is COND else extrapolate(estimate, denoise(x, COND)[0], strength.cfg)
-    degraded = sag_degrade(estimate, saliency)
-    answer = denoise(sag_renoise(x, estimate, degraded), replace(weak, name="perturbed"))[0]
-    return add_guidance(guided, degraded, answer, strength.scale)
+    return add_sag(_estimate(denoise), x, guided, weak, estimate, saliency, strength.scale)
 
 
 @dataclass(frozen=True)
@@ -205,8 +245,8 @@ def resolve_scale(name: str, cfg: float | None = None, scale: float | None = Non
             raise SettingError(f"{label} is {value}: expected a number from 0 to 100")
     if name == "dssag" and cfg not in (None, 1.0) and scale is not None:
         raise SettingError(
-            f"DSSAG with cfg {cfg} has that one strength (equation 9: cfg = 1 + s), but a guidance scale of {scale}"
-            " was given too: leave one of the two out"
+            f"DSSAG with cfg {cfg} has that one strength (DC-VSR equation 9: cfg = 1 + s), but a guidance scale of"
+            f" {scale} was given too: leave one of the two out"
         )
     return GuidanceScale(
         cfg=chosen.default_cfg if cfg is None else cfg, scale=chosen.default_scale if scale is None else scale

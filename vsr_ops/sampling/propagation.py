@@ -1,31 +1,39 @@
 """SAP and TAP: which keys and values a tile sees beside its own (DC-VSR, sections 3.1 and 3.2).
 
-Settings and the kind of a step are plain values. `TileRun` holds one run's banks; nothing outlives it.
+Settings and the kind of a step are plain values. `TileRun` holds one run's banks; nothing outlives it. A bank belongs
+to one branch, window and layer, and in it to one tile. Over the steps of a run whose SAP is lagged:
+
+    step         0 sap       1 tap forward      2 sap         3 tap backward
+    gathering    nothing     every tile's       nothing       every tile's       host memory, subsampled
+    lagged       empty       empty              step 1's      empty              host memory, what SAP reads
+    joined                                      one window's                     device, lagged tiles in a row
+    tap                      left neighbour's                 right neighbour's  device, until `finish`
+
+The first SAP step of a run has no bank and is plain. A synchronous SAP needs none of the first three: all tiles of a
+window are at the same layer at once. With SAP alone every step gathers and reads.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from ..errors import SamplingError, SettingError
+from ..errors import SettingError
 from ..system.memory import Memory
-from .attention import Fused, KeyValue, attention_received, fused_attention, plain
+from .attention import Fused, KeyValue, fused_attention, plain
+from .calls import Call, token_grid
 from .guidance import Branch
 from .layers import Layer, check_layers
-from .tiling import Merger, TilePlan, cut_tile
+from .saliency import Saliency
+from .schedule import Kind, Step, step_at
+from .tiling import TilePlan
 
 log = logging.getLogger(__name__)
-
-Kind = Literal["plain", "sap", "tap"]
 
 #: The names the command line and the nodes offer.
 PROPAGATION: dict[str, tuple[Kind, ...]] = {"sap+tap": ("sap", "tap"), "sap": ("sap",), "tap": ("tap",), "none": ()}
@@ -66,71 +74,6 @@ class Propagation:
         if name not in PROPAGATION:
             raise SettingError(f"propagation is {name!r}: expected one of {', '.join(PROPAGATION)}")
         return Propagation(PROPAGATION[name], **settings)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A sampling step: its index in the run's sigmas, what it propagates, and the direction of TAP in time."""
-
-    index: int
-    kind: Kind = "plain"
-    forward: bool = True
-
-
-def step_index(sigmas: Sequence[float], sigma: float) -> int:
-    """Index of the last of the falling `sigmas` that is not below `sigma`: calls between two sigmas belong to the step
-    that began above them, so a second-order sampler's two calls see one step."""
-    slack = sigma * (1 - 1e-5)
-    return max(bisect_right([-s for s in sigmas], -slack) - 1, 0)
-
-
-def step_at(index: int, kinds: tuple[Kind, ...]) -> Step:
-    """The kinds take turns; TAP steps alternate forward and backward."""
-    if not kinds:
-        return Step(index)
-    round_, place = divmod(index, len(kinds))
-    return Step(index, kinds[place], forward=round_ % 2 == 0)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One UNet call: the tiles (indices into `plan.spatial`) of one window that go through together."""
-
-    step: Step
-    branch: Branch
-    window: int
-    tiles: tuple[int, ...]
-    frames: int
-    height: int
-    width: int
-
-
-def calls(plan: TilePlan, step: Step, branch: Branch, batch: int, synchronous: bool) -> Iterator[Call]:
-    """The calls of one pass over the video, in the order they must run.
-
-    All spatial tiles of a window go at once at a synchronous SAP step, `batch` at a time otherwise. At a SAP step all
-    tiles of a window come before the next window, so that a lagged bank goes to the device once. Else windows are the
-    inner loop, in the step's direction, so that TAP's banks are those of one batch of tiles, however large the frame.
-    """
-    count, sap = len(plan.spatial), step.kind == "sap"
-    size = count if synchronous and sap else batch
-    groups = [tuple(range(first, min(first + size, count))) for first in range(0, count, size)]
-    windows = range(len(plan.windows)) if step.forward else range(len(plan.windows))[::-1]
-    order = (
-        [(n, tiles) for n in windows for tiles in groups] if sap else [(n, tiles) for tiles in groups for n in windows]
-    )
-    for n, tiles in order:
-        tile = plan.tile_size(n)
-        yield Call(step, branch, n, tiles, tile.frames, tile.height, tile.width)
-
-
-def token_grid(tokens: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of a layer's tokens, from the tile's height and width in latents."""
-    for shrink in (1, 2, 4, 8, 16, 32):
-        rows, cols = math.ceil(height / shrink), math.ceil(width / shrink)
-        if rows * cols == tokens:
-            return rows, cols
-    raise SettingError(f"a layer with {tokens} tokens does not fit a tile of {height}x{width} latents")
 
 
 def subsample(x: Tensor, grid: tuple[int, int], rate: int) -> Tensor:
@@ -314,76 +257,3 @@ class TileRun:
         frames = sharpest_frames(k, self.settings.tap_frames)
         chosen = [subsample(x[frames], grid, self.settings.tap_rate) for x in (k, v)]
         return KeyValue(*(rearrange(x, "t h n d -> 1 h (t n) d") for x in chosen))
-
-
-def gather_tiles(plan: TilePlan, call: Call, video: Tensor) -> Tensor:
-    """The call's tiles of `(frames, c, height, width)` as a batch of videos `(tiles*frames, c, h, w)`."""
-    return torch.cat([cut_tile(plan, call.window, m, video) for m in call.tiles])
-
-
-class Saliency:
-    """Collects, per tile, the mask SAG blurs by: where the middle block gives a token more than an even share."""
-
-    def __init__(self, plan: TilePlan) -> None:
-        self._merger = Merger(plan)
-        self._pending: dict[tuple[int, int], Tensor] = {}
-
-    def observe(self, call: Call, q: Tensor, k: Tensor) -> None:
-        """Takes the queries and keys of a middle self-attention layer; the last layer's count."""
-        rows, cols = token_grid(k.shape[2], call.height, call.width)
-        mask = rearrange((attention_received(q, k) > 1).float(), "b (y x) -> b 1 y x", y=rows, x=cols)
-        full = torch.nn.functional.interpolate(mask, size=(call.height, call.width), mode="nearest").cpu()
-        for i, m in enumerate(call.tiles):
-            self._pending[call.window, m] = full[i * call.frames : (i + 1) * call.frames]
-
-    def commit(self) -> None:
-        """Blends in what was observed since the last time."""
-        for (window, m), mask in self._pending.items():
-            self._merger.add(window, m, mask)
-        self._pending = {}
-
-    def result(self) -> Tensor:
-        """The mask `(frames, 1, h, w)` in [0, 1], tiles blended."""
-        return self._merger.result()
-
-
-def evaluate_within(run: TileRun, call: Call, evaluate: Callable[[Call], Tensor]) -> Tensor:
-    """`evaluate(call)`, in as many parts as memory asks for; `(tiles*frames, c, h, w)` all the same.
-
-    Raises what `run.memory` takes for memory that ran out when a single tile does not fit.
-    """
-    if run.limit is not None and len(call.tiles) > run.limit:
-        sizes = range(0, len(call.tiles), run.limit)
-        parts = [replace(call, tiles=call.tiles[first : first + run.limit]) for first in sizes]
-        return torch.cat([evaluate_within(run, part, evaluate) for part in parts])
-    try:
-        return evaluate(call)
-    except Exception as error:
-        if len(call.tiles) == 1 or not run.memory.ran_out(error):
-            raise
-    # Outside the handler: only now is what the exception held free.
-    run.shrink(call)
-    run.memory.free()
-    return evaluate_within(run, call, evaluate)
-
-
-def run_pass(run: TileRun, step: Step, branch: Branch, evaluate: Callable[[Call], Tensor], batch: int = 1) -> Tensor:
-    """One pass over the video: every tile evaluated, checked and blended; `(frames, c, height, width)`.
-
-    `evaluate` gives `(tiles*frames, c, h, w)` for a call. Raises SamplingError, naming step and tile, for a value that
-    is not finite.
-    """
-    run.begin(step, branch)
-    merger = Merger(run.plan)
-    for call in calls(run.plan, step, branch, batch, synchronous=not run.settings.sap_lagged):
-        value = evaluate_within(run, call, evaluate)
-        if not bool(torch.isfinite(value).all()):
-            raise SamplingError(
-                f"step {step.index + 1}, window {call.window + 1} of {len(run.plan.windows)}, tile"
-                f" {', '.join(str(m + 1) for m in call.tiles)} of {len(run.plan.spatial)}, branch {branch.name}: the"
-                " model gave NaN or infinity; try float32, or check the weights"
-            )
-        run.finish(call)
-        for i, m in enumerate(call.tiles):
-            merger.add(call.window, m, value[i * call.frames : (i + 1) * call.frames])
-    return merger.result()

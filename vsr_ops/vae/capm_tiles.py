@@ -17,29 +17,25 @@ from .layout import Box, DecoderOp
 
 @dataclass
 class TiledCAPM:
-    """`hint` are the compression levels of the frames in hand, NaN where unknown; None where all are.
-
-    `sketch` is d of the mosaic, `offset` what has to be added to it to give the whole picture's, both by level.
-    """
+    """`sketch` is d of the mosaic, `offset` what has to be added to it to give the whole picture's, both by level."""
 
     model: CAPM
     strength: float
-    hint: Tensor | None = None
     used: dict[str, Tensor] = field(default_factory=lambda: {})
     seen: dict[str, tuple[Tensor, int]] = field(default_factory=lambda: {})
     sketch: dict[str, Tensor] = field(default_factory=lambda: {})
     offset: dict[str, Tensor] = field(default_factory=lambda: {})
     sketching: bool = False
 
-    def step(self, name: str, level: int) -> DecoderOp:
+    def op(self, name: str, level: int) -> DecoderOp:
         """The prompts after the level `name` of the decoder, whose output lies on `level` of the picture."""
-        block = self.model.part(name)
         run = partial(self._run, name)
-        return DecoderOp(f"{name}_capm", (block,), lambda x: run(x, None, None), level, window=WINDOW, placed=run)
+        return DecoderOp(f"{name}_capm", (self.model.part(name),), lambda x: x, level, window=WINDOW, placed=run)
 
-    def _run(self, name: str, x: Tensor, place: Place | None, own: Box | None) -> Tensor:
-        """Features `x` at `place` of their picture (None: all of it); `own` is the part of the picture to gather."""
-        hint = None if self.hint is None else self.hint.to(x.device)
+    def _run(self, name: str, x: Tensor, place: Place | None, own: Box | None, hint: Tensor | None) -> Tensor:
+        """Features `x` at `place` of their picture (None: all of it); `own` is the part of the picture to gather,
+        `hint` the frames' compression levels, NaN where unknown; None where all are."""
+        hint = None if hint is None else hint.to(x.device)
         if own is None or place is None:
             weights = self.model.weights(name, x, hint)
         else:

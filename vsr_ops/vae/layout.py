@@ -31,7 +31,8 @@ class DecoderOp:
 
     `modules` are those whose reach and norms count; `resize` is 1 where it doubles the picture, -1 where it halves it.
     With a `window`, values matter in whole windows of so many pixels of the frame's grid. `placed` takes the place of
-    `run` where it must be known where the features lie, and which part of the picture is theirs to gather from.
+    `run` where it must be known where the features lie (None: they are the whole picture's), which part of the picture
+    is theirs to gather from, and the frames' compression levels.
     """
 
     name: str
@@ -42,7 +43,7 @@ class DecoderOp:
     residual: bool = False
     fuse: Callable[[Tensor, Tensor], Tensor] | None = None
     window: int = 1
-    placed: Callable[[Tensor, Place, Box | None], Tensor] | None = None
+    placed: Callable[[Tensor, Place | None, Box | None, Tensor | None], Tensor] | None = None
 
     @property
     def reach(self) -> int:

@@ -58,11 +58,12 @@ def _walk(
     extent: tuple[int, int],
     own: Box | None = None,
     taps: Mapping[int, Box] | None = None,
+    hint: Tensor | None = None,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """One tile through `steps`: what comes out over the last of `boxes`, and the features over `taps`.
 
     `extent` is the whole picture's size, `own` the part of it that is this tile's alone, for the statistics to be
-    gathered from.
+    gathered from; `hint` the frames' compression levels, for CAPM.
     """
     tapped: dict[int, Tensor] = {}
     for index, step in enumerate(steps):
@@ -77,7 +78,7 @@ def _walk(
             statistics.inner = (rows, cols)
         if step.placed is not None:
             place = Place(have[0].start, have[1].start, extent[0] >> step.level, extent[1] >> step.level)
-            x = step.placed(x, place, None if own is None else at_level(own, step.level))
+            x = step.placed(x, place, None if own is None else at_level(own, step.level), hint)
         else:
             x = step.run(x) if step.fuse is None else step.fuse(features[step.level], x)
         rows, cols = (resized(span, step.resize) for span in have)
@@ -124,24 +125,25 @@ class TiledDecoder:
         if self.prompts is not None:
             self.prompts.offset = {}
 
-    def _begin(self, latents: Tensor) -> Tensor:
+    def _begin(self, latents: Tensor, hint: Tensor | None) -> Tensor:
         """All frames through `head`, kept where the latents are."""
         z = self._there(latents)
         if (post := getattr(self.vae, "post_quant_conv", None)) is not None:
             z = post(z)
         for step in self.head:
-            z = step.run(z)
+            z = step.run(z) if step.placed is None else step.placed(z, None, None, hint)
         return z.to(latents.device)
 
-    def __call__(self, latents: Tensor, reference: Tensor | None) -> Tensor:
-        """Frames `(t, 3, h, w)` of latents that may see each other, [0, 1], not clamped."""
-        z = self._begin(latents)
+    def __call__(self, latents: Tensor, reference: Tensor | None, hint: Tensor | None = None) -> Tensor:
+        """Frames `(t, 3, h, w)` of latents that may see each other, [0, 1], not clamped. `hint` are their compression
+        levels `(t,)`, NaN where unknown; None where all are."""
+        z = self._begin(latents, hint)
         extent = (latents.shape[-2] * self.cell, latents.shape[-1] * self.cell)
         out = torch.empty((latents.shape[0], self._channels, *extent), device=latents.device)
         down, across = (axis_parts(side, self.tile, self.cell) for side in latents.shape[-2:])
         tiles = list(product(down, across))
         if len(tiles) == 1:
-            self._put(out, tiles[0], self._tile(z, reference, tiles[0], extent, gather=False))
+            self._put(out, tiles[0], self._tile(z, reference, tiles[0], extent, hint, gather=False))
             return out
         little = [mosaic_index(side, self.tile) for side in latents.shape[-2:]]
         rows, cols = (Span(0, index.numel() * self.cell) for index in little)
@@ -157,8 +159,8 @@ class TiledDecoder:
         with self.of_encoder.applied():
             self._passes(
                 self.of_tail,
-                lambda: self._tile(mosaic, seen, (rows, cols), size),
-                lambda: [self._put(out, tile, self._tile(z, reference, tile, extent)) for tile in tiles],
+                lambda: self._tile(mosaic, seen, (rows, cols), size, hint),
+                lambda: [self._put(out, tile, self._tile(z, reference, tile, extent, hint)) for tile in tiles],
                 self.prompts,
             )
         for known in (self.of_tail, self.of_encoder, self.prompts):
@@ -195,7 +197,13 @@ class TiledDecoder:
         out[..., tile[0].slice, tile[1].slice] = (x.float() / 2 + 0.5).to(out.device)
 
     def _tile(
-        self, z: Tensor, reference: Tensor | None, tile: Box, extent: tuple[int, int], gather: bool = True
+        self,
+        z: Tensor,
+        reference: Tensor | None,
+        tile: Box,
+        extent: tuple[int, int],
+        hint: Tensor | None,
+        gather: bool = True,
     ) -> Tensor:
         """The decoder's picture of one tile, in [-1, 1], of whole latent-level activations `z`."""
         self.check_interrupted()
@@ -206,7 +214,7 @@ class TiledDecoder:
             features = self._features(reference, fused, extent)
         rows, cols = boxes[0]
         x = self._there(z[..., rows.slice, cols.slice])
-        return _walk(self.tail, x, boxes, features, self.of_tail, extent, tile if gather else None)[0]
+        return _walk(self.tail, x, boxes, features, self.of_tail, extent, tile if gather else None, hint=hint)[0]
 
     def _see(self, reference: Tensor, tile: Box, extent: tuple[int, int]) -> None:
         """One tile of the reference, for the encoder's statistics."""

@@ -23,7 +23,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 @pytest.fixture(scope="session")
 def pipeline(host: ModuleType) -> ModuleType:
-    return importlib.import_module(f"{NAME}.vsr_ops.pipeline.upscale")
+    return importlib.import_module(f"{NAME}.vsr_ops.pipeline.sampler")
 
 
 @pytest.fixture(scope="session")

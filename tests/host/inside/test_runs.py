@@ -112,3 +112,23 @@ def test_out_of_memory_halves_the_batch(
     assert relative(found, expected) < 1e-5
     assert max(sizes) == 4 * TILE[2]
     assert "Out of memory with 4 tiles at once: going on with 2" in caplog.text
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_split_sigmas_are_one_run_in_two(nodes: dict[str, Any], lite: Any, wired: Any, at: int) -> None:
+    """SAP and TAP take turns, and DSSAG's gamma falls, from where the first part stopped."""
+    custom = importlib.import_module("comfy_extras.nodes_custom_sampler")
+    model = tiled(nodes, lite[0], mode="synchronous")
+    small = part(wired, 4, 16, 24)
+    guider = nodes["VSRDSSAGGuider"].execute(model, small[0], 1.0, 0.5, "ends").args[0]
+    sigmas = custom.BasicScheduler().get_sigmas(model, "karras", 5, 1.0)[0]
+    sampler = custom.KSamplerSelect().get_sampler("euler")[0]
+
+    def run(noise: Any, sigmas: Tensor, latent: Any) -> Any:
+        return custom.SamplerCustomAdvanced().sample(noise, guider, sampler, sigmas, latent)[0]
+
+    noise, none = custom.RandomNoise().get_noise(1)[0], custom.DisableNoise().get_noise()[0]
+    whole = run(noise, sigmas, small[2])["samples"]
+    high, low = custom.SplitSigmas().get_sigmas(sigmas, at)
+    both = run(none, low, run(noise, high, small[2]))["samples"]
+    assert relative(both, whole) < 1e-4

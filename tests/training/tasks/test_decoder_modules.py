@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.support.small_vaes import stream
 from tests.support.tiny_training import BICUBIC
 from training.loop.draws import generator_at
 from training.loop.recipe import BUNDLED, read_recipe
@@ -25,7 +26,6 @@ from vsr_ops.errors import SettingError
 from vsr_ops.modules.capm_file import CAPMs, load_capms, write_capms
 from vsr_ops.modules.cfw import load_cfw
 from vsr_ops.modules.stam import load_stam
-from vsr_ops.vae.stream import stream_decode
 
 RECIPES = {"cfw": "cfw_lite", "stam": "stam_lite", "capm": "capm_vae_lite"}
 LARGEST = {"cfw": 500_000, "stam": 300_000, "capm": 300_000}
@@ -103,7 +103,7 @@ def test_what_is_trained_is_what_the_streaming_decoder_runs(
     with torch.no_grad():
         ours = task.decoded(model, clip)[0]
         plain = task.decoded(model, clip, module=False)[0]
-        theirs = torch.stack(list(stream_decode(svd.vae, clip["z"] / svd.scaling_factor, **told)))
+        theirs = torch.stack(list(stream(svd.vae, clip["z"] / svd.scaling_factor, **told)))
     assert float((ours - plain).abs().max()) > 1e-2
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
