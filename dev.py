@@ -15,7 +15,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 #: Tools of development, beside what requirements.txt names.
-TOOLS = ["torch", "torchvision", "accelerate", "pytest", "ruff", "pyright[nodejs]", "tomli; python_version < '3.11'"]
+TOOLS = ["torch", "torchvision", "accelerate", "pytest", "pytest-xdist", "ruff", "pyright[nodejs]"]
+TOOLS += ["tomli; python_version < '3.11'"]
+#: Processes that share the tests: one holds about 1.5 GB.
+PROCESSES = min(4, os.cpu_count() or 1)
 
 
 def run(*command: str | Path) -> None:
@@ -60,8 +63,11 @@ def demo(python: Path, rest: list[str]) -> None:
 
 
 def test(python: Path, rest: list[str]) -> None:
-    """Runs the tests."""
-    run(python, "-m", "pytest", *rest)
+    """Runs the tests, in two to four processes where all are asked for. A ComfyUI's tests share its server: in one."""
+    alone = rest or os.environ.get("COMFYUI_HOSTS") or os.environ.get("COMFYUI_PATH")
+    # Neighbours stay together, for their fixtures, until a process has nothing left to do.
+    together = [] if alone else ["-n", str(PROCESSES), "--dist", "worksteal"]
+    run(python, "-m", "pytest", *together, *rest)
 
 
 def check(python: Path, rest: list[str]) -> None:

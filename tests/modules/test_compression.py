@@ -182,10 +182,10 @@ def test_it_learns_to_rank_what_was_compressed() -> None:
         crf = (0, 15, 20, 25, 30, 35, 40)[integer(rng, 7)]
         return (h264(clip, crf) if crf else clip)[integer(rng, 2)], crf / COARSEST
 
-    samples = [sample(number) for number in range(224)]
+    samples = [sample(number) for number in range(128)]
     pictures, truth = torch.stack([x for x, _ in samples]), torch.tensor([y for _, y in samples])
     torch.manual_seed(0)
-    model, rng, steps = CompressionHead(SMALL), torch.Generator().manual_seed(1), 220
+    model, rng, steps = CompressionHead(SMALL), torch.Generator().manual_seed(1), 110
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 10) * (1 - 0.9 * step / steps)
@@ -200,9 +200,9 @@ def test_it_learns_to_rank_what_was_compressed() -> None:
     for seed in range(4):
         clip = texture(generator_at(99, seed), 3, 112)
         levels = [float(estimate_compression(model, h264(clip, crf)).mean()) for crf in (15, 25, 35)]
-        assert levels == sorted(levels) and levels[2] > levels[0] + 0.08, f"clip {seed}: {levels}"
+        assert levels[2] > max(levels[:2]) + 0.08, f"clip {seed}: {levels}"
         estimates += levels
-    assert rank_correlation(torch.tensor(estimates), torch.tensor([15.0, 25.0, 35.0] * 4)) > 0.5
+    assert rank_correlation(torch.tensor(estimates), torch.tensor([15.0, 25.0, 35.0] * 4)) > 0.6
 
 
 TINY: dict[str, object] = {

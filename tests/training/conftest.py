@@ -31,7 +31,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.data.latents.SHARD", 2)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
@@ -41,10 +41,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def vaes(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Runs of one step of a tiny picture VAE, and of the temporal VAE on top; beside them an untrained SVD on that,
-    an untrained SD with its control, and a fresh CAPM."""
+    an untrained SD with its control, and a fresh CAPM. Every module's tests read them: none writes there."""
     folder = tmp_path_factory.mktemp("vaes")
     for recipe, sets in (
         ("lite_2_picture", []),

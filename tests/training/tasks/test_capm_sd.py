@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ WIDTHS = decoder_widths([32, 32])  # of the tiny SD
 
 
 @pytest.fixture(scope="module")
-def start(vaes: tuple[Path, Path]) -> Path:
+def start(vaes: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny SD, and of a control of it that acts."""
-    folder = vaes[1].parent
+    folder = tmp_path_factory.mktemp("start")
+    for name in ("sd", "svd"):
+        shutil.copy(vaes[1].parent / f"{name}.safetensors", folder)
     torch.manual_seed(0)
     control = Control.of(unet_of(read_sd(folder / "sd.safetensors")))
     for conv in (*control.controlnet_down_blocks, control.controlnet_mid_block):
