@@ -22,10 +22,14 @@ def photo() -> torch.Tensor:
     return torch.from_numpy(chelsea()).permute(2, 0, 1).float() / 255
 
 
+def moving_by(photo: torch.Tensor, dx: int, dy: int) -> torch.Tensor:
+    """Four frames in which everything moves by (dx, dy), exactly."""
+    return torch.stack([photo[:, 60 - k * dy :, 60 - k * dx :][:, :100, :150] for k in range(4)])
+
+
 @pytest.fixture(scope="module")
 def moving(photo: torch.Tensor) -> torch.Tensor:
-    """Four frames in which everything moves by (DX, DY), exactly."""
-    return torch.stack([photo[:, 60 - k * DY :, 60 - k * DX :][:, :100, :150] for k in range(4)])
+    return moving_by(photo, DX, DY)
 
 
 def constant(height: int, width: int, dx: float, dy: float) -> torch.Tensor:
@@ -66,11 +70,14 @@ def test_what_leaves_the_picture_or_is_covered_is_not_visible(moving: torch.Tens
     assert float(hidden[0, 0, 12:18, 16:22].max()) == 0 and float(hidden[0, 0, 30:, :50].min()) == 1
 
 
-def test_tof_is_the_difference_of_the_flows(moving: torch.Tensor) -> None:
+def test_tof_is_the_difference_of_the_flows(photo: torch.Tensor, moving: torch.Tensor) -> None:
+    """|dx| + |dy| of two motions' difference: not of their lengths, which backwards are alike."""
     assert tof(moving, moving).tolist() == [0.0, 0.0, 0.0]
-    # A result that stands still: its flow is 0, and the truth's |DX| + |DY|.
-    frozen = moving[:1].expand(4, -1, -1, -1)
-    assert tof(frozen, moving).numpy() == pytest.approx(abs(DX) + abs(DY), rel=0.1)
+    frozen, apart = moving[:1].expand(4, -1, -1, -1), abs(DX) + abs(DY)
+    slower = moving_by(photo, DX - 1, DY + 1)
+    for other, expected in ((frozen, apart), (moving.flip(0), 2 * apart), (slower, 2)):
+        assert tof(other, moving).numpy() == pytest.approx(expected, abs=0.05)
+        assert torch.equal(tof(moving, other), tof(other, moving))
 
 
 def test_flicker_is_measured_where_the_truth_stands_still(photo: torch.Tensor) -> None:

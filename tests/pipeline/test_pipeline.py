@@ -169,12 +169,16 @@ def test_guidance_at_some_strength_changes_the_result(
 
 @pytest.mark.parametrize("frames", [1, 2])
 @pytest.mark.parametrize("name", GUIDANCE)
-def test_one_tile_and_one_frame_work_with_everything_on(tiny: SVD, name: str, frames: int) -> None:
+def test_one_tile_has_nothing_to_see_elsewhere_and_is_guided(tiny: SVD, name: str, frames: int) -> None:
     plan = plan_tiles(frames, 8, 8, TileSize(64, 64, 14))
     cfg = None if name in ("none", "dssag") else 2.0
     scale = None if name in ("none", "cfg") else 1.0
-    settings = Settings(steps=2, guidance=name, cfg=cfg, guidance_scale=scale)
-    assert torch.isfinite(sample(tiny, latents(plan), plan, settings)).all()
+    settings = Settings(steps=2, guidance=name, cfg=cfg, guidance_scale=scale, propagation=Propagation())
+    lr = latents(plan)
+    found = sample(tiny, lr, plan, settings)
+    assert torch.equal(found, sample(tiny, lr, plan, replace(settings, propagation=OFF)))
+    if name != "none":
+        assert relative(found, sample(tiny, lr, plan, Settings(steps=2, guidance="none"))) > 1e-3
 
 
 MIXED = [

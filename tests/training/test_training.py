@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from diffusers.models.attention import TemporalBasicTransformerBlock
@@ -90,24 +92,31 @@ def edm_sample(seed: int, videos: int = 2) -> dict[str, torch.Tensor]:
 
 
 def test_the_loss_of_a_perfect_denoiser_is_zero() -> None:
-    """A network that answers with the v of the true clip has no loss, whatever the noise level."""
+    """A network that answers with the v of the true clip has no loss, whatever the noise level; one whose v is wrong by
+    a constant has its square: EDM's weight makes levels count alike."""
     sample = edm_sample(4)
 
     class Perfect(nn.Module):
+        wrong = 0.0
+
         def forward(self, scaled: torch.Tensor, c_noise: torch.Tensor, *_: torch.Tensor) -> object:
             sigma = (4 * c_noise).exp().view(-1, 1, 1, 1, 1)
             noisy = scaled[:, :, :4] * (sigma**2 + 1).sqrt()
             v = (noisy / (sigma**2 + 1) - sample["clean"]) * (sigma**2 + 1).sqrt() / sigma
-            return type("Output", (), {"sample": v})()
+            return type("Output", (), {"sample": v + self.wrong})()
 
-    assert float(edm_loss(Perfect(), **sample)) < 1e-4
+    network = Perfect()
+    assert float(edm_loss(network, **sample)) < 1e-4
+    network.wrong = 0.5
+    assert float(edm_loss(network, **sample)) == pytest.approx(0.25, rel=1e-2)
 
 
 def small_unet() -> UNetSpatioTemporalConditionModel:
     torch.manual_seed(0)
     small = {**UNET_LITE, "block_out_channels": [32, 32, 32, 32], "num_attention_heads": [1, 1, 1, 1]}
     unet = UNetSpatioTemporalConditionModel(**small)
-    assert match_host_epsilon(unet) > 0
+    loose = [m for name, m in unet.named_modules() if re.search(r"\.norm[12]$", name) and getattr(m, "eps", 0) == 1e-6]
+    assert match_host_epsilon(unet) == len(loose) > 10 and all(m.eps == 1e-5 for m in loose)
     return unet
 
 
@@ -130,13 +139,13 @@ def test_lite_unet_learns_on_one_batch() -> None:
     sample["lr"] = sample["clean"] / 0.18215
     optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
     losses: list[float] = []
-    for _ in range(12):
+    for _ in range(6):
         loss = edm_loss(unet, **sample)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_stage_two_freezes_the_temporal_layers_and_nothing_else() -> None:

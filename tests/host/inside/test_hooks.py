@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import BEFORE, comfy_now, part
+from tests.host.inside.conftest import BEFORE, NAME, comfy_now, part
 from tests.host.inside.wiring import (
     SEED,
     STEPS,
@@ -226,11 +226,43 @@ def test_tiles_under_a_guider_of_three_conditionings(
 
 @pytest.mark.parametrize("size", [(5, 20, 12), (1, 24, 16)], ids=["no multiple of the UNet's factor", "one frame"])
 def test_uneven_videos(host: ModuleType, nodes: dict[str, Any], lite: Any, wired: Any, size: Any) -> None:
-    values = (16, 16, 4, 0.5, "sap+tap", "auto", 0, 4, 1, "all", 0.0, 1.0, 1)
-    model = dssag(nodes, nodes["VSRTiledDiffusion"].execute(lite[0], *values).args[0])
-    found = sampled(host, model, part(wired, *size))
-    assert found.shape == (size[0], 4, *size[1:])
-    assert torch.isfinite(found).all()
+    """A step is its tiles' answers, blended; with everything on, tiles may go together, and what is on acts."""
+    video, (calls, noting) = part(wired, *size), noted(lite[0])
+    plain = sampled(host, tiled(nodes, noting, "none"), video, 1.0)
+    assert relative(calls[0][-1], blended(lite[0], *calls[0][:-1])) < 1e-5
+
+    def everything(batch: int) -> Tensor:
+        values = (*TILE, 0.5, "sap+tap", "auto", 0, 4, 1, "all", 0.0, 1.0, batch)
+        return sampled(host, dssag(nodes, nodes["VSRTiledDiffusion"].execute(lite[0], *values).args[0]), video, 1.0)
+
+    found = everything(1)
+    assert relative(found, plain) > 1e-3 and relative(everything(2), found) < 1e-5
+
+
+def noted(model: Any) -> tuple[list[Any], Any]:
+    """A MODEL that notes what it is called with on the whole video: positional and named inputs, and the answer."""
+    calls: list[Any] = []
+
+    def note(executor: Any, *inputs: Any, **named: Any) -> Tensor:
+        out = executor(*inputs, **named)
+        calls.append((inputs, named, out))
+        return out
+
+    return calls, wrapped(model, "apply_model", note)
+
+
+def blended(model: Any, inputs: Any, named: dict[str, Any]) -> Tensor:
+    """The answers to every tile of a call, each asked for alone, put together."""
+    x, t, concat, context = inputs[:4]
+    tiling = importlib.import_module(f"{NAME}.vsr_ops.sampling.tiling")
+    plan = tiling.plan_tiles(len(x), *x.shape[2:], tiling.TileSize(*TILE), 0.5)
+    answers: list[list[Tensor]] = []
+    for window in plan.windows:
+        frames = window.span.slice
+        own = {**named, "num_video_frames": window.span.length}
+        tiles = [tuple(value[frames, :, row.slice, col.slice] for value in (x, concat)) for row, col in plan.spatial]
+        answers.append([model.model.apply_model(a, t[frames], b, context[frames], None, {}, **own) for a, b in tiles])
+    return tiling.merge(plan, answers)
 
 
 # --- What acts where ------------------------------------------------------------------------------------------------

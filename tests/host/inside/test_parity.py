@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import NAME
+from tests.host.inside.conftest import NAME, part
 
 STEPS, SEED, FRAMES, HEIGHT, WIDTH = 4, 3, 6, 24, 16
 #: Small enough that the video has 2 spatial tiles in 2 windows.
@@ -62,6 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
     "SAG": {"propagation": "none", "guidance": "sag", "scale": 0.5},
     "everything, eq. 8": {"propagation": "sap+tap", "guidance": "dssag", "scale": 1.0},
     "everything, eq. 9": {"propagation": "sap+tap", "guidance": "dssag", "cfg": 2.0, "mode": "synchronous"},
+    "one frame, everything": {"frames": 1, "propagation": "sap+tap", "guidance": "dssag", "scale": 1.0},
 }
 
 
@@ -104,10 +105,11 @@ def test_the_host_and_the_headless_pipeline_agree(
         ),
         seed=SEED,
     )
-    lr = torch.stack(list(latents.encode_frames(headless, video.movedim(-1, 1), HEIGHT, WIDTH)))
-    plan = tiling.plan_tiles(FRAMES, HEIGHT, WIDTH, tiling.TileSize(*case.get("tile", TILE)), 0.5)
+    frames = case.get("frames", FRAMES)
+    lr = torch.stack(list(latents.encode_frames(headless, video[:frames].movedim(-1, 1), HEIGHT, WIDTH)))
+    plan = tiling.plan_tiles(frames, HEIGHT, WIDTH, tiling.TileSize(*case.get("tile", TILE)), 0.5)
     expected = pipeline.sample(headless, lr, plan, settings) / headless.scaling_factor
-    found = in_the_host(host, nodes, lite[0], conditioning, case)
+    found = in_the_host(host, nodes, lite[0], part(conditioning, frames, HEIGHT, WIDTH), case)
     difference = relative(found, expected)
     print(f"{name}: {difference:.1e}")
     assert difference < 1e-3

@@ -206,7 +206,7 @@ def test_ksampler_and_custom_sampler_agree(host: ModuleType, nodes: dict[str, An
     against = {"negative": negative} if cfg > 1 else {}
     guider = nodes["VSRDSSAGGuider"].execute(tiles, positive, 1.0, 0.5, "ends", **against).args[0]
     assert torch.equal(custom_sampled(tiles, guider, latent), expected)
-    assert relative(expected, ksampled(tiles, wire(), cfg)) > 1e-5
+    assert relative(expected, ksampled(tiles, wire(), cfg)) > 1e-3
 
 
 def test_branches_together_or_apart_are_one(
@@ -244,5 +244,4 @@ def test_sag_in_tiles(host: ModuleType, nodes: dict[str, Any], sd21: Any, cfg: f
     against = {"negative": negative} if cfg > 1 else {}
     made = nodes["VSRSAGGuider"].execute(tiles, positive, cfg, 5.0, **against).args[0]
     found = custom_sampled(tiles, made, latent)
-    assert torch.isfinite(found).all()
-    assert relative(found, sampled(host, tiles, wire(), cfg)) > 1e-5
+    assert relative(found, sampled(host, tiles, wire(), cfg)) > 1e-3

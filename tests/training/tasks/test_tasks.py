@@ -1,12 +1,10 @@
-"""What can be trained: every task learns, and what it leaves is what the next one and the pack read."""
+"""What can be trained: what a task leaves is what the next one and the pack read."""
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import AutoencoderKLTemporalDecoder
@@ -18,60 +16,19 @@ from training.__main__ import main
 from training.loop.convolutions import safe_convolutions
 from training.loop.draws import generator_at
 from training.loop.recipe import BUNDLED, read_recipe
-from training.loop.trainer import Batches, trained
+from training.loop.state import load
+from training.loop.trainer import Batches, built
 from training.tasks.dcm import DCM
 from training.tasks.refiner import decode_refined, grown
 from training.tasks.sampled import SampledLatents, SampledSettings
-from training.tasks.tasks import TASKS, make_task
+from training.tasks.svd import velocity
+from training.tasks.tasks import make_task
 from training.tasks.upscalers import ARCHITECTURES, upscaler_of
 from training.tasks.vae import TEMPORAL, encoded, read_vae
 from vsr_ops.backbones.svd import load_svd
 from vsr_ops.errors import SettingError
 from vsr_ops.modules.dcm import load_dcm
 from vsr_ops.modules.refiner import Refiner, RefinerShape, load_refiner, refine
-
-RECIPE_OF = {
-    "dcm": "dcm_lite",
-    "refiner": "lite_5_refiner",
-    "svd": "lite_4_svd",
-    "vae_picture": "lite_2_picture",
-    "vae_refined": "lite_3_refined",
-    "vae_temporal": "vae_temporal_lite",
-    "whole": "lite_6_whole",
-    "whole_dcm": "whole_dcm_lite",
-    "capm_whole": "capm_whole_lite",
-    "compression": "compression_lite",
-    "capm": "capm_lite",
-    "decoder": "cfw_lite",
-    "sd": "sd_lite",
-    "control": "control_lite",
-    "capm_sd": "capm_sd_lite",
-}
-
-
-@pytest.mark.parametrize("name", sorted(RECIPE_OF))
-def test_every_task_learns_on_one_batch(name: str, photos: Path, vaes: tuple[Path, Path], tmp_path: Path) -> None:
-    recipe = read_recipe(BUNDLED / f"{RECIPE_OF[name]}.toml", settings_of(name, vaes))
-    task = make_task(recipe, photos, tmp_path)
-    task.prepare(torch.device("cpu"))
-    torch.manual_seed(0)
-    model = task.build().train()
-    for key, parameter in model.named_parameters():
-        parameter.requires_grad_(task.trains(key))
-    batch = Batches(pickle.loads(pickle.dumps(task)), 0, 1)[0]  # as a process that draws samples gets it
-    optimizer = torch.optim.AdamW(trained(model), lr=2e-3)
-    values: list[float] = []
-    for _ in range(6):
-        loss, numbers = task.loss(model, batch)
-        assert all(np.isfinite(value) for value in numbers.values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        values.append(float(loss.detach()))
-    assert np.isfinite(values).all() and min(values[-2:]) < 0.97 * values[0]
-    with torch.no_grad():
-        picture = task.picture(model.eval(), batch)
-    assert picture.shape[0] == 3 and torch.isfinite(picture).all()
 
 
 def test_the_video_teaches_the_unet(photos: Path, vaes: tuple[Path, Path], tmp_path: Path) -> None:
@@ -95,10 +52,6 @@ def test_the_video_teaches_the_unet(photos: Path, vaes: tuple[Path, Path], tmp_p
     assert felt[0.0]["unet"] > 1e-3 * felt[0.0]["decoder"] > 0
     assert felt[0.0]["encoder"] > 0, "by way of the LR latents"
     assert felt[1.0]["unet"] == 0 < felt[1.0]["encoder"]
-
-
-def test_every_task_is_tried() -> None:
-    assert set(RECIPE_OF) == set(TASKS)
 
 
 @pytest.mark.parametrize("path", sorted(BUNDLED.glob("*.toml")), ids=lambda path: path.stem)
@@ -178,7 +131,8 @@ def test_the_chain_of_lite_weights_fits_together(photos: Path, vaes: tuple[Path,
     refiner = load_refiner(last / "weights_refiner.safetensors")
     assert upscaled.shape == (2, 3, 64, 64) and refiner.shape.width == 8
     decoded = model.decode(model.encode(upscaled)).clamp(0, 1)
-    assert torch.isfinite(refine(refiner, decoded, upscaled)).all()
+    added = refine(refiner, decoded, upscaled) - upscaled
+    assert 0 < float(added.abs().mean()) < 0.05, "a refiner starts at nothing, and has learnt for two steps"
     before, after = (load_file(run / "weights.safetensors") for run in (svd, last))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("first_stage_model.decoder.") for name in changed)
@@ -294,10 +248,18 @@ def test_an_exported_svd_runs_in_the_pipeline_and_starts_stage_two(
     frames = torch.rand(2, 3, 64, 64, generator=generator_at(0, 4))
     z = model.encode(frames) * model.scaling_factor
     assert 0.3 < float(z.std()) < 3  # scaled to SVD's deviation
-    out = model.denoise(
-        z + torch.randn(z.shape, generator=generator_at(0, 5)), 1.0, model.encode(frames), model.context(None), 2
+    noisy, lr, context = (
+        z + torch.randn(z.shape, generator=generator_at(0, 5)),
+        model.encode(frames),
+        model.context(None),
     )
-    assert torch.isfinite(out).all()
+    recipe = read_recipe(BUNDLED / "lite_4_svd.toml", sets)
+    unet = built(recipe, make_task(recipe, photos, tmp_path / "one"), load(tmp_path / "one"))
+    with torch.no_grad():
+        found = model.denoise(noisy, 1.0, lr, context, 2)
+        v = velocity(unet, noisy[None], lr[None], context, torch.ones(1))[0]
+    # Equation 12's estimate at noise level 1, of the run's own network: what is written has half its digits.
+    assert float((found - (noisy - 2**0.5 * v) / 2).norm() / found.norm()) < 1e-3 < float(v.norm() / found.norm())
 
     shared = f"data.latents={tmp_path / 'one' / 'latents'}"
     two = ["data.size=64", "data.frames=2", "data.clips=2", BICUBIC, "train.steps=1", "train.precision=float32"]
