@@ -98,7 +98,7 @@ def test_a_model_of_another_kind(nodes: dict[str, Any], lite: Any) -> None:
         tiled(nodes, tiny_flux())
     with refused("BaseModel MODEL", "UNet with spatial self-attention", "wire"):
         tiled(nodes, tiny_sd(0, -1))
-    prompt = importlib.import_module(f"{NAME}.nodes.prompt").NullPrompt
+    prompt = importlib.import_module(f"{NAME}.nodes.latent").NullPrompt
     with refused("Flux MODEL", "UNet with cross-attention", "empty text"):
         prompt.execute(tiny_flux())
     with refused("BaseModel", "Stable Video Diffusion", "wire"):

@@ -165,7 +165,7 @@ def test_the_bundled_one_and_the_artists_files_are_found(
     assert decoded.shape == reference.shape and torch.isfinite(decoded).all()
     place = Path(importlib.import_module("folder_paths").models_dir) / f"vsr_{kind}"
     place.mkdir(parents=True, exist_ok=True)
-    file, own = place / "own.safetensors", module(f"vsr_ops.{kind}")
+    file, own = place / "own.safetensors", module(f"vsr_ops.modules.{kind}")
     getattr(own, f"write_{kind}")(file, request.getfixturevalue(kind), "nothing")
     try:
         assert options() == ["lite", "own.safetensors"]
