@@ -52,6 +52,7 @@ class Bars:
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
+        """Ends every bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

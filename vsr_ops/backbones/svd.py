@@ -124,6 +124,7 @@ class Backbone(ABC):
 
     @property
     def scaling_factor(self) -> float:
+        """What a latent is multiplied by for the UNet."""
         return float(self.vae.config["scaling_factor"])
 
     @property

@@ -23,14 +23,12 @@ from torch import Tensor, nn
 
 from ..errors import SettingError
 from .capm_hints import check_hint, check_strength, spread
+from .windows import HEAD, WINDOW, FeedForward, Place, WindowAttention
 
 #: Backbones by name, as files have them: the same widths do not mean the same features.
 SVD_UNET, SVD_VAE, SD_UNET, SD_VAE = "svd-unet", "svd-vae", "sd-unet", "sd-vae"
-#: Side of the windows that attention is confined to, in the level's own pixels.
-WINDOW = 8
 #: Pixels of a level between the places that d is the mean over.
 CODE_STRIDE = 4
-HEAD = 16
 _GRID = 103
 """Compression levels that a reading is told apart to: half a CRF."""
 
@@ -46,64 +44,6 @@ class CAPMShape:
     code: int = 32
     prompt: int = 32
     size: int = 8
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tile lies in its frame of `height` x `width`, in the pixels of one level."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-    def scaled(self, times: float) -> Place:
-        """The same place on a level `times` as large."""
-        top, left, height, width = (round(value * times) for value in (self.top, self.left, self.height, self.width))
-        return Place(top, left, height, width)
-
-
-class _WindowAttention(nn.Module):
-    """Self-attention of `(n, h, w, c)` inside windows of the frame's grid."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, place: Place) -> Tensor:
-        height, width = x.shape[1:3]
-        top, left = place.top % WINDOW, place.left % WINDOW
-        bottom, right = -(top + height) % WINDOW, -(left + width) % WINDOW
-        tokens = F.pad(self.qkv(self.norm(x)), (0, 0, left, right, top, bottom))
-        count = (tokens.shape[1] // WINDOW, tokens.shape[2] // WINDOW)
-        split = "n (y i) (x j) (three g d) -> three (n y x) g (i j) d"
-        q, k, v = rearrange(tokens, split, three=3, i=WINDOW, j=WINDOW, d=HEAD)
-        mask = None
-        if top or left or bottom or right:
-            there = F.pad(x.new_ones(height, width), (left, right, top, bottom)).bool()
-            mask = repeat(there, "(y i) (x j) -> (n y x) 1 1 (i j)", n=x.shape[0], i=WINDOW, j=WINDOW)
-        out = F.scaled_dot_product_attention(q, k, v, mask)
-        join = "(n y x) g (i j) d -> n (y i) (x j) (g d)"
-        out = rearrange(out, join, y=count[0], x=count[1], i=WINDOW, j=WINDOW)
-        return self.out(out[:, top : top + height, left : left + width])
-
-
-class _FeedForward(nn.Module):
-    """Restormer's gated one: a depthwise convolution lets neighbours talk across windows."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.enter = nn.Linear(width, 2 * width)
-        self.around = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = self.around(rearrange(self.enter(self.norm(x)), "n h w c -> n c h w"))
-        value, gate = rearrange(wide, "n c h w -> n h w c").chunk(2, -1)
-        return self.out(value * F.gelu(gate))
 
 
 class _Level(nn.Module):
@@ -124,8 +64,8 @@ class _Level(nn.Module):
         # The 1x1 convolution of [F; P] in two halves: P's comes before its enlargement, with which it commutes.
         self.enter = nn.Conv2d(width, inner, 1)
         self.enter_prompt = nn.Conv2d(shape.prompt, inner, 1, bias=False)
-        self.attention = _WindowAttention(inner)
-        self.feed_forward = _FeedForward(inner)
+        self.attention = WindowAttention(inner)
+        self.feed_forward = FeedForward(inner)
         self.leave = nn.Conv2d(inner, width, 1)
         nn.init.zeros_(self.leave.weight)
         if self.leave.bias is not None:
@@ -196,7 +136,10 @@ class CAPM(nn.Module):
         return self.weigh(level, self.told(level, hint, lambda: self.code(level, features)))
 
     def told(self, level: str, hint: Tensor | None, code: Callable[[], Tensor]) -> Tensor:
-        """d `(n, code)`: what stands for the hint `(n,)`, and `code`, which is asked only then, where it is unknown."""
+        """d `(n, code)` of frames whose compression levels are `hint` `(n,)`, NaN where unknown (None: all are).
+
+        The level's embedding where it is known, else what `code` reads in the features, called only then.
+        """
         if hint is None:
             return code()
         if not (unknown := hint.isnan()).any():

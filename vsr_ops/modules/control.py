@@ -93,6 +93,7 @@ class Control(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The precision of its weights."""
         return self.conv_in.weight.dtype
 
     @property
@@ -102,6 +103,7 @@ class Control(nn.Module):
 
     @property
     def context_width(self) -> int:
+        """Width of the tokens that its cross-attention takes."""
         return int(self.config["cross_attention_dim"])
 
     def forward(

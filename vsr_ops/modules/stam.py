@@ -86,6 +86,7 @@ class STAM(nn.Module):
         return tuple(name for name, _ in self.shape.blocks)
 
     def block(self, name: str) -> STAMBlock:
+        """The one beside the decoder's residual block called `name`."""
         return cast("STAMBlock", self.blocks[name])
 
     def check_fits(self, backbone: str, widths: Mapping[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""What stands around the diffusion in the main job: upscaler, decoder modules, compression prompts, refiner."""
+"""The modules of the main job beside the backbone, and how each is run: upscaler, CAPM, decoder modules, refiner."""
 
 from __future__ import annotations
 

@@ -86,6 +86,7 @@ class NoiseRange:
 
     @classmethod
     def of(cls, model: Backbone) -> NoiseRange:
+        """Of a loaded model."""
         return cls(model.sigmas, model.sigma_max, model.sigma_min)
 
 

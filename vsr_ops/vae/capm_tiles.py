@@ -1,7 +1,7 @@
 """CAPM in a decoder of tiles: every tile takes its frame's weights of the prompts, and its own part of them.
 
 Where a frame's compression level is known, its weights are. Where it is not, they come from d, a mean over the picture:
-it is gathered over the tiles' own parts and foretold by the mosaic, pass by pass, as the group norms' statistics are.
+it is gathered over the tiles' own parts and estimated by the mosaic, pass by pass, as the group norms' statistics are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from functools import partial
 
 from torch import Tensor
 
-from ..modules.capm import CAPM, CODE_STRIDE, WINDOW, Place
+from ..modules.capm import CAPM, CODE_STRIDE
+from ..modules.windows import WINDOW, Place
 from .layout import Box, DecoderOp
 
 

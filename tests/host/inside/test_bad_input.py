@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.host.inside.conftest import NAME, part
-from tests.host.inside.node_values import COMBOS, IMAGES, inputs_of, values_for
-from tests.host.inside.wiring import refused
+from .conftest import NAME, part
+from .node_values import COMBOS, IMAGES, inputs_of, values_for
+from .wiring import refused
 
 TILES = (16, 16, 4, 0.5, "sap+tap", "lagged", 0, 4, 1, "ends", 0.0, 1.0, 1)
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import NAME, SIZE, part
-from tests.host.inside.test_decode_host import filled, module
-from tests.host.inside.test_flow import tiled
-from tests.host.inside.test_parity import headless, pipeline, relative
+from .conftest import NAME, SIZE, part
+from .test_decode_host import filled, module
+from .test_flow import tiled
+from .test_parity import headless, pipeline, relative
 
 __all__ = ["headless", "pipeline"]
 

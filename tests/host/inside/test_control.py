@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import NAME
+from .conftest import NAME
 
 FRAMES, HEIGHT, WIDTH, SEED, STEPS = 5, 16, 24, 3, 3
 CONFIG: dict[str, Any] = {

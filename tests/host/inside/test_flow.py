@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import NAME, SIZE
+from .conftest import NAME, SIZE
 
 SEED = 5
 #: Of the video that `wired` is of, in pixels.

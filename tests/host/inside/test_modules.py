@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import NAME
+from .conftest import NAME
 
 
 def module(name: str) -> ModuleType:

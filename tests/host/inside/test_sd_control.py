@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import NAME
-from tests.host.inside.small_sd import (
+from .conftest import NAME
+from .small_sd import (
     ALONE,
     CONTROL_CONFIG,
     SHAPE,
@@ -30,7 +30,7 @@ from tests.host.inside.small_sd import (
     video,
     wire,
 )
-from tests.host.inside.wiring import custom_sampled, dssag, host_pag, no_memory, relative, sampled, tiled, wrapped
+from .wiring import custom_sampled, dssag, host_pag, no_memory, relative, sampled, tiled, wrapped
 
 # --- ControlNets ------------------------------------------------------------------------------------------------------
 

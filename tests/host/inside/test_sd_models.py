@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import NAME
-from tests.host.inside.small_sd import (
+from .conftest import NAME
+from .small_sd import (
     ALONE,
     CPU,
     SHAPE,
@@ -27,7 +27,7 @@ from tests.host.inside.small_sd import (
     video,
     wire,
 )
-from tests.host.inside.wiring import TILE, overridden, relative, sampled, tiled, wrapped
+from .wiring import TILE, overridden, relative, sampled, tiled, wrapped
 
 # --- What is known of a model -----------------------------------------------------------------------------------------
 
