@@ -127,7 +127,8 @@ def predict_noise(executor: Any, x: Tensor, timestep: Tensor, model_options: dic
 def calc_cond_batch(
     executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
 ) -> Any:
-    """Names the branches of this evaluation, so that none shares a bank; perturbs and observes where guidance asks."""
+    """Names the branches of this evaluation, so that none shares a bank; perturbs (DC-VSR, equation 9) and observes
+    where guidance asks."""
     settings = pack_settings(model_options)
     run: Run = settings["run"]
     if "branches" not in settings:

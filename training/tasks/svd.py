@@ -1,4 +1,4 @@
-"""SVD whose concat latents are the upscaled LR video, frame by frame (DC-VSR, section 4.2), at lite and at full size.
+"""SVD whose concat latents are the upscaled LR video, frame by frame (DC-VSR, section 3), at lite and at full size.
 
 Stage 1 trains all UNet weights, stage 2 all but the temporal attention and temporal residual layers (supplementary A).
 The VAE is frozen, so clips are encoded once, into shards beside the run, before the first step.

@@ -26,7 +26,7 @@ _FLAT = 1e-5
 
 
 def adain(x: Tensor, reference: Tensor, strength: float = 1.0, smooth: float = 0.0, cuts: Sequence[int] = ()) -> Tensor:
-    """Give every frame and channel of `x` the mean and population deviation of the reference's (SDATC).
+    """Give every frame and channel of `x` the mean and population deviation of the reference's (SDATC, III-E).
 
     `(x - mu_x) / sigma_x * sigma_ref + mu_ref`. `x` and `reference` are (frames, c, h, w); h and w may
     differ. A flat channel has no deviation to scale: it is moved to the reference's mean with gain 1.

@@ -1,8 +1,9 @@
 """SDATC's compression-aware prompts (CAPM, section III-C): they tell a decoder how hard its input was compressed.
 
 At each level of a UNet's or VAE's decoder, on features F: `d = mean(CNN(F))`, `w = W d` over N prompt components,
-`P = Up(sum_i w_i P_i)`, `F' = F + strength * Conv(TransformerBlock([F; P]))`. The last convolution starts at zero, so
-a fresh module changes nothing. A known compression level (a hint) takes d's place by a small embedding.
+`P = Up(sum_i w_i P_i)` (SDATC, equation 6), `F' = F + strength * Conv(TransformerBlock([F; P]))` (SDATC, equation 7).
+The last convolution starts at zero, so a fresh module changes nothing. A known compression level (a hint) takes d's
+place by a small embedding.
 
 The transformer block works on fewer channels than F and attends in windows: its cost grows with the area alone, and
 tiles can be exact. F comes to it divided by a deviation that training measured once, and goes back times it: a VAE's

@@ -1,7 +1,7 @@
 """Control: a trainable copy of a Stable Diffusion UNet's encoder and middle block that sees the low-resolution video.
 
 Its input is `[z_t ; E(DCM(lq))]`, its outputs go through 1x1 convolutions that start at zero into the skips of the
-UNet's decoder (SDATC, section III-B; DiffBIR's construction, whose published files load). A fresh one changes nothing.
+UNet's decoder (SDATC, equation 5; DiffBIR's construction, whose published files load). A fresh one changes nothing.
 """
 
 from __future__ import annotations

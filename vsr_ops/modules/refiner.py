@@ -1,6 +1,7 @@
 """SATeCo's refiner: a small network that learns where to trust the decoded picture and where the upscaled one.
 
-SATeCo mixes `(1-w) * decoded + w * upscaled` with one number; here a network looks at both and decides per pixel.
+SATeCo's is `w * upscaled + (1-w) * decoded`, with one number w, and a residual block of both added; here a network
+looks at both and decides per pixel.
 """
 
 from __future__ import annotations

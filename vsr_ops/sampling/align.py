@@ -1,7 +1,8 @@
 """SDATC's flow-guided alignment: the denoised estimate of a video is made to move as the low-resolution video does.
 
-Equations 12 and 13: the motion error E of latents along the flow, and a step against its gradient; or, instead, values
-carried along the flow from frame to frame. Either is taken only as far as E falls. Each scene is a video of its own.
+SDATC equations 12 and 13: the motion error E of latents along the flow, and a step against its gradient; or, instead,
+values carried along the flow from frame to frame. Either is taken only as far as E falls. Each scene is a video of its
+own.
 """
 
 from __future__ import annotations

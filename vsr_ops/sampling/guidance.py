@@ -87,8 +87,8 @@ def extrapolate(weak: Tensor, strong: Tensor, weight: float) -> Tensor:
 
 
 def add_guidance(guided: Tensor, strong: Tensor, weak: Tensor, scale: float) -> Tensor:
-    """guided + scale * (strong - weak): a perturbed branch's share on top of whatever guided before. Scale 0 is
-    `guided` itself."""
+    """guided + scale * (strong - weak): a perturbed branch's share on top of whatever guided before; DC-VSR equation 4
+    where nothing did, and `guided` is `strong`. Scale 0 is `guided` itself."""
     if scale == 0:
         return guided
     return (guided.float() + scale * (strong.float() - weak.float())).to(guided.dtype)

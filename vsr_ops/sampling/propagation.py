@@ -1,4 +1,4 @@
-"""SAP and TAP: which keys and values a tile sees beside its own (DC-VSR, sections 3.1 and 3.2).
+"""SAP and TAP: which keys and values a tile sees beside its own (DC-VSR, sections 3.1 and 3.2, equation 2).
 
 Settings and the kind of a step are plain values. `TileRun` holds one run's banks; nothing outlives it. A bank belongs
 to one branch, window and layer, and in it to one tile. Over the steps of a run whose SAP is lagged:
