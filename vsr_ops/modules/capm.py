@@ -103,8 +103,8 @@ class CAPM(nn.Module):
 
     @property
     def reach(self) -> int:
-        """How many pixels of a level away a feature can matter once the weights are known: the margin of exact tiles.
-        A window's far end, and one pixel of the depthwise convolution."""
+        """How many pixels of a level away a feature can matter once the weights are known: a window's far end, and one
+        pixel of the depthwise convolution."""
         return WINDOW
 
     def code(self, level: str, features: Tensor) -> Tensor:
@@ -129,8 +129,8 @@ class CAPM(nn.Module):
     def weights(self, level: str, features: Tensor, hint: Tensor | None = None) -> Tensor:
         """Weights `(n, components)` of the prompts for features `(n, width, h, w)`, or for a hint (as in `forward`).
 
-        Tiles must have those of their frame. A hint gives all tiles the same; without one, take the features of the
-        whole frame, or the mean over tiles that cover it (`shared_weights`): w is linear in d, which is a mean.
+        Tiles agree where they have those of their frame. A hint gives all tiles the same; without one, take the
+        features of the whole frame, or the mean over tiles that cover it (`shared_weights`): w is linear in d.
         """
         if hint is not None:
             hint = spread(hint, features.shape[0])
@@ -187,10 +187,11 @@ class CAPM(nn.Module):
     ) -> Tensor:
         """Features `(n, width, h, w)` with the prompts' change, in their dtype; the same tensor at strength 0.
 
-        `hint`: compression levels in [0, 1], one for each of the n, or for the frames of one of several videos of
-        equal length; NaN where it is not known. `weights`, of the whole frame, go before it. `place` says where a tile
-        lies: with it and the frame's weights, what is `reach` pixels inside a tile is exactly the frame's; without it
-        the prompt spans the tile. Raises SettingError for an unknown level, another width, or a hint that does not fit.
+        `hint`: compression levels in [0, 1], one for each of the n, or for each frame of one tile where n are several
+        tiles of the same frames; NaN where unknown. `weights`, of the whole frame, take precedence. `place` says where
+        a tile lies: with it and the frame's weights, what is `reach` pixels inside a tile is exactly the frame's;
+        without it the prompt spans the tile. Raises SettingError for an unknown level, another width, or a hint that
+        does not fit.
         """
         block = self._block(level, features)
         if strength == 0:

@@ -58,7 +58,7 @@ class _Mix(nn.Module):
 
 
 class Refiner(nn.Module):
-    """`upscaled + (1 - w) * f(decoded, upscaled)`; f is zero at its start, so a fresh refiner returns `upscaled`."""
+    """f(decoded, upscaled) of `refine`, which gives `upscaled + (1 - w) * f`: zero at its start."""
 
     def __init__(self, shape: RefinerShape | None = None) -> None:
         super().__init__()

@@ -18,7 +18,9 @@ from .layout import Box, DecoderOp
 
 @dataclass
 class TiledCAPM:
-    """`sketch` is d of the mosaic, `offset` what has to be added to it to give the whole picture's, both by level."""
+    """A CAPM with its `strength`, and by level of the decoder: `used`, the d that tiles take; `seen`, what this pass
+    gathered of it over the tiles, as a sum and a count; `sketch`, that of the mosaic, and `offset`, what has to be
+    added to it to give the whole picture's. `sketching` is whether the mosaic is being run."""
 
     model: CAPM
     strength: float
