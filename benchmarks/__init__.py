@@ -1,1 +1,1 @@
-"""Scripts that print ratio tables: `python -m benchmarks.attention`, `.guidance`, `.propagation`, `.memory`."""
+"""Scripts that print tables: `python -m benchmarks.attention`, also align, guidance, memory, modules, propagation."""

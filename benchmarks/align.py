@@ -1,6 +1,6 @@
 """What alignment along the flow adds to a sampling step of tiles alone, and what the flow itself takes, once a video.
 
-A step is `pipeline.sample` without guidance on 2 x 2 tiles in three windows, neither SAP nor TAP. Alignment is that of
+A step is `sampler.sample` without guidance on 2 x 2 tiles in three windows, neither SAP nor TAP. Alignment is that of
 the sampler, on the whole video's latents, timed by itself: within a step it would drown in the step's own noise.
 
     python -m benchmarks.align --size full

@@ -1,6 +1,6 @@
 """UNet passes and time per sampling step of each guidance strategy, on one tile, tiles and propagation aside.
 
-Each row is `pipeline.sample` at one step, from noise to estimate, gamma 1. PAG and SAG act in the middle block.
+Each row is `pipeline.sampler.sample` at one step, from noise to estimate, gamma 1. PAG and SAG act in the middle block.
 
     python -m benchmarks.guidance --size full
 """

@@ -62,7 +62,7 @@ class Encode(io.ComfyNode):
 
 
 class MatchLatent(io.ComfyNode):
-    """AdaIN between latents, as SDATC has it before the decoder."""
+    """AdaIN between latents, before the decoder; SDATC has it on the frames."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -105,7 +105,7 @@ class Decode(io.ComfyNode):
                 " tiles. The host's VAE Decode chooses chunks by the memory that is free, which changes the picture."
             ),
             inputs=[
-                io.Vae.Input("vae", tooltip="SVD's VAE."),
+                io.Vae.Input("vae", tooltip="The VAE of the MODEL that sampled: SVD's, or a Stable Diffusion's."),
                 io.Latent.Input("latent", tooltip="The sampled video."),
                 count("chunk_frames", 0, 0, 512, "Frames decoded together; 0: as many as the VAE was trained on."),
                 io.Image.Input(

@@ -101,7 +101,7 @@ class ColorMatch(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="The result whose colours drifted."),
                 io.Image.Input(
-                    "reference", tooltip="The upscaled input: as many frames, and for wavelet the same size."
+                    "reference", tooltip="The upscaled input: as many frames; for detail and wavelet of the same size."
                 ),
                 choice(
                     "method",

@@ -47,6 +47,17 @@ def test_nothing_stands_outside(architecture: ModuleType, house: str) -> None:
     assert there == rooms | {"__init__"}
 
 
+def test_the_picture_is_of_these_imports(architecture: ModuleType) -> None:
+    """`python docs/architecture.py` draws it again."""
+    assert (ROOT / "docs/architecture.svg").read_text(encoding="utf-8") == architecture.svg()
+
+
+@pytest.mark.parametrize("house", ["vsr_ops", "nodes", "training", "benchmarks", "tests", "docs"])
+def test_files_stay_short(house: str) -> None:
+    lines = {path: path.read_text(encoding="utf-8").count("\n") for path in (ROOT / house).rglob("*.py")}
+    assert {path.name: count for path, count in lines.items() if count > 350} == {}
+
+
 def test_an_import_upwards_would_be_seen(architecture: ModuleType, tmp_path: Path) -> None:
     """In each way of writing it, also inside a function."""
     known = architecture.modules("vsr_ops")

@@ -52,6 +52,7 @@ class Bars:
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
+        """Ends every bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -129,7 +130,7 @@ def _cuts(args: argparse.Namespace, job: Job) -> tuple[int, ...]:
 
 
 def _prepared(args: argparse.Namespace, job: Job) -> tuple[Backbone, Settings, TilePlan, tuple[int, ...]]:
-    """Everything that can be refused is refused here, before anything is spent."""
+    """The model, and what is refused of settings and plan, before anything is written."""
     settings = settings_of(args)
     model = model_of(args)
     cuts = _cuts(args, job)
@@ -274,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
+        print("stopped; no result was written", file=sys.stderr)
         return 130
     return 0
 

@@ -1,4 +1,4 @@
-"""The room of everything in the pack that touches ComfyUI's internals (seen in 0.3.64 where nothing else is said)."""
+"""All that touches ComfyUI's internals, as it is in 0.3.64 to 0.33.0; `contract` lists what the pack leans on there."""
 
 from ..session.run import Tiles
 from .capm import patch_capm

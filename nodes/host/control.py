@@ -90,11 +90,13 @@ class HostControl(ControlBase):
         return self
 
     def copy(self) -> HostControl:
+        """As the host asks for one for each conditioning."""
         made = HostControl(self.patcher)
         self.copy_to(made)
         return made
 
     def get_models(self) -> list[Any]:
+        """What the host loads and frees with it."""
         return [*super().get_models(), self.patcher]
 
     def pre_run(self, model: Any, percent_to_timestep_function: Callable[[float], float]) -> None:
@@ -104,6 +106,7 @@ class HostControl(ControlBase):
         self.sampling, self.latent_format = model.model_sampling, model.latent_format
 
     def cleanup(self) -> None:
+        """Forgets the run, as the host asks after it."""
         self.sampling = None
         super().cleanup()
 

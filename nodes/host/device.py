@@ -1,4 +1,4 @@
-"""Where hosts of different age differ on memory: one name for each thing, whichever host it is."""
+"""Where hosts of different age differ: memory, compilation, precision between nodes; one name for each thing."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def patch(model: Any, name: str, value: object) -> Any:
 
 
 def patch_perturbed(model: Any, name: str, scale: float, layers: str, rho: float = 0.5) -> Any:
-    """A MODEL with DSSAG, PAG or SAG on it; scale 0 is the MODEL itself. Raises SettingError for one without layers."""
+    """A MODEL with DSSAG, PAG or SAG on it, or at scale 0 without. Raises SettingError for one without layers."""
     check_layers(layers)
     if not any(layers in layer.places for layer in spatial_layers(model).values()):
         raise SettingError(
@@ -119,7 +119,7 @@ def prepare_sampling(executor: Any, model: Any, noise_shape: Sequence[int], cond
 
 
 def predict_noise(executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: Any = None) -> Any:
-    """A new evaluation of the whole guidance: what is counted in it starts again."""
+    """A new evaluation of the whole guidance: its parts are counted from 0 again."""
     pack_settings(model_options)["run"].order = 0
     return executor(x, timestep, model_options, seed)
 
@@ -127,7 +127,8 @@ def predict_noise(executor: Any, x: Tensor, timestep: Tensor, model_options: dic
 def calc_cond_batch(
     executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
 ) -> Any:
-    """Names the branches of this evaluation, so that none shares a bank; perturbs and observes where guidance asks."""
+    """Names the branches of this evaluation, so that none shares a bank; perturbs (DC-VSR, equation 9) and observes
+    where guidance asks."""
     settings = pack_settings(model_options)
     run: Run = settings["run"]
     if "branches" not in settings:
@@ -222,7 +223,7 @@ def _warn_between(run: Run) -> None:
             " interpolated between their cells; sizes in multiples of %d pixels and an overlap of 0.5 avoid it",
             *(run.plan.width, run.plan.height, k, k * CELL),
         )
-    run.warned = True
+        run.warned = True
 
 
 def _branch(executor: Any, run: Run, branch: Branch, inputs: Inputs, options: dict[str, Any]) -> Tensor:

@@ -55,8 +55,8 @@ def factor(model: Any) -> int:
 
 
 def own_tile(model: Any) -> TileSize:
-    """The tile a checkpoint was trained on: its metadata's, else SVD's, whose frames are for Stable Diffusion how many
-    TAP sees as one."""
+    """The tile a checkpoint was trained on: its metadata's, else SVD's. For Stable Diffusion, which knows no time, its
+    frames are the length of a window, between which TAP acts."""
     return model.get_attachment("vsr_tile") or STOCK_TILE
 
 

@@ -32,7 +32,8 @@ def estimated_flow(frames: Tensor, estimator: str, cuts: Sequence[int]) -> Flow:
 
 
 def patch_alignment(model: Any, flow: Flow, strength: float, start: float, end: float, mode: str) -> Any:
-    """A MODEL whose denoised estimate is aligned along `flow`, at the steps from `start` to `end` of the schedule.
+    """A MODEL whose denoised estimate is aligned along `flow`, at the steps from `start` to `end` of the schedule
+    (SDATC, equations 12 and 13).
 
     It acts on what the whole guidance answers for the whole video: tiles are merged by then, and every other patch has
     had its say, so that the order of wiring cannot matter. Strength 0 and a flow of under two frames take an earlier

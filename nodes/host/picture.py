@@ -43,9 +43,11 @@ class HostVAE:
         return (self.vae.patcher.get_attachment("vsr_tile") or STOCK_TILE).frames
 
     def encode(self, frames: Tensor) -> Tensor:
+        """Unscaled latents of frames `(n, 3, h, w)`."""
         return self.vae.encode(rearrange(frames, "t c h w -> t h w c")).float()
 
     def decode(self, latents: Tensor) -> Tensor:
+        """Frames of one chunk of unscaled latents."""
         vae = self.vae
         needed = latents.shape[0] * vae.memory_used_decode((1, *latents.shape[1:]), vae.vae_dtype)
         comfy.model_management.load_models_gpu([vae.patcher], memory_required=needed)

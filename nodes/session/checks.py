@@ -1,4 +1,4 @@
-"""What cannot be sampled, by name."""
+"""Refuses what cannot be sampled, saying what it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one sampling run remembers, and the attention it puts into the host's: ComfyUI's data, none of its modules.
+"""What one sampling run remembers: ComfyUI's data, none of its modules.
 
 A run's state lives in a `Run` that this run's own copy of the model options refers to, and nothing else.
 """
@@ -65,8 +65,8 @@ def sap_lagged(tiles: Tiles, plan: TilePlan, at_once: int) -> bool:
 @dataclass
 class Run:
     """What one sampling run remembers. `before` are the steps of the model's schedule before this run's, `order` counts
-    the evaluations of one step, to keep nested ones apart; `warned` is whether the artist has been told of features
-    between cells."""
+    the evaluations of one step, to keep nested ones apart; `warned` is whether the artist has been told of a
+    ControlNet's features that lie between tiles' cells. `passes` has the banks of every branch and conditioning."""
 
     model: Any
     sigmas: list[float]

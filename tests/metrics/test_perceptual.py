@@ -16,7 +16,8 @@ from torch import Tensor
 from vsr_ops.cli.demo_clip import camera_path
 from vsr_ops.errors import SettingError
 from vsr_ops.image.resize import quantize8, resize_bicubic
-from vsr_ops.metrics.perceptual import gmsd, haarpsi, vmaf, vmaf_neg
+from vsr_ops.metrics import perceptual
+from vsr_ops.metrics.perceptual import gmsd, haarpsi, tlp, vmaf, vmaf_neg
 from vsr_ops.metrics.seams import Borders
 from vsr_ops.metrics.table import METRICS, luma, missing, seams
 
@@ -138,6 +139,20 @@ def test_haarpsi_sees_colour_and_stays_in_its_range(truth: Tensor) -> None:
     grey = truth.mean(1, keepdim=True).expand_as(truth)
     values = haarpsi(grey, truth)
     assert values.shape == (len(truth),) and float(values.min()) > 0 and float(values.max()) < 0.95
+
+
+def test_tlp_is_the_difference_of_the_distances(monkeypatch: pytest.MonkeyPatch, truth: Tensor) -> None:
+    """DC-VSR equation 14 with the mean absolute difference in the place of LPIPS, which needs weights."""
+    asked: list[str] = []
+    monkeypatch.setattr(
+        perceptual, "with_truth", lambda name: asked.append(name) or (lambda a, b: (a - b).abs().mean((1, 2, 3)))
+    )
+    clip = truth[:4]
+    change = (clip[1:] - clip[:-1]).abs().mean((1, 2, 3))
+    assert tlp(clip, clip).tolist() == [0.0, 0.0, 0.0] and asked == ["lpips"] and float(change.min()) > 0
+    # A result that stands still lacks all of the change; one of half the contrast half of it.
+    assert torch.allclose(tlp(clip[:1].expand(4, -1, -1, -1), clip), 100 * change)
+    assert torch.allclose(tlp(clip / 2, clip), 50 * change)
 
 
 @pytest.mark.parametrize("metric", [vmaf, gmsd, haarpsi])

@@ -13,8 +13,9 @@ from tests.support.tiny_capm import SHAPE, WIDTHS, filled, noise
 from vsr_ops.backbones.svd import SVD
 from vsr_ops.errors import SettingError
 from vsr_ops.modules import capm as module
-from vsr_ops.modules.capm import CAPM, SVD_UNET, SVD_VAE, CAPMShape, Place, attached, decoder_widths, shared_weights
+from vsr_ops.modules.capm import CAPM, SVD_UNET, SVD_VAE, CAPMShape, attached, decoder_widths, shared_weights
 from vsr_ops.modules.capm_hints import check_hint, check_strength
+from vsr_ops.modules.windows import Place
 from vsr_ops.sampling.tiling import cores
 
 

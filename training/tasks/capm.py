@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from training.data.degradation import h264, shrink
 from training.data.folder import Folder
 from training.data.latents import SCALE, Latents, LatentSettings, LatentsTask
-from training.loop.curve import rows_of
 from training.loop.draws import generator_at, integer, uniform
 from training.loop.recipe import Recipe, from_table
 from training.loop.state import weights_of
 from training.loop.task import Batch
-from training.tasks.svd import edm_loss, read_start, sampled
+from training.tasks.svd import edm_loss, middle_frames, read_start, sampled
 from vsr_ops.backbones.svd import Backbone, build_svd
 from vsr_ops.checkpoints.svd import SVDWeights
 from vsr_ops.errors import SettingError
@@ -205,14 +204,9 @@ class CAPMTask(LatentsTask):
         with attached(capm, unet, batch["level"][:2].repeat_interleave(lr.shape[1])):
             prompted = sampled(unet, lr, context, noise)
         coder = self.coder(torch.device("cpu"))
-        factor, middle = coder.scaling_factor, lr.shape[1] // 2
+        factor = coder.scaling_factor
         columns = {"LR": lr, "without": plain / factor, "CAPM": prompted / factor, "truth": truth / factor}
-        pictures: list[tuple[str, Tensor]] = []
-        with torch.autocast("cpu", enabled=False):
-            for name, latents in columns.items():
-                frames = [coder.decode(clip[middle : middle + 1].float().cpu()) for clip in latents]
-                pictures.append((name, torch.cat(frames)))
-        return rows_of(pictures)
+        return middle_frames(coder, columns)
 
     def export(self, model: nn.Module, path: Path, trained_on: str) -> None:
         write_capms(path, replace(self._before(), unet=parts_of(model)[1]), trained_on)

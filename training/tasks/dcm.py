@@ -1,4 +1,4 @@
-"""DCM, SDATC's upscaler (section 3): Charbonnier and frequency loss, real H.264 in its input."""
+"""DCM, SDATC's upscaler (section III-B): Charbonnier and frequency loss, real H.264 in its input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CFW, STAM and CAPM as the trainer sets them beside a VAE's decoder: in a table, by name.
+"""The kinds of decoder modules that can be trained, by name: how each is made, run beside the decoder, and written.
 
 `vsr_ops.vae.stream` runs the same functions at the same places, tile by tile.
 """

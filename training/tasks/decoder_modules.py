@@ -1,4 +1,4 @@
-"""What stands beside a VAE's decoder: CFW, STAM or CAPM learns, on latents that the trained SVD samples.
+"""Trains CFW, STAM or CAPM beside a VAE's decoder, on latents that the trained SVD samples.
 
 SVD, decoder and refiner are frozen. The loss is of the decoded clip and of the refined one, which is what is seen.
 """

@@ -173,7 +173,7 @@ def decoded_rows(coder: Backbone, columns: Mapping[str, Tensor]) -> Tensor:
 
 def noised(clean: Tensor, noise: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
     """Latents `(n, 4, h, w)` with a timestep's noise as the UNet takes them (of deviation 1), and the v it should find:
-    `(x0 + s eps) / sqrt(s^2 + 1)` and `(eps - s x0) / sqrt(s^2 + 1)`."""
+    `(x0 + s eps) / sqrt(s^2 + 1)` (SDATC, equation 2) and `(eps - s x0) / sqrt(s^2 + 1)`."""
     wide = model_sigmas().to(clean)[timestep].view(-1, 1, 1, 1)
     scale = (wide**2 + 1).sqrt()
     return (clean + wide * noise) / scale, (noise - wide * clean) / scale

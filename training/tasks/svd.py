@@ -1,4 +1,4 @@
-"""SVD whose concat latents are the upscaled LR video, frame by frame (DC-VSR, section 4.2), at lite and at full size.
+"""SVD whose concat latents are the upscaled LR video, frame by frame (DC-VSR, section 3), at lite and at full size.
 
 Stage 1 trains all UNet weights, stage 2 all but the temporal attention and temporal residual layers (supplementary A).
 The VAE is frozen, so clips are encoded once, into shards beside the run, before the first step.
@@ -6,7 +6,7 @@ The VAE is frozen, so clips are encoded once, into shards beside the run, before
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from training.loop.recipe import Recipe, from_table
 from training.loop.state import weights_of
 from training.loop.task import Batch
 from training.tasks.vae import TEMPORAL, read_vae
-from vsr_ops.backbones.svd import MICRO_CONDITIONS, SVD, OneTokenAttention, build_svd, sigmas
+from vsr_ops.backbones.svd import MICRO_CONDITIONS, SVD, Backbone, OneTokenAttention, build_svd, sigmas
 from vsr_ops.checkpoints.svd import LITE, SVDWeights, match_host_epsilon, read_svd, write_svd
 from vsr_ops.errors import SettingError
 
@@ -156,14 +156,8 @@ class SVDTask(LatentsTask):
         two = {key: value[:2] for key, value in batch.items()}
         result = sampled(model, two["lr"], two["context"], two["noise"])
         coder = self.coder(torch.device("cpu"))
-        factor, middle = coder.scaling_factor, two["lr"].shape[1] // 2
-        columns = {"LR": two["lr"], "sampled": result / factor, "truth": two["clean"] / factor}
-        pictures: list[tuple[str, Tensor]] = []
-        with torch.autocast("cpu", enabled=False):
-            for name, latents in columns.items():
-                frames = [coder.decode(clip[middle : middle + 1].float().cpu()) for clip in latents]
-                pictures.append((name, torch.cat(frames)))
-        return rows_of(pictures)
+        factor = coder.scaling_factor
+        return middle_frames(coder, {"LR": two["lr"], "sampled": result / factor, "truth": two["clean"] / factor})
 
     def export(self, model: nn.Module, path: Path, trained_on: str) -> None:
         unet = cast(Any, model).merge_and_unload() if self.shape.lora_rank else model
@@ -200,6 +194,18 @@ def with_lora(unet: nn.Module, rank: int, stage: int) -> nn.Module:
         ) from error
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA if stage == 1 else LORA_SPATIAL)
     return get_peft_model(cast(Any, unet), config)
+
+
+def middle_frames(coder: Backbone, columns: Mapping[str, Tensor]) -> Tensor:
+    """A picture of columns by name, each of clips of unscaled latents `(n, frames, 4, h, w)`: their middle frames,
+    decoded on the CPU, a row for each clip."""
+    pictures: list[tuple[str, Tensor]] = []
+    with torch.autocast("cpu", enabled=False):
+        for name, clips in columns.items():
+            middle = clips.shape[1] // 2
+            frames = [coder.decode(clip[middle : middle + 1].float().cpu()) for clip in clips]
+            pictures.append((name, torch.cat(frames)))
+    return rows_of(pictures)
 
 
 def edm_loss(unet: nn.Module, clean: Tensor, lr: Tensor, context: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:

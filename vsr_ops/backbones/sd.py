@@ -29,7 +29,8 @@ BETAS = (0.00085, 0.012)
 
 @cache
 def model_sigmas() -> Tensor:
-    """The noise levels `(1000,)` float64, rising, that Stable Diffusion learned: betas linear in their square root."""
+    """The noise levels `(1000,)` float64, rising, that Stable Diffusion learned: betas linear in their square root
+    (SDATC, equations 1 and 2)."""
     first, last = (beta**0.5 for beta in BETAS)
     kept = (1 - torch.linspace(first, last, TIMESTEPS, dtype=torch.float64) ** 2).cumprod(0)
     return ((1 - kept) / kept).sqrt()

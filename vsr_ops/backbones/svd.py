@@ -124,6 +124,7 @@ class Backbone(ABC):
 
     @property
     def scaling_factor(self) -> float:
+        """What a latent is multiplied by for the UNet."""
         return float(self.vae.config["scaling_factor"])
 
     @property
@@ -199,7 +200,8 @@ class SVD(Backbone):
         return sigmas(steps)
 
     def denoise(self, x: Tensor, sigma: float, lr_latents: Tensor, context: Tensor, frames: int) -> Tensor:
-        """Denoised estimate of tiles `(videos*frames, 4, h, w)` float32: EDM preconditioning of a v-prediction UNet.
+        """Denoised estimate of tiles `(videos*frames, 4, h, w)` float32: DC-VSR equation 12, EDM's preconditioning, of
+        a v-prediction UNet.
 
         c_in = 1/sqrt(s^2+1), c_skip = 1/(s^2+1), c_out = -s/sqrt(s^2+1), c_noise = ln(s)/4. `lr_latents` holds the LR
         latents (unscaled, as SVD's are), `context` `(1, tokens, dim)`.

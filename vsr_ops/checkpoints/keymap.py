@@ -52,6 +52,7 @@ def pairs(modules: Mapping[str, str]) -> Names:
 
 
 def below(old: str, new: str, names: Mapping[str, str]) -> Names:
+    """Names of a part in both projects, under where the part is in each."""
     return {f"{old}.{a}": f"{new}.{b}" for a, b in names.items()}
 
 

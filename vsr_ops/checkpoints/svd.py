@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..weights import bundled
 from . import keymap
+from .diffusers_folder import config_kwargs, folder_config, weight_files
 from .keymap import CLIP, QUANT, UNET, VAE, Names
 from .safefile import (
-    PICKLE,
-    PICKLE_SUFFIXES,
     Shapes,
     Source,
     json_object,
@@ -116,7 +115,7 @@ def write_svd(path: Path, weights: SVDWeights, trained_on: str, dtype: torch.dty
         if (kwargs is None) != (state is None):
             raise CheckpointError(f"{path}: {part.name} has only one of configuration and weights; give both")
         if kwargs is not None and state is not None:
-            config[part.name] = _kwargs(kwargs)
+            config[part.name] = config_kwargs(kwargs)
             tensors |= _originals(path, part, config[part.name], state, dtype)
     own = {"vsr.kind": KIND, "vsr.version": VERSION, "vsr.trained_on": trained_on}
     own["vsr.config"] = json.dumps(config, sort_keys=True)
@@ -194,7 +193,7 @@ def _stored_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | 
 
 def _file_config(source: Source, part: Part, stored: Mapping[str, Any] | None) -> dict[str, Any]:
     if stored is not None and isinstance(stored.get(part.name), dict):
-        return _kwargs(stored[part.name])
+        return config_kwargs(stored[part.name])
     try:
         return part.infer(source.shapes)
     except KeyError as error:
@@ -258,44 +257,12 @@ def _read_folder(path: Path, dtype: torch.dtype) -> SVDWeights:
         folder = path / part.name
         if part is IMAGE_ENCODER_PART and not folder.is_dir():
             continue
-        configs[part.name] = _folder_config(folder, part)
+        configs[part.name] = folder_config(folder, part, _ADVICE)
         state, _ = part.plan(folder, configs[part.name])
         with contextlib.ExitStack() as stack:
-            sources = [stack.enter_context(open_safely(file)) for file in _weight_files(folder, part.stem)]
+            sources = [stack.enter_context(open_safely(file)) for file in weight_files(folder, part.stem)]
             states[part.name] = _read_named(sources, part, state, dtype, folder)
     return _weights(configs, states, TILE, {})
-
-
-def _folder_config(folder: Path, part: Part) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file, expected in a diffusers folder of SVD; {_ADVICE}")
-    config = json_object(file.read_text(encoding="utf-8", errors="replace"))
-    if config is None:
-        raise CheckpointError(f"{file}: not a JSON object, expected the configuration of a model; copy it again")
-    name: Any = config.get("_class_name") or ", ".join(config.get("architectures") or [])
-    if name != part.class_name:
-        raise CheckpointError(f"{file}: a '{name}', expected a '{part.class_name}'; {_ADVICE}")
-    return _kwargs(config)
-
-
-def _weight_files(folder: Path, stem: str) -> list[Path]:
-    """The safetensors files of a model: full precision before fp16, one file before shards."""
-    for single, index in (
-        (f"{stem}.safetensors", f"{stem}.safetensors.index.json"),
-        (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"),
-    ):
-        if (folder / single).is_file():
-            return [folder / single]
-        if (folder / index).is_file():
-            content = json_object((folder / index).read_text(encoding="utf-8", errors="replace")) or {}
-            names = {str(name) for name in cast("dict[str, Any]", content.get("weight_map") or {}).values()}
-            if not names or any(Path(name).name != name for name in names):
-                raise CheckpointError(f"{folder / index}: no usable weight_map, expected file names; copy it again")
-            return [folder / name for name in sorted(names)]
-    if pickles := sorted(f.name for f in folder.iterdir() if f.suffix in PICKLE_SUFFIXES):
-        raise CheckpointError(f"{folder / pickles[0]}: {PICKLE}")
-    raise CheckpointError(f"{folder}: no weights, expected {stem}.safetensors (or .fp16, or shards); copy it again")
 
 
 def _read_named(
@@ -311,13 +278,6 @@ def _read_named(
     found = {key: source.shapes[prefix + key] for key, source in owners.items() if key not in _REBUILT}
     refuse_differences(path, part.name, _shapes(state), found)
     return {key: owners[key].tensor(prefix + key, dtype) for key in state}
-
-
-def _kwargs(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments out of a stored configuration: bookkeeping left out, lists as tuples."""
-    bookkeeping = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version"}
-    kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in bookkeeping}
-    return {k: tuple(cast("list[Any]", v)) if isinstance(v, list) else v for k, v in kept.items()}
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

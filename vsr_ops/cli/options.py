@@ -90,7 +90,7 @@ def files_read(args: argparse.Namespace) -> list[Path]:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """Raises SettingError."""
+    """The options of sampling as settings, gaps filled by what the weights were trained with. Raises SettingError."""
     if args.sap_mode not in SAP_MODES:
         raise SettingError(f"SAP mode is {args.sap_mode!r}: expected one of {', '.join(SAP_MODES)}")
     propagation = Propagation.named(
@@ -157,7 +157,7 @@ def parts_of(args: argparse.Namespace) -> PipelineModules:
     return PipelineModules(
         upscale_fn=None if upscaler == "bicubic" else load_dcm(upscaler, device),
         refiner=None if refiner == "none" else load_refiner(refiner, device),
-        w=args.refiner_w,
+        refiner_w=args.refiner_w,
         cfw=load_cfw(args.cfw).to(device) if args.decode_w > 0 else None,
         decode_w=args.decode_w,
         stam=None if args.stam == "none" else load_stam(args.stam).to(device),

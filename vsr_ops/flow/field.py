@@ -1,6 +1,6 @@
 """The optical flow of a whole video, and where it can be followed: estimated once, used by preview and alignment.
 
-`forward[i]` maps frame i to i+1 and `backward[i]` frame i+1 to i, as in `flow.py`. Nothing crosses a scene cut.
+`forward[i]` maps frame i to i+1 and `backward[i]` frame i+1 to i, as in `warp.py`. Nothing crosses a scene cut.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Give a result the colours of a reference: by statistics (AdaIN) or by low frequencies (wavelet)."""
+"""Give a result the colours of a reference: by statistics (AdaIN) or by low frequencies (wavelet, detail)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FLAT = 1e-5
 
 
 def adain(x: Tensor, reference: Tensor, strength: float = 1.0, smooth: float = 0.0, cuts: Sequence[int] = ()) -> Tensor:
-    """Give every frame and channel of `x` the mean and population deviation of the reference's (SDATC).
+    """Give every frame and channel of `x` the mean and population deviation of the reference's (SDATC, III-E).
 
     `(x - mu_x) / sigma_x * sigma_ref + mu_ref`. `x` and `reference` are (frames, c, h, w); h and w may
     differ. A flat channel has no deviation to scale: it is moved to the reference's mean with gain 1.
@@ -79,7 +79,7 @@ def wavelet(
     _check_levels(levels)
     if x.shape != reference.shape:
         raise SettingError(
-            f"wavelet colour got {x.shape[-2]}x{x.shape[-1]} and a reference of {reference.shape[-2]}x"
+            f"wavelet and detail got {x.shape[-2]}x{x.shape[-1]} and a reference of {reference.shape[-2]}x"
             f"{reference.shape[-1]} (height x width): expected equal sizes; resize the reference or use adain"
         )
     scenes = _scenes(x.shape[0], smooth, cuts)
@@ -115,7 +115,7 @@ def correct(
     smooth: float = 0.0,
     cuts: Sequence[int] = (),
 ) -> Tensor:
-    """Apply the correction called `name` in COLOR; raises SettingError, naming the known ones, else.
+    """Apply the correction called `name` in COLOR; raises SettingError with the known names for another.
 
     `smooth` is the standard deviation, in frames, of a Gaussian over time on the correction; 0 is off. It never
     reaches across `cuts`, the first frames of new scenes.

@@ -15,4 +15,5 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features `(n, c, h, w)` with their change."""
         return x + self.conv2(torch.relu(self.conv1(x)))

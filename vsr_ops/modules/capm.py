@@ -1,8 +1,9 @@
 """SDATC's compression-aware prompts (CAPM, section III-C): they tell a decoder how hard its input was compressed.
 
 At each level of a UNet's or VAE's decoder, on features F: `d = mean(CNN(F))`, `w = W d` over N prompt components,
-`P = Up(sum_i w_i P_i)`, `F' = F + strength * Conv(TransformerBlock([F; P]))`. The last convolution starts at zero, so
-a fresh module changes nothing. A known compression level (a hint) takes d's place by a small embedding.
+`P = Up(sum_i w_i P_i)` (SDATC, equation 6), `F' = F + strength * Conv(TransformerBlock([F; P]))` (SDATC, equation 7).
+The last convolution starts at zero, so a fresh module changes nothing. A known compression level (a hint) takes d's
+place by a small embedding.
 
 The transformer block works on fewer channels than F and attends in windows: its cost grows with the area alone, and
 tiles can be exact. F comes to it divided by a deviation that training measured once, and goes back times it: a VAE's
@@ -23,14 +24,12 @@ from torch import Tensor, nn
 
 from ..errors import SettingError
 from .capm_hints import check_hint, check_strength, spread
+from .windows import HEAD, WINDOW, FeedForward, Place, WindowAttention
 
 #: Backbones by name, as files have them: the same widths do not mean the same features.
 SVD_UNET, SVD_VAE, SD_UNET, SD_VAE = "svd-unet", "svd-vae", "sd-unet", "sd-vae"
-#: Side of the windows that attention is confined to, in the level's own pixels.
-WINDOW = 8
 #: Pixels of a level between the places that d is the mean over.
 CODE_STRIDE = 4
-HEAD = 16
 _GRID = 103
 """Compression levels that a reading is told apart to: half a CRF."""
 
@@ -46,64 +45,6 @@ class CAPMShape:
     code: int = 32
     prompt: int = 32
     size: int = 8
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tile lies in its frame of `height` x `width`, in the pixels of one level."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-    def scaled(self, times: float) -> Place:
-        """The same place on a level `times` as large."""
-        top, left, height, width = (round(value * times) for value in (self.top, self.left, self.height, self.width))
-        return Place(top, left, height, width)
-
-
-class _WindowAttention(nn.Module):
-    """Self-attention of `(n, h, w, c)` inside windows of the frame's grid."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, place: Place) -> Tensor:
-        height, width = x.shape[1:3]
-        top, left = place.top % WINDOW, place.left % WINDOW
-        bottom, right = -(top + height) % WINDOW, -(left + width) % WINDOW
-        tokens = F.pad(self.qkv(self.norm(x)), (0, 0, left, right, top, bottom))
-        count = (tokens.shape[1] // WINDOW, tokens.shape[2] // WINDOW)
-        split = "n (y i) (x j) (three g d) -> three (n y x) g (i j) d"
-        q, k, v = rearrange(tokens, split, three=3, i=WINDOW, j=WINDOW, d=HEAD)
-        mask = None
-        if top or left or bottom or right:
-            there = F.pad(x.new_ones(height, width), (left, right, top, bottom)).bool()
-            mask = repeat(there, "(y i) (x j) -> (n y x) 1 1 (i j)", n=x.shape[0], i=WINDOW, j=WINDOW)
-        out = F.scaled_dot_product_attention(q, k, v, mask)
-        join = "(n y x) g (i j) d -> n (y i) (x j) (g d)"
-        out = rearrange(out, join, y=count[0], x=count[1], i=WINDOW, j=WINDOW)
-        return self.out(out[:, top : top + height, left : left + width])
-
-
-class _FeedForward(nn.Module):
-    """Restormer's gated one: a depthwise convolution lets neighbours talk across windows."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.enter = nn.Linear(width, 2 * width)
-        self.around = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = self.around(rearrange(self.enter(self.norm(x)), "n h w c -> n c h w"))
-        value, gate = rearrange(wide, "n c h w -> n h w c").chunk(2, -1)
-        return self.out(value * F.gelu(gate))
 
 
 class _Level(nn.Module):
@@ -124,8 +65,8 @@ class _Level(nn.Module):
         # The 1x1 convolution of [F; P] in two halves: P's comes before its enlargement, with which it commutes.
         self.enter = nn.Conv2d(width, inner, 1)
         self.enter_prompt = nn.Conv2d(shape.prompt, inner, 1, bias=False)
-        self.attention = _WindowAttention(inner)
-        self.feed_forward = _FeedForward(inner)
+        self.attention = WindowAttention(inner)
+        self.feed_forward = FeedForward(inner)
         self.leave = nn.Conv2d(inner, width, 1)
         nn.init.zeros_(self.leave.weight)
         if self.leave.bias is not None:
@@ -162,8 +103,8 @@ class CAPM(nn.Module):
 
     @property
     def reach(self) -> int:
-        """How many pixels of a level away a feature can matter once the weights are known: the margin of exact tiles.
-        A window's far end, and one pixel of the depthwise convolution."""
+        """How many pixels of a level away a feature can matter once the weights are known: a window's far end, and one
+        pixel of the depthwise convolution."""
         return WINDOW
 
     def code(self, level: str, features: Tensor) -> Tensor:
@@ -188,15 +129,18 @@ class CAPM(nn.Module):
     def weights(self, level: str, features: Tensor, hint: Tensor | None = None) -> Tensor:
         """Weights `(n, components)` of the prompts for features `(n, width, h, w)`, or for a hint (as in `forward`).
 
-        Tiles must have those of their frame. A hint gives all tiles the same; without one, take the features of the
-        whole frame, or the mean over tiles that cover it (`shared_weights`): w is linear in d, which is a mean.
+        Tiles agree where they have those of their frame. A hint gives all tiles the same; without one, take the
+        features of the whole frame, or the mean over tiles that cover it (`shared_weights`): w is linear in d.
         """
         if hint is not None:
             hint = spread(hint, features.shape[0])
         return self.weigh(level, self.told(level, hint, lambda: self.code(level, features)))
 
     def told(self, level: str, hint: Tensor | None, code: Callable[[], Tensor]) -> Tensor:
-        """d `(n, code)`: what stands for the hint `(n,)`, and `code`, which is asked only then, where it is unknown."""
+        """d `(n, code)` of frames whose compression levels are `hint` `(n,)`, NaN where unknown (None: all are).
+
+        The level's embedding where it is known, else what `code` reads in the features, called only then.
+        """
         if hint is None:
             return code()
         if not (unknown := hint.isnan()).any():
@@ -243,10 +187,11 @@ class CAPM(nn.Module):
     ) -> Tensor:
         """Features `(n, width, h, w)` with the prompts' change, in their dtype; the same tensor at strength 0.
 
-        `hint`: compression levels in [0, 1], one for each of the n, or for the frames of one of several videos of
-        equal length; NaN where it is not known. `weights`, of the whole frame, go before it. `place` says where a tile
-        lies: with it and the frame's weights, what is `reach` pixels inside a tile is exactly the frame's; without it
-        the prompt spans the tile. Raises SettingError for an unknown level, another width, or a hint that does not fit.
+        `hint`: compression levels in [0, 1], one for each of the n, or for each frame of one tile where n are several
+        tiles of the same frames; NaN where unknown. `weights`, of the whole frame, take precedence. `place` says where
+        a tile lies: with it and the frame's weights, what is `reach` pixels inside a tile is exactly the frame's;
+        without it the prompt spans the tile. Raises SettingError for an unknown level, another width, or a hint that
+        does not fit.
         """
         block = self._block(level, features)
         if strength == 0:

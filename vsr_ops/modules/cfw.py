@@ -1,7 +1,7 @@
 """Controllable feature wrapping (CFW): the VAE encoder's view of the reference in its decoder, as much as is wanted.
 
 `F_d' = F_d + w C([F_e ; F_d])` after the last residual block of the decoder's middle levels, F_e from the encoder at
-the same level (StableSR's; SDATC, section III-D). Modules and names are StableSR's, so that its files load.
+the same level (StableSR's; SDATC, equation 11). Modules and names are StableSR's, so that its files load.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class _RRDB(nn.Module):
 
 
 class FuseLayer(nn.Module):
-    """C of the equation. It starts at exactly zero: the first block gives nothing and the others keep it so."""
+    """C of SDATC equation 11. It starts at exactly zero: the first block gives nothing and the others keep it so."""
 
     def __init__(self, width: int, blocks: int, grow: int) -> None:
         super().__init__()

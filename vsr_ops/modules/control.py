@@ -1,7 +1,7 @@
 """Control: a trainable copy of a Stable Diffusion UNet's encoder and middle block that sees the low-resolution video.
 
 Its input is `[z_t ; E(DCM(lq))]`, its outputs go through 1x1 convolutions that start at zero into the skips of the
-UNet's decoder (SDATC, section III-B; DiffBIR's construction, whose published files load). A fresh one changes nothing.
+UNet's decoder (SDATC, equation 5; DiffBIR's construction, whose published files load). A fresh one changes nothing.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ class Control(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The precision of its weights."""
         return self.conv_in.weight.dtype
 
     @property
@@ -102,6 +103,7 @@ class Control(nn.Module):
 
     @property
     def context_width(self) -> int:
+        """Width of the tokens that its cross-attention takes."""
         return int(self.config["cross_attention_dim"])
 
     def forward(

@@ -1,4 +1,4 @@
-"""SDATC's distortion control module (DCM), which cleans and enlarges the low-resolution video.
+"""SDATC's distortion control module (DCM, equation 4), which cleans and enlarges the low-resolution video.
 
 The paper's is a SwinIR; any upscaler of one picture that spandrel knows will do, and the bundled one is its Compact.
 """

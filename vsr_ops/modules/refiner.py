@@ -1,6 +1,7 @@
 """SATeCo's refiner: a small network that learns where to trust the decoded picture and where the upscaled one.
 
-SATeCo mixes `(1-w) * decoded + w * upscaled` with one number; here a network looks at both and decides per pixel.
+SATeCo's is `w * upscaled + (1-w) * decoded`, with one number w, and a residual block of both added; here a network
+looks at both and decides per pixel.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class _Mix(nn.Module):
 
 
 class Refiner(nn.Module):
-    """`upscaled + (1 - w) * f(decoded, upscaled)`; f is zero at its start, so a fresh refiner returns `upscaled`."""
+    """f(decoded, upscaled) of `refine`, which gives `upscaled + (1 - w) * f`: zero at its start."""
 
     def __init__(self, shape: RefinerShape | None = None) -> None:
         super().__init__()

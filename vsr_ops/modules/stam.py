@@ -1,7 +1,8 @@
 """SDATC's spatio-temporal attention module (STAM): time beside the frozen spatial blocks of a VAE's decoder.
 
-Equation: `F_s = Res(F)`, `F_t = F_s + TAB(Conv3D(F_s))`, `F' = a F_s + b F_t`, with TAB a self-attention over time at
-each position and a, b learnt (SDATC, section III-D). It acts on what a residual block gives, so it stands behind it.
+`F_s = Res(F)`, `F_t = F_s + TAB(Conv3D(F_s))`, `F' = a F_s + b F_t` (SDATC, equations 8 to 10), with TAB a
+self-attention over time at each position and a, b learnt, here one number each. It acts on what a residual block gives,
+so it stands behind it.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ class STAM(nn.Module):
         return tuple(name for name, _ in self.shape.blocks)
 
     def block(self, name: str) -> STAMBlock:
+        """The one beside the decoder's residual block called `name`."""
         return cast("STAMBlock", self.blocks[name])
 
     def check_fits(self, backbone: str, widths: Mapping[str, int]) -> None:

@@ -45,6 +45,7 @@ class Job:
 
     @property
     def frames(self) -> int:
+        """How many frames are upscaled."""
         return self.stop - self.start
 
     @property

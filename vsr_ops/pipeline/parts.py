@@ -1,4 +1,4 @@
-"""What stands around the diffusion in the main job: upscaler, decoder modules, compression prompts, refiner."""
+"""The modules of the main job beside the backbone, and how each is run: upscaler, CAPM, decoder modules, refiner."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class CAPMSettings:
 @dataclass(frozen=True)
 class PipelineModules:
     """What stands around the diffusion: before it `upscale_fn` (a DCM; None is bicubic); in UNet and decoder `prompts`;
-    in the decoder `cfw` with its `decode_w`, and `stam`; after it a `refiner` with its `w`."""
+    in the decoder `cfw` with its `decode_w`, and `stam`; after it a `refiner` with its `refiner_w`."""
 
     upscale_fn: UpscaleFn | None = None
     refiner: Refiner | None = None
-    w: float = 0.0
+    refiner_w: float = 0.0
     cfw: CFW | None = None
     decode_w: float = 0.75
     stam: STAM | None = None
@@ -158,5 +158,5 @@ def refined(
             waiting.append(reference)
             yield frame, reference.image
 
-    frames = refine_frames(parts.refiner, noted(), parts.w, cuts)
+    frames = refine_frames(parts.refiner, noted(), parts.refiner_w, cuts)
     return ((frame, waiting.popleft()) for frame in frames)

@@ -86,6 +86,7 @@ class NoiseRange:
 
     @classmethod
     def of(cls, model: Backbone) -> NoiseRange:
+        """Of a loaded model."""
         return cls(model.sigmas, model.sigma_max, model.sigma_min)
 
 
@@ -139,10 +140,11 @@ def sample(
 ) -> Tensor:
     """Scaled latents `(frames, 4, h, w)` of the result, from unscaled LR latents of the same shape (DC-VSR, section 3).
 
-    Euler steps on tiles, with SAP and TAP in turn. Guidance, and the alignment along `flow` (of the latents' size), act
-    on the whole video, tiles merged. Latents stay where `lr` is; one batch of tiles, or scene to align, at a time goes
-    to the model's device. `noise` has deviation 1 (drawn from the seed when None), `tick` is called before each UNet
-    call. Raises SamplingError for a value that is not finite, SettingError for alignment without a flow that fits.
+    Euler steps (where SDATC's equation 3 has DDPM's) on tiles, with SAP and TAP in turn. Guidance, and the alignment
+    along `flow` (of the latents' size), act on the whole video, tiles merged. Latents stay where `lr` is; one batch of
+    tiles, or scene to align, at a time goes to the model's device. `noise` has deviation 1 (drawn from the seed when
+    None), `tick` is called before each UNet call. Raises SamplingError for a value that is not finite, SettingError for
+    alignment without a flow that fits.
     """
     if settings.steps == 0:
         return lr * model.scaling_factor

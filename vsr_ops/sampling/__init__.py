@@ -1,1 +1,1 @@
-"""DC-VSR on a denoiser: tiles, attention with added keys, SAP and TAP, guidance, alignment along a flow."""
+"""What acts on a denoiser: tiles, attention with added keys, SAP and TAP, guidance (DC-VSR); alignment (SDATC)."""

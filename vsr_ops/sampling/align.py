@@ -1,7 +1,8 @@
 """SDATC's flow-guided alignment: the denoised estimate of a video is made to move as the low-resolution video does.
 
-Equations 12 and 13: the motion error E of latents along the flow, and a step against its gradient; or, instead, values
-carried along the flow from frame to frame. Either is taken only as far as E falls. Each scene is a video of its own.
+SDATC equations 12 and 13: the motion error E of latents along the flow, and a step against its gradient; or, instead,
+values carried along the flow from frame to frame. Either is taken only as far as E falls. Each scene is a video of its
+own.
 """
 
 from __future__ import annotations
@@ -35,13 +36,12 @@ _ROUNDING = 1e-6
 
 
 def motion_error(z: Tensor, flow: Flow) -> float:
-    """E of SDATC equation 12: the mean absolute difference along the flow, over the visible pixels of all frames and
-    both directions.
+    """`alignment_error` as a mean over the visible pixels of all frames and both directions: to compare videos by.
 
     `z` is (n, c, h, w), `flow` of the same size. 0 where nothing is visible.
     """
     seen = int(flow.visible_now.sum()) + int(flow.visible_next.sum())
-    return _error(z, flow) / (seen * z.shape[1]) if seen else 0.0
+    return alignment_error(z, flow) / (seen * z.shape[1]) if seen else 0.0
 
 
 @torch.no_grad()
@@ -96,10 +96,10 @@ def check_strength(strength: float, mode: str) -> None:
 
 def _fall(z: Tensor, flow: Flow, step: Tensor) -> Tensor | None:
     """`z` + the largest of `step`, half of it, a quarter ... that lowers E; None where none does."""
-    before = _error(z, flow)
+    before = alignment_error(z, flow)
     for halvings in range(HALVINGS + 1 if before > 0 else 0):
         moved = (z.float() + step * 0.5**halvings).to(z.dtype)
-        if _error(moved, flow) < before:
+        if alignment_error(moved, flow) < before:
             return moved
     return None
 
@@ -113,8 +113,9 @@ def _sides(z: Tensor, flow: Flow) -> Iterator[tuple[slice, slice, Tensor, Tensor
         yield following, pairs, flow.backward[pairs], flow.visible_next[pairs]
 
 
-def _error(z: Tensor, flow: Flow) -> float:
-    """E of one scene as a sum."""
+def alignment_error(z: Tensor, flow: Flow) -> float:
+    """E of SDATC equation 12: the sum of absolute differences along the flow, over the visible pixels of all frames of
+    `z` (n, c, h, w) and both directions."""
     total = torch.zeros((), device=z.device)
     for here, there, moves, seen in _sides(z, flow):
         total += ((warp(z[there].float(), moves) - z[here].float()).abs() * seen).sum()
@@ -151,7 +152,8 @@ MODES: dict[str, Callable[[Tensor, Flow, float, float], Tensor]] = {"gradient": 
 
 
 def splat(x: Tensor, flow: Tensor) -> Tensor:
-    """The transpose of `flow.warp`: each value of `x` (n, c, h, w) is added where `flow` (n, 2, h, w) took it from.
+    """The transpose of `vsr_ops.flow.warp.warp`: each value of `x` (n, c, h, w) is added where `flow`
+    (n, 2, h, w) took it from.
 
     Written out, since hosts sample where autograd is shut off.
     """

@@ -64,7 +64,7 @@ def temperature(q: Tensor, k: Tensor, gamma: float, frames: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Tempered:
-    """Equation 7: attention blurred by gamma in [0, 1]. Gamma 0 is `plain`, bit for bit.
+    """DC-VSR equation 7: attention blurred by gamma in [0, 1]. Gamma 0 is `plain`, bit for bit.
 
     Scales Q in place before the fused attention (no extra memory), so `q` must be the caller's to spend.
     """
@@ -85,7 +85,7 @@ class Tempered:
 def identity(
     q: Tensor, k: Tensor, v: Tensor, extra: KeyValue | None, frames: int, fused: Fused = fused_attention
 ) -> Tensor:
-    """PAG's perturbation: every token attends to itself alone, so the values pass through (DC-VSR, section 3.3)."""
+    """PAG's perturbation (DC-VSR, equation 6): every token attends to itself alone, so the values pass through."""
     return v
 
 

@@ -3,9 +3,7 @@
 All work on the denoised estimate x0 of the whole video. With eps = (x - x0)/sigma and both branches seeing the same x,
 eps' + (1+s)(eps - eps') = (x - (x0' + (1+s)(x0 - x0')))/sigma: an equation for eps holds for x0 too.
 
-To add a strategy: a function of `Denoise`, x and `GuidanceScale`, and a row in `GUIDANCE`. For the host's samplers,
-which evaluate CFG's branches themselves, what it adds to their estimate is a function of `Evaluate`, as `add_pag` is,
-that `nodes/host/hooks.py` calls in `post_cfg`, and a node that sets it.
+To add a strategy: CONTRIBUTING, "A guidance".
 """
 
 from __future__ import annotations
@@ -21,9 +19,6 @@ from torch import Tensor
 
 from ..errors import SettingError
 from .attention import SelfAttention, Tempered, identity
-
-#: Receives the attention each token of the middle block got; see `attention.attention_received`.
-Observer = Callable[[Tensor], None]
 
 #: SAG's blur: deviation in latent pixels and kernel size, as the host's node has them.
 SAG_BLUR_SIGMA, SAG_BLUR_SIZE = 2.0, 9
@@ -87,8 +82,8 @@ def extrapolate(weak: Tensor, strong: Tensor, weight: float) -> Tensor:
 
 
 def add_guidance(guided: Tensor, strong: Tensor, weak: Tensor, scale: float) -> Tensor:
-    """guided + scale * (strong - weak): a perturbed branch's share on top of whatever guided before. Scale 0 is
-    `guided` itself."""
+    """guided + scale * (strong - weak): a perturbed branch's share on top of whatever guided before; DC-VSR equation 4
+    where nothing did, and `guided` is `strong`. Scale 0 is `guided` itself."""
     if scale == 0:
         return guided
     return (guided.float() + scale * (strong.float() - weak.float())).to(guided.dtype)

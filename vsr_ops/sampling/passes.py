@@ -19,7 +19,7 @@ from .tiling import Merger
 def evaluate_within(run: TileRun, call: Call, evaluate: Callable[[Call], Tensor]) -> Tensor:
     """`evaluate(call)`, in as many parts as memory asks for; `(tiles*frames, c, h, w)` all the same.
 
-    Raises what `run.memory` takes for memory that ran out when a single tile does not fit.
+    Raises the device's own error where a single tile does not fit.
     """
     if run.limit is not None and len(call.tiles) > run.limit:
         sizes = range(0, len(call.tiles), run.limit)

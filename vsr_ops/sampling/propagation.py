@@ -1,13 +1,13 @@
-"""SAP and TAP: which keys and values a tile sees beside its own (DC-VSR, sections 3.1 and 3.2).
+"""SAP and TAP: which keys and values a tile sees beside its own (DC-VSR, sections 3.1 and 3.2, equation 2).
 
 Settings and the kind of a step are plain values. `TileRun` holds one run's banks; nothing outlives it. A bank belongs
 to one branch, window and layer, and in it to one tile. Over the steps of a run whose SAP is lagged:
 
-    step         0 sap       1 tap forward      2 sap         3 tap backward
-    gathering    nothing     every tile's       nothing       every tile's       host memory, subsampled
-    lagged       empty       empty              step 1's      empty              host memory, what SAP reads
-    joined                                      one window's                     device, lagged tiles in a row
-    tap                      left neighbour's                 right neighbour's  device, until `finish`
+    step         0 sap     1 tap forward      2 sap         3 tap backward
+    _gathering   -         every tile's       -             every tile's       host memory, subsampled
+    _lagged      -         -                  step 1's      -                  host memory; what SAP reads
+    _joined      -         -                  one window's  -                  device; the lagged tiles in a row
+    _tap         -         left neighbour's   -             right neighbour's  device, until the neighbour is done
 
 The first SAP step of a run has no bank and is plain. A synchronous SAP needs none of the first three: all tiles of a
 window are at the same layer at once. With SAP alone every step gathers and reads.
@@ -104,8 +104,9 @@ def sharpest_frames(keys: Tensor, count: int) -> list[int]:
 
 @dataclass
 class TileRun:
-    """The banks of one run. SAP's lagged banks stand in host memory until the next step has used them; TAP's live
-    from a window to its neighbour. Both belong to a branch, a window and a layer.
+    """The banks of one run (in a host, of one branch and conditioning in it). SAP's lagged banks stand in host memory
+    until the next step has used them; TAP's live from a window to its neighbour. Both are kept by (branch's name,
+    window, layer's name) and in that by the tile's index in `plan.spatial`; the joined ones by layer alone.
 
     A call may be evaluated again, whole or in parts, until `finish` has been told of it. `limit` is how many tiles fit
     in memory together, once that is known.

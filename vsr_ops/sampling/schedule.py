@@ -26,7 +26,7 @@ PLACES: tuple[Callable[[float], float], ...] = (lambda sigma: sigma ** (1 / 7), 
 
 @dataclass(frozen=True)
 class Step:
-    """A sampling step: its index in the run's sigmas, what it propagates, and the direction of TAP in time."""
+    """A sampling step: its index in the model's whole schedule, what it propagates, and TAP's direction in time."""
 
     index: int
     kind: Kind = "plain"

@@ -47,10 +47,12 @@ class Span:
 
     @property
     def length(self) -> int:
+        """How many places it covers."""
         return self.stop - self.start
 
     @property
     def slice(self) -> slice:
+        """For indexing."""
         return slice(self.start, self.stop)
 
 

@@ -1,7 +1,7 @@
 """CAPM in a decoder of tiles: every tile takes its frame's weights of the prompts, and its own part of them.
 
 Where a frame's compression level is known, its weights are. Where it is not, they come from d, a mean over the picture:
-it is gathered over the tiles' own parts and foretold by the mosaic, pass by pass, as the group norms' statistics are.
+it is gathered over the tiles' own parts and estimated by the mosaic, pass by pass, as the group norms' statistics are.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from functools import partial
 
 from torch import Tensor
 
-from ..modules.capm import CAPM, CODE_STRIDE, WINDOW, Place
+from ..modules.capm import CAPM, CODE_STRIDE
+from ..modules.windows import WINDOW, Place
 from .layout import Box, DecoderOp
 
 
 @dataclass
 class TiledCAPM:
-    """`sketch` is d of the mosaic, `offset` what has to be added to it to give the whole picture's, both by level."""
+    """A CAPM with its `strength`, and by level of the decoder: `used`, the d that tiles take; `seen`, what this pass
+    gathered of it over the tiles, as a sum and a count; `sketch`, that of the mosaic, and `offset`, what has to be
+    added to it to give the whole picture's. `sketching` is whether the mosaic is being run."""
 
     model: CAPM
     strength: float

@@ -56,6 +56,7 @@ class Statistics:
 
     @property
     def norms(self) -> list[nn.GroupNorm]:
+        """The norms of all steps, in running order."""
         return [norm for step in self.steps for norm in step.norms]
 
     @contextlib.contextmanager

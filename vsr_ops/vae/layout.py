@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import SettingError
-from ..modules.capm import Place
+from ..modules.windows import Place
 from ..sampling.tiling import Span
 
 Box = tuple[Span, Span]
@@ -52,6 +52,7 @@ class DecoderOp:
 
     @property
     def norms(self) -> list[nn.GroupNorm]:
+        """Its group norms."""
         return self._parts(nn.GroupNorm)
 
     def _parts(self, *kinds: type[nn.Module]) -> list[Any]:

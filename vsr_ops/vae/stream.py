@@ -70,7 +70,7 @@ def stream_decode(
     levels: Tensor | None = None,
     how: Streaming | None = None,
 ) -> Iterator[Tensor]:
-    """Frames `(3, 8h, 8w)` in [0, 1], not clamped, of unscaled latents `(n, 4, h, w)`, one by one.
+    """Frames `(3, 8h, 8w)`, nominally in [0, 1], of unscaled latents `(n, 4, h, w)`, one by one.
 
     `vae` is diffusers' or a host's autoencoder module. Where frames see each other (SVD's decoder, or STAM), they go in
     fixed chunks that overlap by a quarter and are blended, none across a cut; else one by one. A CFW mixes in what the

@@ -1,16 +1,21 @@
 """A picture or video VAE's decoder in spatial tiles that give the picture of one pass.
 
-What a tile needs from outside is of two kinds. Convolutions reach a few pixels: each tile is cut with exactly the
-margin that its steps reach, worked out backwards from its own pixels, and is cropped as the need shrinks. Group norms
-reach the whole picture: they take one set of means and variances, gathered over the own pixels of all tiles. A norm's
-can only be known when all norms before it are right, and keeping every tile until then would take memory that grows
-with the picture. So the passes over the tiles are repeated, each with what the one before it saw, until nothing moves.
-After n passes the first n norms are exact, so that this ends; to end after about four, a mosaic of runs of latents from
-all over the picture, one tile in size, foretells every pass: the next statistics are the mosaic's own, norm by norm in
-one go, offset by as much as the picture's were off the mosaic's in the pass before. The offsets also serve the next
-frames of the scene. Nothing but the picture, the latents' own level (1/64 of the area: the convolutions and attention
-before the first doubling run over whole frames) and one tile's activations is ever held. A picture of one tile takes
-one pass, through the VAE's own modules.
+A tile needs two kinds of things from outside itself.
+
+Convolutions reach a few pixels. Each tile is cut with exactly the margin that its layers reach, worked out backwards
+from its own pixels, and is cropped as the need shrinks.
+
+Group norms reach the whole picture: all tiles take one set of means and variances, gathered over every tile's own
+pixels. A norm's are right only once all norms before it are, and to keep every tile until then would take memory that
+grows with the picture. So all tiles are run again, each time with what the last pass saw, until nothing moves; after
+n passes the first n norms are exact, so this ends. To end after about four passes, a mosaic, one tile in size, of
+runs of latents from all over the picture goes before each of them: it estimates every norm in one go, corrected by
+how far the picture's statistics were off the mosaic's in the pass before. The corrections serve the next frames of
+the scene too.
+
+Nothing is ever held but the picture, the latents' own level (1/64 of the area: what comes before the first doubling
+runs over whole frames) and one tile's activations. A picture of one tile takes one pass, through the VAE's own
+modules.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..modules.capm import Place
+from ..modules.windows import Place
 from ..sampling.tiling import Span
 from .capm_tiles import TiledCAPM
 from .group_norm import Statistics

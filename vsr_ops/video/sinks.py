@@ -120,6 +120,7 @@ class VideoSink:
             context.sample_aspect_ratio = self._info.aspect
 
     def write(self, frame: Frame) -> None:
+        """Encodes the next frame."""
         info = self._info
         if self._origin is None:
             self._origin = frame.pts
@@ -136,6 +137,7 @@ class VideoSink:
             self._audio.copy(self._seconds(self._origin), self._seconds(frame.pts), self._from_first())
 
     def finish(self) -> None:
+        """Encodes what waits, copies the sound, and closes the file."""
         self._encode(None)
         if self._audio is not None and self._origin is not None:
             whole = self._last == self._info.times[-1]
@@ -145,6 +147,7 @@ class VideoSink:
         self._output.close()
 
     def drop(self) -> None:
+        """Closes what is open, whatever state it is in."""
         if self._audio is not None:
             self._audio.close()
         try:
@@ -195,6 +198,7 @@ class PictureSink:
         self._count = 0
 
     def write(self, frame: Frame) -> None:
+        """Writes the next picture."""
         if self._single and self._count:
             raise VideoError(f"'{self._final}' is one picture but more frames came; give a folder instead")
         target = self._part if self._single else self._part / picture_name(self._count, self._suffix)

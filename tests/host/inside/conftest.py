@@ -116,7 +116,7 @@ def part(wired: tuple[Any, Any, Any], frames: int, height: int, width: int, **ex
 @pytest.fixture(scope="session")
 def models(nodes: dict[str, Any]) -> dict[str, Any]:
     """Small MODELs of the published Stable Diffusions, by family."""
-    from tests.host.inside.small_sd import build
+    from .small_sd import build
 
     return {kind: build(kind) for kind in ("SD 1.5", "SD 2.1", "SDXL")}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.host.inside.conftest import NAME
+from .conftest import NAME
 
 #: Choices, by node.
 COMBOS = {

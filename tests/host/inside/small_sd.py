@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import NAME
-from tests.host.inside.wiring import TILE, sampled, wrapped
+from .conftest import NAME
+from .wiring import TILE, sampled, wrapped
 
 CPU = torch.device("cpu")
 #: Of the small UNets: what the middle shrinks a latent by, and the width of their tokens.

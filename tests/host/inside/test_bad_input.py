@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.host.inside.conftest import NAME, part
-from tests.host.inside.node_values import COMBOS, IMAGES, inputs_of, values_for
-from tests.host.inside.wiring import refused
+from .conftest import NAME, part
+from .node_values import COMBOS, IMAGES, inputs_of, values_for
+from .wiring import refused
 
 TILES = (16, 16, 4, 0.5, "sap+tap", "lagged", 0, 4, 1, "ends", 0.0, 1.0, 1)
 
@@ -98,7 +98,7 @@ def test_a_model_of_another_kind(nodes: dict[str, Any], lite: Any) -> None:
         tiled(nodes, tiny_flux())
     with refused("BaseModel MODEL", "UNet with spatial self-attention", "wire"):
         tiled(nodes, tiny_sd(0, -1))
-    prompt = importlib.import_module(f"{NAME}.nodes.prompt").NullPrompt
+    prompt = importlib.import_module(f"{NAME}.nodes.latent").NullPrompt
     with refused("Flux MODEL", "UNet with cross-attention", "empty text"):
         prompt.execute(tiny_flux())
     with refused("BaseModel", "Stable Video Diffusion", "wire"):

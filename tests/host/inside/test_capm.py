@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import NAME, SIZE, part
-from tests.host.inside.test_decode_host import filled, module
-from tests.host.inside.test_flow import tiled
-from tests.host.inside.test_parity import headless, pipeline, relative
+from .conftest import NAME, SIZE, part
+from .test_decode_host import filled, module
+from .test_flow import tiled
+from .test_parity import headless, pipeline, relative
 
 __all__ = ["headless", "pipeline"]
 
@@ -312,7 +312,7 @@ def test_the_node_hands_both_halves_on(
     assert own in inputs["which"].options
     taken = {item.id: item.io_type for item in nodes["VSRDecode"].define_schema().inputs}
     assert prompts.define_schema().outputs[1].io_type == taken["capm"]
-    estimate = node("compression", "CompressionEstimate").define_schema().outputs[0]
+    estimate = node("capm", "CompressionEstimate").define_schema().outputs[0]
     assert estimate.io_type == inputs["levels"].io_type
     for named, told in (({}, None), ({"levels": LEVELS[:4]}, LEVELS[:4]), ({"levels": LEVELS, "crf": 25.5}, 0.5)):
         model, prompted = prompts.execute(lite[0], own, 1.0, **named).args
@@ -333,7 +333,7 @@ def test_levels_are_estimated_drawn_and_told(host: ModuleType) -> None:
     compression.write_compression(place / "own.safetensors", head, "nothing")
     video = torch.rand(3, 32, 48, 3, generator=torch.Generator().manual_seed(0))
     try:
-        estimate = node("compression", "CompressionEstimate")
+        estimate = node("capm", "CompressionEstimate")
         levels, plot, text = estimate.execute(video, "own.safetensors", -1.0).args
         assert levels.shape == (3,) and plot.ndim == 4 and plot.shape[-1] == 3 and "over 3 frames" in text
         levels, _, text = estimate.execute(video, "own.safetensors", 25.5).args

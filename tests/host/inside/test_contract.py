@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.host.inside.conftest import NAME, ROOT
+from .conftest import NAME, ROOT
 
 HERE, ROOM = Path(__file__).parent, ROOT / "nodes" / "host"
 HOST = ("comfy", "comfy_extras", "comfy_api", "folder_paths", "latent_preview", "node_helpers")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import NAME
+from .conftest import NAME
 
 FRAMES, HEIGHT, WIDTH, SEED, STEPS = 5, 16, 24, 3, 3
 CONFIG: dict[str, Any] = {
@@ -209,7 +209,7 @@ def test_controls_add_up_in_a_chain(model: Any, net: Any, lite: Any, video: Tens
 
 def test_a_tile_gets_what_its_place_would(model: Any, control: Any, net: Any, lite: Any, video: Tensor) -> None:
     """What waits in a tiled run's options is the control on the tile alone; nothing of the whole frame is returned."""
-    module, run = (importlib.import_module(f"{NAME}.nodes.{name}") for name in ("host.control", "run"))
+    module, run = (importlib.import_module(f"{NAME}.nodes.{name}") for name in ("host.control", "session.run"))
     own = applied(net, video, lite[1])[0][0][1]["control"]
     own.pre_run(model.model, model.get_model_object("model_sampling").percent_to_sigma)
     x = torch.randn(2 * FRAMES, 4, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(4))
@@ -312,7 +312,7 @@ def test_the_loader(ops: ModuleType, model: Any, control: Any, net: Any, lite: A
     """From the host's folder for ControlNets, through the node."""
     from pathlib import Path
 
-    node = importlib.import_module(f"{NAME}.nodes.control").LoadControl
+    node = importlib.import_module(f"{NAME}.nodes.load").LoadControl
     folder = Path(importlib.import_module("folder_paths").get_folder_paths("controlnet")[0])
     folder.mkdir(parents=True, exist_ok=True)
     ops.write_control(folder / "mine.safetensors", control, "nothing")

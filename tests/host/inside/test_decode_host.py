@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import NAME
+from .conftest import NAME
 
 #: As far as a picture of tiles may be from that of one pass.
 ALLOWED = 2 / 255

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import NAME, SIZE
+from .conftest import NAME, SIZE
 
 SEED = 5
 #: Of the video that `wired` is of, in pixels.
@@ -89,7 +89,7 @@ def test_alignment_acts_once_on_tiles_put_together_and_off_is_off(
     base = tiled(nodes, lite[0])
     on = guided(nodes, base, flow)
     plain, aligned = sampled(host, base, wired), sampled(host, on, wired)
-    error, small = module("align").motion_error, module("flow_field").latent_flow(flow, *SIZE[1:], 8, 0.5)
+    error, small = module("sampling.align").motion_error, module("flow.field").latent_flow(flow, *SIZE[1:], 8, 0.5)
     assert error(aligned, small) < 0.9 * error(plain, small)
     assert torch.equal(sampled(host, tiled(nodes, guided(nodes, lite[0], flow)), wired), aligned)
     # Strength 0 takes an earlier alignment off; outside its share of the steps it does nothing.

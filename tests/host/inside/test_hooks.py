@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import BEFORE, NAME, comfy_now, part
-from tests.host.inside.wiring import (
+from .conftest import BEFORE, NAME, comfy_now, part
+from .wiring import (
     SEED,
     STEPS,
     TILE,

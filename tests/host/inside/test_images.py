@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import part
-from tests.host.inside.node_values import IMAGE_INPUTS, IMAGES, values_for
-from tests.host.inside.wiring import refused
+from .conftest import part
+from .node_values import IMAGE_INPUTS, IMAGES, values_for
+from .wiring import refused
 
 HALVES = [torch.float16, torch.bfloat16]
 

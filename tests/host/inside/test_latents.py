@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.test_decode_host import picture_vae
-from tests.host.inside.wiring import refused
+from .test_decode_host import picture_vae
+from .wiring import refused
 
 #: Where a LATENT says what is known of its video.
 KNOWN = "vsr_video"

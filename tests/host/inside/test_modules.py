@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.host.inside.conftest import NAME
+from .conftest import NAME
 
 
 def module(name: str) -> ModuleType:

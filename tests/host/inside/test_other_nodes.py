@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import part
-from tests.host.inside.wiring import dssag, refused, relative, sampled, tiled, wrapped
+from .conftest import part
+from .wiring import dssag, refused, relative, sampled, tiled, wrapped
 
 
 @pytest.fixture(scope="session")

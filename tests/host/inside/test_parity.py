@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import NAME, part
+from .conftest import NAME, part
 
 STEPS, SEED, FRAMES, HEIGHT, WIDTH = 4, 3, 6, 24, 16
 #: Small enough that the video has 2 spatial tiles in 2 windows.

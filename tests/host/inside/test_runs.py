@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import NAME, part
-from tests.host.inside.wiring import TILE, dssag, relative, sampled, tiled, wrapped
+from .conftest import NAME, part
+from .wiring import TILE, dssag, relative, sampled, tiled, wrapped
 
 
 def live_runs() -> int:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import NAME
-from tests.host.inside.small_sd import (
+from .conftest import NAME
+from .small_sd import (
     ALONE,
     CONTROL_CONFIG,
     SHAPE,
@@ -30,7 +30,7 @@ from tests.host.inside.small_sd import (
     video,
     wire,
 )
-from tests.host.inside.wiring import custom_sampled, dssag, host_pag, no_memory, relative, sampled, tiled, wrapped
+from .wiring import custom_sampled, dssag, host_pag, no_memory, relative, sampled, tiled, wrapped
 
 # --- ControlNets ------------------------------------------------------------------------------------------------------
 
@@ -160,15 +160,14 @@ def test_features_between_cells_are_interpolated(
     host: ModuleType, nodes: dict[str, Any], sd21: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A ramp stays one: a tile that starts at latent 5 finds 2.5 in its first cell of 2 latents. It is told of once."""
-    run, propagation = (
-        importlib.import_module(f"{NAME}.{name}") for name in ("nodes.session.inputs", "vsr_ops.sampling.propagation")
-    )
-    guidance = importlib.import_module(f"{NAME}.vsr_ops.sampling.guidance")
+    inputs = importlib.import_module(f"{NAME}.nodes.session.inputs")
+    names = ("calls", "guidance", "schedule")
+    calls, guidance, schedule = (importlib.import_module(f"{NAME}.vsr_ops.sampling.{name}") for name in names)
     plan = plan_of((4, 4, 21, 16))
     assert [span.start for span in plan.rows] == [0, 5]
     ramp = torch.arange(11.0).view(1, 1, 11, 1).expand(4, 1, 11, 8)
-    call = propagation.Call(propagation.Step(0), guidance.COND, 0, (1,), 4, 16, 16)
-    found = run.cut_features(plan, call, ramp)
+    call = calls.Call(schedule.Step(0), guidance.COND, 0, (1,), 4, 16, 16)
+    found = inputs.cut_features(plan, call, ramp)
     assert found.shape == (4, 1, 8, 8)
     assert torch.equal(found[0, 0, :, 0], torch.arange(8.0) + 2.5)
     uneven = (4, 4, 21, 16)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.host.inside.conftest import NAME
-from tests.host.inside.small_sd import (
+from .conftest import NAME
+from .small_sd import (
     ALONE,
     CPU,
     SHAPE,
@@ -27,7 +27,7 @@ from tests.host.inside.small_sd import (
     video,
     wire,
 )
-from tests.host.inside.wiring import TILE, overridden, relative, sampled, tiled, wrapped
+from .wiring import TILE, overridden, relative, sampled, tiled, wrapped
 
 # --- What is known of a model -----------------------------------------------------------------------------------------
 
@@ -63,7 +63,7 @@ def test_stock_tile(nodes: dict[str, Any], sd21: Any) -> None:
 @pytest.mark.parametrize(("kind", "pooled"), [("SD 1.5", False), ("SD 2.1", False), ("SDXL", True)])
 def test_null_prompt(host: ModuleType, models: dict[str, Any], kind: str, pooled: bool) -> None:
     """It samples; and zeros being zeros, as the same with 77 tokens."""
-    prompt = importlib.import_module(f"{NAME}.nodes.prompt").NullPrompt
+    prompt = importlib.import_module(f"{NAME}.nodes.latent").NullPrompt
     ((tokens, values),) = prompt.execute(models[kind]).args[0]
     assert torch.equal(tokens, torch.zeros(1, 1, WIDTH))
     assert set(values) == ({"pooled_output"} if pooled else set())
@@ -77,7 +77,7 @@ def test_null_prompt(host: ModuleType, models: dict[str, Any], kind: str, pooled
 
 def test_null_prompt_carries_scene_cuts(host: ModuleType, nodes: dict[str, Any], sd21: Any) -> None:
     """To the plan of the run, in which no window crosses one."""
-    prompt = importlib.import_module(f"{NAME}.nodes.prompt").NullPrompt
+    prompt = importlib.import_module(f"{NAME}.nodes.latent").NullPrompt
     video = torch.cat(
         [seeded(1, 32, 32, 3, seed=seed).sigmoid().expand(count, -1, -1, -1) for seed, count in ((1, 4), (2, 3))]
     )
@@ -155,7 +155,7 @@ def test_a_file_of_ours_is_the_same_model(
     host: ModuleType, lite: Any, tmp_path: Path, heads: Any, prediction: str
 ) -> None:
     """As diffusers' UNet of the same weights, with the noise levels of the headless path."""
-    sd, checkpoint = (importlib.import_module(f"{NAME}.vsr_ops.{name}") for name in ("sd", "checkpoint"))
+    sd, checkpoint = (importlib.import_module(f"{NAME}.vsr_ops.{name}") for name in ("backbones.sd", "checkpoints.svd"))
     path = tmp_path / "sd_lite.safetensors"
     unet = lite_file(path, heads, prediction)
     model, vae = host.load_lite(path, checkpoint.LITE)
@@ -183,9 +183,11 @@ def test_the_host_and_the_headless_path_agree(
     controlled_too: bool,
 ) -> None:
     """On what the host asks at every step: the same file, tiles, banks and control without a host."""
-    sd, checkpoint, carried, guidance, controls, latents = (
-        importlib.import_module(f"{NAME}.vsr_ops.{name}")
-        for name in ("sd", "checkpoint", "propagation", "guidance", "control", "latents")
+    rooms = ("backbones.sd", "checkpoints.svd", "modules.control", "vae.latents")
+    sd, checkpoint, controls, latents = (importlib.import_module(f"{NAME}.vsr_ops.{name}") for name in rooms)
+    names = ("calls", "guidance", "passes", "propagation", "schedule")
+    calls, guidance, passes, carried, schedule = (
+        importlib.import_module(f"{NAME}.vsr_ops.sampling.{name}") for name in names
     )
     path = tmp_path / "sd_lite.safetensors"
     fill(control := controls.Control.of(lite_file(path, 4, "v_prediction")).requires_grad_(False), 7)
@@ -216,16 +218,16 @@ def test_the_host_and_the_headless_path_agree(
     for index, (x, sigma, found) in enumerate(asked):
 
         def evaluate(call: Any, of: Any = run, x: Tensor = x, sigma: float = sigma) -> Tensor:
-            part, concat = (carried.gather_tiles(plan, call, z) for z in (x, lr))
+            part, concat = (calls.gather_tiles(plan, call, z) for z in (x, lr))
             with headless.serving(of, call):
                 return headless.denoise(part, sigma, concat, headless.context(None), call.frames)
 
-        step = carried.step_at(index, settings.kinds)
-        difference = relative(found, carried.run_pass(run, step, guidance.COND, evaluate))
+        step = schedule.step_at(index, settings.kinds)
+        difference = relative(found, passes.run_pass(run, step, guidance.COND, evaluate))
         print(f"{propagation}, {mode}, step {index}: {difference:.1e}")
         assert difference < 1e-4
         if index == 1:
-            plain = carried.run_pass(bare, carried.Step(1), guidance.COND, lambda call: evaluate(call, bare))
+            plain = passes.run_pass(bare, schedule.Step(1), guidance.COND, lambda call: evaluate(call, bare))
             assert relative(plain, found) > 1e-4
     assert len(asked) == 3
 

@@ -13,9 +13,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tests.host.inside.conftest import NAME
-from tests.host.inside.small_sd import ALONE, SHAPE, by_hand, one_step, plan_of, wire
-from tests.host.inside.wiring import (
+from .conftest import NAME
+from .small_sd import ALONE, SHAPE, by_hand, one_step, plan_of, wire
+from .wiring import (
     TILE,
     block_patches,
     custom_sampled,

@@ -82,7 +82,7 @@ def test_every_method_gives_a_clip_of_the_truths_size(tiny: SVD, moving: Tensor)
 
 def test_a_result_comes_back_from_disk_as_it_was(tiny: SVD, moving: Tensor) -> None:
     (clip,) = shrunk({"a": moving}, None)
-    upscaled = whole(tiny, clip, QUICK, PipelineModules(refiner=Refiner(), w=1.0))
+    upscaled = whole(tiny, clip, QUICK, PipelineModules(refiner=Refiner(), refiner_w=1.0))
     assert torch.equal(upscaled, bicubic(clip.small))
 
 

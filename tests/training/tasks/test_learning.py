@@ -1,4 +1,4 @@
-"""Every task learns on one batch: its loss falls far, what may not train stays, and its picture shows what it learnt."""
+"""Every task learns on one batch: its loss falls far, what may not train stays, its picture shows what it learnt."""
 
 from __future__ import annotations
 
