@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.conftest import TINY_VAE, randomise
+from tests.support.tensors import randn, relative
 from vsr_ops.backbones.sd import SD, build_sd, load_sd, model_sigmas, sigma_at, timestep_of
 from vsr_ops.backbones.svd import find_layers
 from vsr_ops.checkpoints.keymap import UNET, VAE, to_original
@@ -56,14 +57,6 @@ SD2 = SD1 | {
     "upcast_attention": True,
 }
 PICTURE_VAE = TINY_VAE | {"up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2}
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def unet_of(config: dict[str, Any] = TINY) -> UNet2DConditionModel:
@@ -128,7 +121,7 @@ def test_denoise_is_diffusers_unet_and_scheduler(tiny: SVD, prediction: str, tim
     scheduler = DDIMScheduler(**BETAS, prediction_type=prediction, clip_sample=False, set_alpha_to_one=False)
     scheduler.set_timesteps(1000)
     sigma = float(model_sigmas()[timestep])
-    clean, noise, context = draw(4, 4, 8, 8), draw(4, 4, 8, 8, seed=1), draw(1, 1, 16, seed=2)
+    clean, noise, context = randn(4, 4, 8, 8), randn(4, 4, 8, 8, seed=1), randn(1, 1, 16, seed=2)
     noisy = scheduler.add_noise(clean, noise, torch.tensor(timestep))
     found = unet_of()(noisy, timestep, context.expand(4, -1, -1)).sample
     expected = scheduler.step(found, timestep, noisy).pred_original_sample  # type: ignore[union-attr]
@@ -137,16 +130,16 @@ def test_denoise_is_diffusers_unet_and_scheduler(tiny: SVD, prediction: str, tim
         plan = plan_tiles(4, 8, 8, TileSize(8, 8, 4))
         run, call = TileRun(plan, Propagation()), Call(Step(0, "sap"), COND, 0, (0,), 4, 8, 8)
         with torch.no_grad(), model.serving(run, call):
-            ours = model.denoise(x, sigma, draw(4, 4, 8, 8, seed=3), context, 4)
+            ours = model.denoise(x, sigma, randn(4, 4, 8, 8, seed=3), context, 4)
     else:
         with torch.no_grad():
-            ours = model.denoise(x, sigma, draw(4, 4, 8, 8, seed=3), context, 4)
+            ours = model.denoise(x, sigma, randn(4, 4, 8, 8, seed=3), context, 4)
     assert relative(ours, expected) < 2e-5
 
 
 def test_an_exact_network_finds_the_truth(tiny: SVD) -> None:
     """One that knows the clean latents says v or noise by its definition; denoise gives those latents back."""
-    clean, noise = draw(2, 4, 8, 8), draw(2, 4, 8, 8, seed=1)
+    clean, noise = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
     for prediction in ("v_prediction", "epsilon"):
         for sigma in (0.05, 1.0, 14.0):
             model = model_of(tiny, prediction)
@@ -161,21 +154,21 @@ def test_sap_joins_the_tiles_of_a_batch(tiny: SVD) -> None:
     """A batch of two tiles of four frames each: SAP lets the one see the other, nothing does without."""
     model, plan = model_of(tiny), plan_tiles(4, 8, 12, TileSize(8, 8, 4))
     assert len(plan.spatial) == 2
-    x, context = draw(8, 4, 8, 8), model.context(None)
+    x, context = randn(8, 4, 8, 8), model.context(None)
 
     def first(x: Tensor, step: Step) -> Tensor:
         call = Call(step, COND, 0, (0, 1), 4, 8, 8)
         with torch.no_grad(), model.serving(TileRun(plan, Propagation()), call):
             return model.denoise(x, 1.0, x, context, 4)[:4]
 
-    other = torch.cat([x[:4], draw(4, 4, 8, 8, seed=5)])
+    other = torch.cat([x[:4], randn(4, 4, 8, 8, seed=5)])
     assert relative(first(x, Step(0)), first(other, Step(0))) < 1e-6
     assert relative(first(x, Step(0, "sap")), first(other, Step(0, "sap"))) > 1e-4
 
 
 def test_the_main_job_samples_with_it(tiny: SVD) -> None:
     """Tiles, windows, SAP and TAP in turn, guidance and control."""
-    lr, plan = draw(6, 4, 8, 12), plan_tiles(6, 8, 12, TileSize(8, 8, 4))
+    lr, plan = randn(6, 4, 8, 12), plan_tiles(6, 8, 12, TileSize(8, 8, 4))
     assert len(plan.spatial) == 2 and len(plan.windows) == 2
     settings = Settings(steps=4, guidance="dssag", guidance_scale=1.0)
     runs = [sample(model_of(tiny, control=acting(), control_strength=s), lr, plan, settings) for s in (1.0, 1.0, 0.0)]
@@ -203,7 +196,7 @@ def test_the_layers_of_full_size_stable_diffusion() -> None:
 
 
 def test_no_control_a_new_one_and_strength_zero_are_the_same(tiny: SVD) -> None:
-    x, lr, context = draw(4, 4, 8, 8), draw(4, 4, 8, 8, seed=1), draw(1, 1, 16, seed=2)
+    x, lr, context = randn(4, 4, 8, 8), randn(4, 4, 8, 8, seed=1), randn(1, 1, 16, seed=2)
     plain = model_of(tiny).denoise(x, 1.0, lr, context, 4)
     for control in ({"control": Control.of(unet_of())}, {"control": acting(), "control_strength": 0.0}):
         assert torch.equal(model_of(tiny, **control).denoise(x, 1.0, lr, context, 4), plain)
@@ -211,7 +204,7 @@ def test_no_control_a_new_one_and_strength_zero_are_the_same(tiny: SVD) -> None:
 
 
 def test_the_hint_is_scaled_latents_and_reaches_diffusers_decoder(tiny: SVD) -> None:
-    x, lr, context, control = draw(4, 4, 8, 8), draw(4, 4, 8, 8, seed=1), draw(1, 1, 16, seed=2), acting()
+    x, lr, context, control = randn(4, 4, 8, 8), randn(4, 4, 8, 8, seed=1), randn(1, 1, 16, seed=2), acting()
     sigma, strength, timestep = float(model_sigmas()[400]), 0.5, torch.tensor(400)
     model = model_of(tiny, control=control, control_strength=strength)
     scaled, tokens = x / (sigma**2 + 1) ** 0.5, context.expand(4, -1, -1)
@@ -292,7 +285,7 @@ def test_a_published_file_is_read(config: dict[str, Any], prediction: str, tmp_p
     weights = read_sd(tmp_path / "sd.safetensors")
     model = build_sd(weights, CPU, torch.float32)
     assert model.prediction == weights.prediction == prediction and model.factor == 8
-    x, context, frames = draw(2, 4, 8, 8), draw(1, 3, 16, seed=2), torch.rand(2, 3, 32, 32)
+    x, context, frames = randn(2, 4, 8, 8), randn(1, 3, 16, seed=2), torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         found = model.denoise(x, 1.0, x, context, 2)
         v = unet(x / 2**0.5, torch.tensor(timestep_of(1.0)), context.expand(2, -1, -1)).sample

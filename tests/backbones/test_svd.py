@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.support.tensors import randn, relative
 from vsr_ops.backbones.svd import (
     SIGMA_MAX,
     SIGMA_MIN,
@@ -30,14 +30,6 @@ if TYPE_CHECKING:
     from diffusers import UNetSpatioTemporalConditionModel
 
     from vsr_ops.backbones.svd import SVD
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def untouched(tiny: SVD) -> UNetSpatioTemporalConditionModel:
@@ -93,7 +85,7 @@ def test_the_layers_come_in_the_order_the_unet_runs_them(tiny: SVD) -> None:
     names = {module: name for name, module in spatial_self_attention(unet)}
     hooks = [module.register_forward_hook(lambda m, *_: ran.append(names[m])) for module in names]
     with torch.no_grad():
-        unet(draw(1, 2, 8, 8, 8), torch.tensor(0.3), draw(1, 1, 16), torch.tensor([[8.0, 127.0, 0.0]]))
+        unet(randn(1, 2, 8, 8, 8), torch.tensor(0.3), randn(1, 1, 16), torch.tensor([[8.0, 127.0, 0.0]]))
     for hook in hooks:
         hook.remove()
     assert ran == list(names.values())
@@ -110,7 +102,7 @@ def test_denoise_is_diffusers_unet_and_scheduler(tiny: SVD, sigma: float, frames
     scheduler.set_timesteps(1)
     scheduler.sigmas = torch.tensor([sigma, 0.0])
     scheduler.timesteps = 0.25 * torch.tensor([sigma]).log()
-    x, concat, context = draw(frames, 4, 8, 8), draw(frames, 4, 8, 8, seed=1), draw(1, 1, 16, seed=2)
+    x, concat, context = randn(frames, 4, 8, 8), randn(frames, 4, 8, 8, seed=1), randn(1, 1, 16, seed=2)
     x *= (sigma**2 + 1) ** 0.5
     with torch.no_grad():
         timestep = scheduler.timesteps[0]
@@ -130,7 +122,7 @@ def test_denoise_is_diffusers_unet_and_scheduler(tiny: SVD, sigma: float, frames
 
 
 def test_a_batch_of_videos_is_each_alone(tiny: SVD) -> None:
-    x, concat, context = draw(9, 4, 8, 12), draw(9, 4, 8, 12, seed=1), draw(1, 1, 16, seed=2)
+    x, concat, context = randn(9, 4, 8, 12), randn(9, 4, 8, 12, seed=1), randn(1, 1, 16, seed=2)
     with torch.no_grad():
         together = tiny.denoise(x, 1.0, concat, context, 3)
         alone = [tiny.denoise(x[i : i + 3], 1.0, concat[i : i + 3], context, 3) for i in (0, 3, 6)]
@@ -138,7 +130,7 @@ def test_a_batch_of_videos_is_each_alone(tiny: SVD) -> None:
 
 
 def test_condition_concat_and_context_all_reach_the_output(tiny: SVD) -> None:
-    x, concat, context = draw(2, 4, 8, 8), draw(2, 4, 8, 8, seed=1), draw(1, 1, 16, seed=2)
+    x, concat, context = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1), randn(1, 1, 16, seed=2)
     with torch.no_grad():
         base = tiny.denoise(x, 1.0, concat, context, 2)
         others = [
@@ -175,7 +167,7 @@ def test_encode_is_the_mode_of_diffusers_distribution(tiny: SVD) -> None:
 
 
 def test_decode_is_diffusers_decode(tiny: SVD) -> None:
-    latents = draw(3, 4, 5, 3)
+    latents = randn(3, 4, 5, 3)
     with torch.no_grad():
         expected = tiny.vae.decode(latents, num_frames=3).sample / 2 + 0.5
         found = tiny.decode(latents)

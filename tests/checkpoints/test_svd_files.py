@@ -19,12 +19,9 @@ from tests.support.svd_files import (
     UNET_CONFIG,
     VAE_CONFIG,
     make,
-    make_stock,
     outputs,
     refusal,
     same,
-    save_folder,
-    stock_file,
 )
 from vsr_ops.checkpoints.keymap import CLIP, UNET, VAE
 from vsr_ops.checkpoints.svd import SVDWeights, match_host_epsilon, read_svd, write_svd
@@ -37,26 +34,9 @@ def weights() -> SVDWeights:
 
 
 @pytest.fixture(scope="module")
-def stock() -> SVDWeights:
-    return make_stock()
-
-
-@pytest.fixture(scope="module")
 def lite_file(weights: SVDWeights, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("lite") / "lite.safetensors"
     write_svd(path, weights, "test noise", torch.float32)
-    return path
-
-
-@pytest.fixture(scope="module")
-def stock_tensors(stock: SVDWeights, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    return stock_file(tmp_path_factory.mktemp("stock") / "stock.safetensors", stock)
-
-
-@pytest.fixture(scope="module")
-def folder(stock: SVDWeights, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("diffusers")
-    save_folder(path, stock)
     return path
 
 

@@ -13,32 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.support.svd_files import UNET_CONFIG, VAE_CONFIG, edited, make, make_stock, refusal, save_folder, stock_file
+from tests.support.svd_files import UNET_CONFIG, VAE_CONFIG, edited, make, refusal
 from vsr_ops.checkpoints.keymap import CLIP, UNET, VAE
-from vsr_ops.checkpoints.svd import SVDWeights, read_svd, write_svd
-
-
-@pytest.fixture(scope="module")
-def stock() -> SVDWeights:
-    return make_stock()
+from vsr_ops.checkpoints.svd import read_svd, write_svd
 
 
 @pytest.fixture(scope="module")
 def lite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("lite") / "lite.safetensors"
     write_svd(path, make(UNET_CONFIG, VAE_CONFIG), "test noise", torch.float32)
-    return path
-
-
-@pytest.fixture(scope="module")
-def stock_tensors(stock: SVDWeights, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    return stock_file(tmp_path_factory.mktemp("stock") / "stock.safetensors", stock)
-
-
-@pytest.fixture(scope="module")
-def folder(stock: SVDWeights, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("diffusers")
-    save_folder(path, stock)
     return path
 
 

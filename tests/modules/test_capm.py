@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import TINY_UNET, TINY_VAE
-from tests.support.tiny_capm import SHAPE, WIDTHS, filled, noise
+from tests.support.tensors import randn
+from tests.support.tiny_capm import SHAPE, WIDTHS, filled
 from vsr_ops.backbones.svd import SVD
 from vsr_ops.errors import SettingError
 from vsr_ops.modules import capm as module
@@ -22,17 +23,17 @@ from vsr_ops.sampling.tiling import cores
 @pytest.mark.parametrize("size", [(1, 1), (5, 9), (16, 8)])
 @pytest.mark.parametrize("hint", [None, torch.tensor([0.5]), torch.tensor([0.1, 0.2, torch.nan])])
 def test_a_fresh_capm_changes_nothing(size: tuple[int, int], hint: Tensor | None) -> None:
-    features = noise(3, 32, *size)
+    features = randn(3, 32, *size)
     assert torch.equal(CAPM(SHAPE)("up_blocks.1", features, hint), features)
 
 
 def test_strength_of_zero_is_the_features_themselves() -> None:
-    features = noise(2, 32, 6, 6)
+    features = randn(2, 32, 6, 6)
     assert filled()("up_blocks.1", features, strength=0) is features
 
 
 def test_strength_scales_the_change() -> None:
-    model, features = filled(), noise(2, 32, 6, 10)
+    model, features = filled(), randn(2, 32, 6, 10)
     change = model("up_blocks.1", features) - features
     assert change.abs().mean() > 0.05
     half = model("up_blocks.1", features, strength=0.5) - features
@@ -42,7 +43,7 @@ def test_strength_scales_the_change() -> None:
 def test_a_fresh_one_or_strength_zero_leaves_a_unet_as_it_is(tiny: SVD) -> None:
     widths = decoder_widths(TINY_UNET["block_out_channels"])
     model = filled(CAPMShape(SVD_UNET, widths, code=8))
-    x, lr, hint = noise(4, 4, 8, 8), noise(4, 4, 8, 8, seed=1), torch.tensor([0.2, 0.3, 0.4, 0.5])
+    x, lr, hint = randn(4, 4, 8, 8), randn(4, 4, 8, 8, seed=1), torch.tensor([0.2, 0.3, 0.4, 0.5])
 
     def run() -> Tensor:
         with torch.no_grad():
@@ -66,7 +67,7 @@ def test_a_fresh_one_or_strength_zero_leaves_a_unet_as_it_is(tiny: SVD) -> None:
 
 def test_a_prompt_weighs_the_same_beside_features_of_any_size() -> None:
     """Without their scale, large features drown it: a VAE's decoder has some of deviation 80."""
-    features, hints = noise(1, 48, 10, 12), (torch.tensor([0.0]), torch.tensor([1.0]))
+    features, hints = randn(1, 48, 10, 12), (torch.tensor([0.0]), torch.tensor([1.0]))
 
     def answer(model: CAPM, times: float) -> Tensor:
         low, high = (model("up_blocks.0", times * features, hint) for hint in hints)
@@ -82,7 +83,7 @@ def test_a_prompt_weighs_the_same_beside_features_of_any_size() -> None:
 
 
 def test_the_dtype_stays() -> None:
-    features = noise(2, 32, 6, 6)
+    features = randn(2, 32, 6, 6)
     out = filled()("up_blocks.1", features.half())
     assert out.dtype == torch.float16
     assert (out.float() - filled()("up_blocks.1", features)).abs().max() < 0.05
@@ -94,7 +95,7 @@ def test_the_dtype_stays() -> None:
 def test_weights_are_linear_in_the_code() -> None:
     """No softmax and no bias: the paper's ablation has a softmax lose."""
     model = filled()
-    code = noise(3, SHAPE.code)
+    code = randn(3, SHAPE.code)
     weights = model.weigh("up_blocks.0", code)
     assert weights.shape == (3, 5)
     assert (model.weigh("up_blocks.0", 2 * code) - 2 * weights).abs().max() < 1e-6
@@ -102,7 +103,7 @@ def test_weights_are_linear_in_the_code() -> None:
 
 
 def test_a_hint_takes_the_codes_place() -> None:
-    model, features = filled(), noise(3, 32, 6, 6)
+    model, features = filled(), randn(3, 32, 6, 6)
     hint = torch.tensor([0.1, torch.nan, 0.9])
     seen, told = model.weights("up_blocks.1", features), model.weights("up_blocks.1", features, hint)
     assert torch.equal(told[1], seen[1]) and not torch.allclose(told[0], seen[0])
@@ -111,7 +112,7 @@ def test_a_hint_takes_the_codes_place() -> None:
 
 
 def test_a_hint_for_a_videos_frames_serves_every_video() -> None:
-    model, features = filled(), noise(1, 32, 6, 6).repeat(6, 1, 1, 1)
+    model, features = filled(), randn(1, 32, 6, 6).repeat(6, 1, 1, 1)
     weights = model.weights("up_blocks.1", features, torch.tensor([0.1, 0.5, 0.9]))
     assert torch.equal(weights[:3], weights[3:]) and not torch.allclose(weights[0], weights[1])
 
@@ -120,7 +121,7 @@ def test_a_reading_is_the_level_whose_embedding_the_code_is(monkeypatch: pytest.
     model = filled()
     levels = torch.tensor([0.0, 25 / 51, 1.0])
     monkeypatch.setattr(CAPM, "code", lambda self, level, features: self.embedded(level, levels))
-    assert torch.allclose(model.reading("up_blocks.0", noise(3, 48, 4, 4)), levels)
+    assert torch.allclose(model.reading("up_blocks.0", randn(3, 48, 4, 4)), levels)
 
 
 # --- Tiles ----------------------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def tiled(model: CAPM, features: Tensor, weights: Tensor, margin: int) -> Tensor
 
 @pytest.mark.parametrize("size", [(32, 40), (30, 41)])
 def test_tiles_with_the_frames_weights_are_the_whole(size: tuple[int, int]) -> None:
-    model, features = filled(), noise(2, 32, *size)
+    model, features = filled(), randn(2, 32, *size)
     whole, weights = model("up_blocks.1", features), model.weights("up_blocks.1", features)
     assert model.reach == module.WINDOW
     assert (tiled(model, features, weights, model.reach) - whole).abs().max() < 1e-5
@@ -148,7 +149,7 @@ def test_tiles_with_the_frames_weights_are_the_whole(size: tuple[int, int]) -> N
 
 
 def test_a_hint_gives_tiles_the_frames_weights() -> None:
-    model, features = filled(), noise(2, 32, 24, 24)
+    model, features = filled(), randn(2, 32, 24, 24)
     hint = torch.tensor([0.2, 0.7])
     assert torch.equal(
         model.weights("up_blocks.1", features[..., :9, :7], hint), model.weights("up_blocks.1", features, hint)
@@ -157,7 +158,7 @@ def test_a_hint_gives_tiles_the_frames_weights() -> None:
 
 def test_the_mean_of_tiles_weights_is_nearly_the_frames() -> None:
     """w is linear in d, a mean over places: only the encoder's borders differ."""
-    model, features = filled(), noise(2, 32, 64, 64)
+    model, features = filled(), randn(2, 32, 64, 64)
     tiles = torch.cat([features[..., y : y + 32, x : x + 32] for y in (0, 32) for x in (0, 32)])
     apart, whole = model.weights("up_blocks.1", tiles), model.weights("up_blocks.1", features)
     shared = shared_weights(apart, 4)
@@ -173,7 +174,7 @@ def test_a_place_scales_with_the_level() -> None:
 @pytest.mark.parametrize(("size", "whole"), [(4, 10), (8, 8), (8, 3), (1, 5)])
 def test_the_prompt_is_enlarged_as_torch_does(size: int, whole: int) -> None:
     rows = module._enlarging(size, whole, 0, whole)
-    x = noise(1, 1, size, size)
+    x = randn(1, 1, size, size)
     expected = nn.functional.interpolate(x, (whole, whole), mode="bilinear")
     assert (rows @ x @ rows.mT - expected).abs().max() < 1e-5
     assert torch.equal(module._enlarging(size, whole, 1, whole - 1), rows[1:])
@@ -183,11 +184,11 @@ def test_gradients_reach_every_parameter_after_one_step() -> None:
     torch.manual_seed(0)
     model = CAPM(SHAPE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    hint, target = torch.tensor([0.3, torch.nan]), noise(2, 32, 10, 12, seed=5)
+    hint, target = torch.tensor([0.3, torch.nan]), randn(2, 32, 10, 12, seed=5)
     for _ in range(2):
         optimizer.zero_grad()
-        first = model("up_blocks.0", noise(2, 48, 10, 12), hint)[:, :32]
-        second = model("up_blocks.1", noise(2, 32, 10, 12), hint)
+        first = model("up_blocks.0", randn(2, 48, 10, 12), hint)[:, :32]
+        second = model("up_blocks.1", randn(2, 32, 10, 12), hint)
         ((first - target).square().mean() + (second - target).square().mean()).backward()
         optimizer.step()
     still = [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()]
@@ -204,7 +205,7 @@ def test_levels_are_those_of_a_decoder(tiny: SVD) -> None:
 
     handles = [tiny.unet.get_submodule(name).register_forward_hook(look(name)) for name in widths]  # type: ignore[arg-type]
     with torch.no_grad():
-        tiny.denoise(noise(4, 4, 8, 8), 1.0, noise(4, 4, 8, 8), tiny.context(None), 4)
+        tiny.denoise(randn(4, 4, 8, 8), 1.0, randn(4, 4, 8, 8), tiny.context(None), 4)
     for handle in handles:
         handle.remove()
     assert seen == widths
@@ -213,7 +214,7 @@ def test_levels_are_those_of_a_decoder(tiny: SVD) -> None:
 def test_a_video_vae_s_decoder_takes_one_too(tiny: SVD) -> None:
     """Its levels, too, are what `decoder_widths` says, and what is attached acts in each of them."""
     widths = decoder_widths(TINY_VAE["block_out_channels"])
-    z, hint = noise(2, 4, 6, 6), torch.tensor([0.2, 0.8])
+    z, hint = randn(2, 4, 6, 6), torch.tensor([0.2, 0.8])
     plain = tiny.decode(z)
     with attached(CAPM(CAPMShape(SVD_VAE, widths)), tiny.vae.decoder, hint):
         assert torch.equal(tiny.decode(z), plain)
@@ -230,7 +231,7 @@ def test_cost_grows_with_the_area_alone() -> None:
     model = filled()
     for side in (16, 32, 64):
         with FlopCounterMode(display=False) as counter:
-            model("up_blocks.1", noise(1, 32, side, side))
+            model("up_blocks.1", randn(1, 32, side, side))
         counts.append(counter.get_total_flops())
     assert all(later < 4.1 * earlier for earlier, later in pairwise(counts))
 
@@ -240,12 +241,12 @@ def test_cost_grows_with_the_area_alone() -> None:
 
 def test_an_unknown_level_is_refused() -> None:
     with pytest.raises(SettingError, match=r"unknown CAPM level 'up_blocks\.7': this CAPM has up_blocks\.0, up_bl"):
-        filled()("up_blocks.7", noise(1, 32, 4, 4))
+        filled()("up_blocks.7", randn(1, 32, 4, 4))
 
 
 def test_features_of_another_width_are_refused() -> None:
     with pytest.raises(SettingError, match=r"takes 32 channels, these features have 48.*svd-unet"):
-        filled()("up_blocks.1", noise(1, 48, 4, 4))
+        filled()("up_blocks.1", randn(1, 48, 4, 4))
 
 
 @pytest.mark.parametrize("strength", [-0.1, 2.1, float("nan")])
@@ -263,7 +264,7 @@ def test_a_hint_that_is_no_list_of_levels_is_refused(hint: Tensor) -> None:
 
 def test_a_hint_of_another_length_is_refused() -> None:
     with pytest.raises(SettingError, match="hint has 3 compression levels for 4 frames"):
-        filled()("up_blocks.1", noise(4, 32, 4, 4), torch.tensor([0.1, 0.2, 0.3]))
+        filled()("up_blocks.1", randn(4, 32, 4, 4), torch.tensor([0.1, 0.2, 0.3]))
 
 
 def test_another_backbone_or_width_names_both() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.tiny_capm import SHAPE, VAE_SHAPE, WIDTHS, filled, noise
+from tests.support.tensors import randn
+from tests.support.tiny_capm import SHAPE, VAE_SHAPE, WIDTHS, filled
 from vsr_ops.backbones.svd import load_svd
 from vsr_ops.checkpoints.module_file import write_module
 from vsr_ops.errors import CheckpointError
@@ -23,7 +24,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_what_is_written_is_read(path: Path) -> None:
-    read, features = load_capms(path), noise(1, 32, 6, 6)
+    read, features = load_capms(path), randn(1, 32, 6, 6)
     for half, shape in ((read.unet, SHAPE), (read.vae, VAE_SHAPE)):
         assert half is not None and half.shape == shape and not half.training
         assert not any(parameter.requires_grad for parameter in half.parameters())
@@ -61,7 +62,7 @@ def test_the_bundled_one_hears_the_level() -> None:
     """What it is told changes the picture about as much as that it is there: its prompts are not drowned."""
     svd, half = load_svd("lite", torch.device("cpu"), torch.float32), load_capms("lite").vae
     assert half is not None
-    z = noise(2, 4, 12, 12)
+    z = randn(2, 4, 12, 12)
     plain = svd.decode(z)
 
     def told(level: float) -> Tensor:

@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from tests.conftest import randomise
+from tests.support.tensors import rand
+from tests.support.tiny_training import descended
 from training.data.degradation import h264
 from training.loop.draws import generator_at, integer, uniform
 from training.loop.recipe import to_recipe
@@ -38,10 +40,6 @@ from vsr_ops.modules.compression import (
 from vsr_ops.views.levels import plot_levels
 
 SMALL = HeadShape((16, 24, 32), (1, 1, 1))
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def filled() -> CompressionHead:
@@ -86,7 +84,7 @@ def test_it_is_small() -> None:
     ],
 )
 def test_crops_are_of_the_frame_as_it_is(size: tuple[int, int], expected: tuple[int, int, int]) -> None:
-    frame = noise(3, *size)
+    frame = rand(3, *size)
     parts = crops(frame)
     assert (parts.shape[0], *parts.shape[2:]) == expected
     first = frame[:, :CROP, :CROP]
@@ -115,7 +113,7 @@ def test_places_count_as_the_head_is_sure_of_them() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (30, 47), (100, 130)])
 def test_an_estimate_is_one_number_a_frame(size: tuple[int, int]) -> None:
-    video = noise(3, 3, *size)
+    video = rand(3, 3, *size)
     done: list[int] = []
     levels = estimate_compression(filled(), video, done.append)
     assert levels.shape == (3,) and levels.dtype == torch.float32 and done == [1, 1, 1]
@@ -130,7 +128,7 @@ def test_a_video_without_frames_is_refused() -> None:
 
 
 def test_a_given_crf_is_taken_for_every_frame(tmp_path: Path) -> None:
-    video = noise(3, 3, 40, 40)
+    video = rand(3, 3, 40, 40)
     assert torch.equal(levels_or_given(tmp_path / "none", video, 25.5), torch.full((3,), 0.5))
     path = tmp_path / "head.safetensors"
     write_compression(path, filled().half().float(), "nothing")
@@ -225,16 +223,8 @@ def test_the_trainer_s_task_learns_and_exports(tmp_path: Path) -> None:
     assert batch["pictures"].shape == (2, 6, 3, 16, 16) and batch["level"].shape == (2, 6)
     torch.manual_seed(0)
     model = task.build()
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    values: list[float] = []
-    for _ in range(12):
-        loss, numbers = task.loss(model, batch)
-        assert set(numbers) == {"crf_error", "rank"}
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        values.append(float(loss.detach()))
-    assert values[-1] < 0.7 * values[0]
+    found = descended(lambda: task.loss(model, batch), model, 3e-3, 12)
+    assert set(found) == {"loss", "crf_error", "rank"} and found["loss"][-1] < 0.7 * found["loss"][0]
     assert task.picture(model, batch).shape[0] == 3
     task.export(model, tmp_path / "head.safetensors", "nothing")
     assert load_compression(tmp_path / "head.safetensors").shape == HeadShape((8,), (1,))
@@ -275,7 +265,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     read = load_compression(tmp_path / "h.safetensors")
     assert read.shape == SMALL and not read.training
     assert not any(parameter.requires_grad for parameter in read.parameters())
-    video = noise(1, 3, 20, 20)
+    video = rand(1, 3, 20, 20)
     assert torch.equal(estimate_compression(read, video), estimate_compression(model, video))
 
 

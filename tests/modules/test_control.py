@@ -12,6 +12,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.support.tensors import randn
 from vsr_ops.checkpoints.control_keymap import control_map, infer_config
 from vsr_ops.errors import CheckpointError, SettingError
 from vsr_ops.modules.control import Control, check_strength, load_control, write_control
@@ -31,13 +32,9 @@ SD1 = LITE | {"block_out_channels": (32, 64), "attention_head_dim": 8, "use_line
 FRAMES, SIDE = 3, 8
 
 
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def inputs(height: int = SIDE, width: int = SIDE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    z, hint = noise(2, FRAMES, 4, height, width)
-    return z, torch.tensor([1, 400, 999]), noise(FRAMES, 5, 24, seed=1), hint
+    z, hint = randn(2, FRAMES, 4, height, width)
+    return z, torch.tensor([1, 400, 999]), randn(FRAMES, 5, 24, seed=1), hint
 
 
 def unet(config: dict[str, Any] = LITE) -> UNet2DConditionModel:
@@ -197,7 +194,7 @@ def test_diffbirs_names_and_shapes_are_all_there() -> None:
 def test_diffbirs_files_load(tmp_path: Path, config: dict[str, Any], name: str) -> None:
     control, path = acting(config), tmp_path / name
     if name == "v1.ckpt":
-        rest = {"model.diffusion_model.input_blocks.0.0.weight": noise(64, 4, 3, 3), "first_stage_model.x": noise(1)}
+        rest = {"model.diffusion_model.input_blocks.0.0.weight": randn(64, 4, 3, 3), "first_stage_model.x": randn(1)}
         torch.save({"state_dict": original(control, "control_model.") | rest, "global_step": 3}, path)
     elif path.suffix == ".safetensors":
         save_file({key: value.contiguous() for key, value in original(control).items()}, path)
@@ -253,11 +250,11 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path, whole = tmp_path / "v2.safetensors", original(acting(SD2))
     for change, words in (
         ({"zero_convs.1.0.weight": None}, r"1 missing \(zero_convs.1.0.weight\)"),
-        ({"zero_convs.9.0.weight": noise(1)}, r"1 unexpected \(zero_convs.9.0.weight\)"),
-        ({"time_embed.0.bias": noise(3)}, r"of the wrong shape \(time_embed.0.bias"),
+        ({"zero_convs.9.0.weight": randn(1)}, r"1 unexpected \(zero_convs.9.0.weight\)"),
+        ({"time_embed.0.bias": randn(3)}, r"of the wrong shape \(time_embed.0.bias"),
         ({"middle_block.1.proj_in.weight": None}, "lacks middle_block.1.proj_in.weight"),
         (
-            {"input_blocks.1.0.out_layers.3.weight": noise(48, 64, 3, 3)},
+            {"input_blocks.1.0.out_layers.3.weight": randn(48, 64, 3, 3)},
             "attention is .* wide, expected multiples of 64",
         ),
     ):
@@ -267,10 +264,10 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
             load_control(path)
     with pytest.raises(CheckpointError, match="no such file"):
         load_control(tmp_path / "none.pth")
-    save_file({"x": noise(1)}, path, metadata={"vsr.kind": "refiner", "vsr.version": "1", "vsr.config": "{}"})
+    save_file({"x": randn(1)}, path, metadata={"vsr.kind": "refiner", "vsr.version": "1", "vsr.config": "{}"})
     with pytest.raises(CheckpointError, match="weights of kind 'refiner', expected kind 'control'"):
         load_control(path)
     for config in ('{"block_out_channels": 3}', '{"down_block_types": ["Nothing"]}'):
-        save_file({"x": noise(1)}, path, metadata={"vsr.kind": "control", "vsr.version": "1", "vsr.config": config})
+        save_file({"x": randn(1)}, path, metadata={"vsr.kind": "control", "vsr.version": "1", "vsr.config": config})
         with pytest.raises(CheckpointError, match="is no control's"):
             load_control(path)

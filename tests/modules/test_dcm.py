@@ -10,17 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vsr_ops.errors import CheckpointError
+from tests.support.refusals import refused
+from tests.support.tensors import rand
 from vsr_ops.modules import dcm
 from vsr_ops.modules.dcm import LITE_DCM, load_dcm, read_dcm
 from vsr_ops.modules.refiner import LITE_REFINER
 from vsr_ops.sampling.tiling import TileSize, blend_weight, cut_tile, plan_tiles
 
 CPU = torch.device("cpu")
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +61,7 @@ def test_spandrel_knows_the_bundled_file(lite: Any) -> None:
 
 def test_a_file_of_the_published_definition_gives_what_its_module_gives(tmp_path: Path) -> None:
     module = swinir()
-    frames = noise(2, 3, 16, 24)
+    frames = rand(2, 3, 16, 24)
     with torch.no_grad():
         expected = module(frames).clamp(0, 1)
     out = load_dcm(saved(tmp_path / "x2.safetensors", module), CPU)(frames)
@@ -77,7 +74,7 @@ def test_a_file_of_the_published_definition_gives_what_its_module_gives(tmp_path
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 33), (16, 16), (23, 18)])
 def test_one_tile_is_the_model_itself(lite: Any, height: int, width: int) -> None:
-    frames = noise(2, 3, height, width)
+    frames = rand(2, 3, height, width)
     with torch.no_grad():
         whole = lite(frames)
     assert torch.equal(load_dcm("lite", CPU)(frames), whole)
@@ -89,14 +86,14 @@ def test_tiles_give_four_times_the_size_within_the_range_of_a_picture(
 ) -> None:
     monkeypatch.setattr(dcm, "TILE", 16)
     # Black and white: an upscaler overshoots there.
-    out = load_dcm("lite", CPU)(noise(1, 3, height, width).round())
+    out = load_dcm("lite", CPU)(rand(1, 3, height, width).round())
     assert out.shape == (1, 3, 4 * height, 4 * width) and out.dtype == torch.float32
     assert float(out.min()) >= 0 and float(out.max()) <= 1
 
 
 def test_tiles_are_blended_by_their_weights(lite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dcm, "TILE", 16)
-    frames = noise(1, 3, 24, 16)
+    frames = rand(1, 3, 24, 16)
     plan = plan_tiles(1, 24, 16, TileSize(16, 16, 1), dcm.OVERLAP, factor=1)
     large = plan.magnified(4)
     assert len(plan.spatial) == 2
@@ -113,7 +110,7 @@ def test_a_model_that_reaches_little_is_the_untiled_one_inside_tiles(
     near: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SwinIR itself sees far, and tiles of it differ a little: this is the law for what a tile does hold."""
-    frames = noise(1, 3, 20, 56)
+    frames = rand(1, 3, 20, 56)
     whole = load_dcm(near, CPU)(frames)
     monkeypatch.setattr(dcm, "TILE", 32)
     tiled = load_dcm(near, CPU)(frames)
@@ -127,7 +124,7 @@ def test_a_model_that_reaches_little_is_the_untiled_one_inside_tiles(
 def test_what_is_outside_a_tile_does_not_matter_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dcm, "TILE", 16)
     upscale_fn = load_dcm("lite", CPU)
-    frames = noise(1, 3, 16, 28)
+    frames = rand(1, 3, 16, 28)
     changed = frames.clone()
     changed[..., 16:] = 1 - changed[..., 16:]
     a, b = upscale_fn(frames), upscale_fn(changed)
@@ -136,7 +133,7 @@ def test_what_is_outside_a_tile_does_not_matter_to_it(monkeypatch: pytest.Monkey
 
 def test_frames_do_not_touch_each_other_and_keep_their_dtype() -> None:
     upscale_fn = load_dcm("lite", CPU)
-    frames = noise(3, 3, 16, 16)
+    frames = rand(3, 3, 16, 16)
     one_by_one = torch.cat([upscale_fn(frame[None]) for frame in frames])
     assert (upscale_fn(frames) - one_by_one).abs().max() < 1e-5
     half = upscale_fn(frames[:1].half())
@@ -146,19 +143,12 @@ def test_frames_do_not_touch_each_other_and_keep_their_dtype() -> None:
 # --- Files that are refused -----------------------------------------------------------------------------------------
 
 
-def refused(path: Path, *words: str) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        read_dcm(path)
-    text = str(caught.value)
-    assert "\n" not in text and text.startswith(str(path)) and all(word in text for word in words), text
-
-
 @pytest.mark.parametrize("under", [None, "params", "params_ema", "state_dict"])
 def test_a_pickled_swinir_is_the_same_as_a_safe_one(tmp_path: Path, under: str | None) -> None:
     module = swinir(upscale=4)
     state = module.state_dict()
     torch.save(state if under is None else {under: state, "step": 7}, tmp_path / "swinir.pth")
-    frames = noise(1, 3, 16, 24)
+    frames = rand(1, 3, 16, 24)
     safe = load_dcm(saved(tmp_path / "swinir.safetensors", module), CPU)
     assert torch.equal(load_dcm(tmp_path / "swinir.pth", CPU)(frames), safe(frames))
 
@@ -175,7 +165,7 @@ class Trap:
 
 def test_nothing_in_a_pickle_runs(tmp_path: Path) -> None:
     torch.save({"params": swinir().state_dict(), "trap": Trap(tmp_path / "ran")}, tmp_path / "bad.pth")
-    refused(tmp_path / "bad.pth", "not a pickle of tensors alone")
+    refused(read_dcm, tmp_path / "bad.pth", "not a pickle of tensors alone")
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "bad.pth", weights_only=False)
     assert (tmp_path / "ran").exists()
@@ -183,20 +173,20 @@ def test_nothing_in_a_pickle_runs(tmp_path: Path) -> None:
 
 def test_a_pickle_under_another_name_is_refused(tmp_path: Path) -> None:
     torch.save(swinir().state_dict(), tmp_path / "renamed.safetensors")
-    refused(tmp_path / "renamed.safetensors", "a pickle")
+    refused(read_dcm, tmp_path / "renamed.safetensors", "a pickle")
 
 
 def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
-    refused(tmp_path / "nowhere.safetensors", "no such file", "lite")
+    refused(read_dcm, tmp_path / "nowhere.safetensors", "no such file", "lite")
     (tmp_path / "short.safetensors").write_bytes(LITE_DCM.read_bytes()[:10_000])
-    refused(tmp_path / "short.safetensors", "truncated or damaged")
+    refused(read_dcm, tmp_path / "short.safetensors", "truncated or damaged")
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"lora.up": torch.zeros(3, 3)}, tmp_path / "lora.safetensors")
-    refused(tmp_path / "lora.safetensors", "not an upscale model", "SwinIR")
-    refused(LITE_REFINER, "not an upscale model")
-    refused(saved(tmp_path / "grey.safetensors", swinir(in_chans=1)), "takes 1 channels", "colour model")
+    refused(read_dcm, tmp_path / "lora.safetensors", "not an upscale model", "SwinIR")
+    refused(read_dcm, LITE_REFINER, "not an upscale model")
+    refused(read_dcm, saved(tmp_path / "grey.safetensors", swinir(in_chans=1)), "takes 1 channels", "colour model")
 
 
 @pytest.mark.parametrize(
@@ -213,4 +203,4 @@ def test_a_changed_swinir_is_refused(tmp_path: Path, key: str, value: Tensor | N
     state = load_file(saved(tmp_path / "whole.safetensors", swinir()))
     state.pop(key, None)
     save_file(state if value is None else {**state, key: value}, tmp_path / "changed.safetensors")
-    refused(tmp_path / "changed.safetensors", words)
+    refused(read_dcm, tmp_path / "changed.safetensors", words)

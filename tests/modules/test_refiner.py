@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import randomise
+from tests.support.tensors import rand
 from vsr_ops.checkpoints.module_file import write_module
 from vsr_ops.errors import CheckpointError, SettingError
 from vsr_ops.flow.warp import dis_flow
@@ -26,13 +27,9 @@ from vsr_ops.modules.refiner import (
 SMALL = RefinerShape(width=8, blocks=1)
 
 
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def pair(*shape: int) -> tuple[Tensor, Tensor]:
     """A decoded and an upscaled video that leave room for what is added."""
-    return noise(*shape, seed=1), 0.25 + 0.5 * noise(*shape, seed=2)
+    return rand(*shape, seed=1), 0.25 + 0.5 * rand(*shape, seed=2)
 
 
 def filled(shape: RefinerShape = SMALL, scale: float = 0.05) -> Refiner:
@@ -134,7 +131,7 @@ def test_w_outside_its_range_is_refused(w: float) -> None:
 def test_videos_of_two_sizes_are_refused(shape: tuple[int, ...]) -> None:
     decoded, _ = pair(1, 3, 4, 4)
     with pytest.raises(SettingError, match="expected one size") as caught:
-        refine(filled(), decoded, noise(*shape))
+        refine(filled(), decoded, rand(*shape))
     assert str(tuple(decoded.shape)) in str(caught.value) and str(shape) in str(caught.value)
 
 
@@ -218,7 +215,7 @@ def test_the_flow_between_two_frames_is_estimated_once(
 
 def smooth(*shape: int) -> Tensor:
     return torch.nn.functional.interpolate(
-        noise(*shape[:-2], shape[-2] // 6, shape[-1] // 6), shape[-2:], mode="bicubic"
+        rand(*shape[:-2], shape[-2] // 6, shape[-1] // 6), shape[-2:], mode="bicubic"
     )
 
 
@@ -241,4 +238,4 @@ def test_neighbours_show_what_flickers() -> None:
 
 
 def test_pictures_too_small_for_a_flow_have_no_neighbours() -> None:
-    assert not neighbours(noise(3, 3, 4, 40)).any() and not neighbours(noise(1, 3, 40, 40)).any()
+    assert not neighbours(rand(3, 3, 4, 40)).any() and not neighbours(rand(1, 3, 40, 40)).any()

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tests.support.tensors import latents, randn, relative
 from vsr_ops.backbones.svd import sigmas
 from vsr_ops.errors import SamplingError, SettingError, VideoError
 from vsr_ops.pipeline.job import Job
@@ -26,7 +27,7 @@ from vsr_ops.sampling.calls import Call
 from vsr_ops.sampling.guidance import GUIDANCE
 from vsr_ops.sampling.propagation import Propagation
 from vsr_ops.sampling.schedule import step_at
-from vsr_ops.sampling.tiling import TilePlan, TileSize, plan_tiles
+from vsr_ops.sampling.tiling import TileSize, plan_tiles
 from vsr_ops.video import VideoInfo, made_info, probe, read_frames
 
 if TYPE_CHECKING:
@@ -37,18 +38,6 @@ OFF = Propagation(())
 ONE = plan_tiles(3, 8, 8, TILE, factor=4)
 #: Two tiles by two windows, with overlap.
 FOUR = plan_tiles(6, 8, 12, TILE, factor=4)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def latents(plan: TilePlan, seed: int = 0) -> Tensor:
-    return draw(plan.frames, 4, plan.height, plan.width, seed=seed)
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +88,7 @@ def test_diffusers_pipeline_gives_the_same_latents(with_clip: SVD) -> None:
     reference.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-    noise = draw(frames, 4, height // 8, width // 8)
+    noise = randn(frames, 4, height // 8, width // 8)
     expected = reference(
         picture,
         height=height,

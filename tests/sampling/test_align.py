@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.tensors import randn
 from vsr_ops.errors import SettingError
 from vsr_ops.flow.field import Flow
 from vsr_ops.flow.warp import inside, warp
@@ -32,7 +33,7 @@ def flow_of(
 
 
 def noise(seed: int = 0, frames: int = N, channels: int = C) -> Tensor:
-    return torch.randn(frames, channels, H, W, generator=torch.Generator().manual_seed(seed))
+    return randn(frames, channels, H, W, seed=seed)
 
 
 @pytest.mark.parametrize("strength", HUGE)

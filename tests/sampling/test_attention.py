@@ -8,18 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.tensors import randn, relative
 from vsr_ops.sampling.attention import KeyValue, Tempered, attention_received, identity, plain, temperature
 
 FRAMES = 3
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
 def draw(seed: int, videos: int = 2, tokens: int = 20, scale: float = 1.0) -> Tensor:
-    rng = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(videos * FRAMES, 2, tokens, 8, generator=rng)
+    return scale * randn(videos * FRAMES, 2, tokens, 8, seed=seed)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, divisor: Tensor | float = 1.0) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.tensors import randn, relative
 from vsr_ops.errors import SettingError
 from vsr_ops.sampling.attention import Tempered, identity
 from vsr_ops.sampling.guidance import (
@@ -31,7 +32,7 @@ SHAPE = (2, 4, 12, 16)
 
 
 def draw(seed: int) -> Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+    return randn(*SHAPE, seed=seed)
 
 
 X = draw(0)
@@ -70,10 +71,6 @@ def guided(name: str, strength: GuidanceScale, model: Model | None = None, x: Te
 
 def eps(x0: Tensor, x: Tensor = X) -> Tensor:
     return (x.double() - x0.double()) / SIGMA
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def test_gamma_runs_from_one_to_zero_and_only_falls() -> None:

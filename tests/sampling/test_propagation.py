@@ -11,7 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tests.support.one_layer import LAGGED, PAIR, SAP, TAP, TILE, attend, noise, one_layer, passed, project, relative
+from tests.support.one_layer import LAGGED, PAIR, SAP, TAP, TILE, attend, one_layer, passed, project
+from tests.support.tensors import latents, relative
 from vsr_ops.errors import SettingError
 from vsr_ops.sampling.calls import Call, calls, token_grid
 from vsr_ops.sampling.guidance import COND, Branch
@@ -140,7 +141,7 @@ def test_ties_go_to_the_lower_frame() -> None:
 
 def test_off_is_plain_attention_on_each_tile() -> None:
     plan = plan_tiles(6, 8, 16, TILE, 0.0)
-    video = noise(plan)
+    video = latents(plan)
     expected = torch.cat([attend(*project(video[..., :8])), attend(*project(video[..., 8:]))], -1)
     for settings in (Propagation(()), Propagation((), sap_lagged=True)):
         assert relative(passed(plan, settings, Step(0), video), expected) < 1e-6
@@ -148,7 +149,7 @@ def test_off_is_plain_attention_on_each_tile() -> None:
 
 def test_sap_attends_to_the_own_tokens_and_those_of_all_tiles() -> None:
     """The paper gathers over all m, so at rate 1 the tile's own tokens stand in the keys twice."""
-    video = noise(PAIR)
+    video = latents(PAIR)
     sides = [project(side) for side in video.split(8, -1)]
     everything = [torch.cat([sides[0][i], sides[1][i]], 2) for i in (1, 2)]
     expected = [attend(q, torch.cat([k, everything[0]], 2), torch.cat([v, everything[1]], 2)) for q, k, v in sides]
@@ -157,7 +158,7 @@ def test_sap_attends_to_the_own_tokens_and_those_of_all_tiles() -> None:
 
 def test_sap_subsamples_at_its_rate_frame_by_frame() -> None:
     settings = Propagation(("sap",), sap_rate=2)
-    video = noise(PAIR)
+    video = latents(PAIR)
     before = passed(PAIR, settings, Step(0, "sap"), video)[..., :8]
     for y, x, seen in ((2, 4, True), (3, 4, False), (2, 5, False)):
         planted = video.clone()
@@ -169,7 +170,7 @@ def test_sap_subsamples_at_its_rate_frame_by_frame() -> None:
 
 def test_sap_on_one_tile_is_plain_attention() -> None:
     plan = plan_tiles(9, 8, 8, TILE)
-    video = noise(plan)
+    video = latents(plan)
     plain = passed(plan, Propagation(()), Step(1), video)
     for settings in (SAP, LAGGED):
         run = TileRun(plan, settings)
@@ -180,7 +181,7 @@ def test_sap_on_one_tile_is_plain_attention() -> None:
 
 def test_lagged_sap_is_synchronous_when_the_input_stands_still() -> None:
     plan = plan_tiles(6, 16, 16, TILE, 0.5)
-    video = noise(plan)
+    video = latents(plan)
     run = TileRun(plan, Propagation(("sap",), True, sap_rate=2))
     first, second = (run_pass(run, Step(i, "sap"), COND, one_layer(run, video)) for i in (0, 1))
     synchronous = passed(plan, Propagation(("sap",), sap_rate=2), Step(0, "sap"), video)
@@ -190,7 +191,7 @@ def test_lagged_sap_is_synchronous_when_the_input_stands_still() -> None:
 
 
 def test_the_lagged_bank_is_the_last_call_of_the_step_before() -> None:
-    a, b, c, d = (noise(PAIR, seed) for seed in range(4))
+    a, b, c, d = (latents(PAIR, seed) for seed in range(4))
     run = TileRun(PAIR, LAGGED)
     for video in (a, b):
         run_pass(run, Step(0, "sap"), COND, one_layer(run, video))
@@ -206,9 +207,9 @@ def test_the_lagged_bank_is_the_last_call_of_the_step_before() -> None:
 
 def test_a_bank_older_than_one_step_is_not_used() -> None:
     run = TileRun(PAIR, LAGGED)
-    run_pass(run, Step(0, "sap"), COND, one_layer(run, noise(PAIR)))
-    out = run_pass(run, Step(2, "sap"), COND, one_layer(run, noise(PAIR, 1)))
-    assert torch.equal(out, passed(PAIR, Propagation(()), Step(0), noise(PAIR, 1)))
+    run_pass(run, Step(0, "sap"), COND, one_layer(run, latents(PAIR)))
+    out = run_pass(run, Step(2, "sap"), COND, one_layer(run, latents(PAIR, 1)))
+    assert torch.equal(out, passed(PAIR, Propagation(()), Step(0), latents(PAIR, 1)))
 
 
 def test_lagged_banks_are_gathered_only_before_a_sap_step_and_counted() -> None:
@@ -216,7 +217,7 @@ def test_lagged_banks_are_gathered_only_before_a_sap_step_and_counted() -> None:
     plan = plan_tiles(6, 8, 16, TILE, 0.0)
     run, held = TileRun(plan, settings), []
     for index in range(4):
-        run_pass(run, step_at(index, settings.kinds), COND, one_layer(run, noise(plan, index)))
+        run_pass(run, step_at(index, settings.kinds), COND, one_layer(run, latents(plan, index)))
         held.append(run.bank_bytes)
     frames = sum(window.span.length for window in plan.windows)
     size = 4 * 2 * frames * len(plan.spatial) * (4 * 4) * (2 * 4)
@@ -225,7 +226,7 @@ def test_lagged_banks_are_gathered_only_before_a_sap_step_and_counted() -> None:
 
 def test_banks_of_branches_do_not_mix() -> None:
     other = Branch("perturbed")
-    a, b = noise(PAIR, 0), noise(PAIR, 1)
+    a, b = latents(PAIR, 0), latents(PAIR, 1)
 
     def last(videos: dict[Branch, Tensor]) -> Tensor:
         run = TileRun(PAIR, LAGGED)
@@ -236,7 +237,7 @@ def test_banks_of_branches_do_not_mix() -> None:
 
     assert torch.equal(last({other: b, COND: a}), last({COND: a}))
     plan = plan_tiles(8, 8, 8, TILE)
-    tap = [noise(plan, 0), noise(plan, 1)]
+    tap = [latents(plan, 0), latents(plan, 1)]
     run = TileRun(plan, TAP)
     run_pass(run, Step(0, "tap"), other, one_layer(run, tap[1]))
     out = run_pass(run, Step(0, "tap"), COND, one_layer(run, tap[0]))
@@ -246,7 +247,7 @@ def test_banks_of_branches_do_not_mix() -> None:
 @pytest.mark.parametrize(("frames", "rate"), [(2, 1), (2, 2), (4, 1), (9, 1)])
 def test_tap_hands_the_sharpest_frames_to_the_next_window(frames: int, rate: int) -> None:
     plan = plan_tiles(12, 8, 8, TILE, 0.0)
-    video = noise(plan) * torch.linspace(2, 1, 12)[torch.randperm(12, generator=torch.Generator())].view(-1, 1, 1, 1)
+    video = latents(plan) * torch.linspace(2, 1, 12)[torch.randperm(12, generator=torch.Generator())].view(-1, 1, 1, 1)
     expected, left = [], None
     for window in video.split(4):
         q, k, v = project(window)
@@ -264,7 +265,7 @@ def test_tap_hands_the_sharpest_frames_to_the_next_window(frames: int, rate: int
 def test_backward_is_forward_on_the_reversed_video() -> None:
     """On one layer: the temporal layers of a UNet know where in a window a frame stands, so there it does not hold."""
     plan = plan_tiles(10, 8, 16, TILE, 0.5)
-    video = noise(plan)
+    video = latents(plan)
     forward = passed(plan, TAP, Step(0, "tap", True), video.flip(0)).flip(0)
     backward = passed(plan, TAP, Step(0, "tap", False), video)
     assert relative(backward, forward) < 1e-6
@@ -274,7 +275,7 @@ def test_backward_is_forward_on_the_reversed_video() -> None:
 @pytest.mark.parametrize("forward", [True, False])
 def test_tap_never_crosses_a_cut(forward: bool) -> None:
     plan = plan_tiles(13, 8, 8, TILE, 0.5, cuts=(6, 7))
-    video, step = noise(plan), Step(0, "tap", forward)
+    video, step = latents(plan), Step(0, "tap", forward)
     scenes = [video[:6], video[6:7], video[7:]]
     alone = [passed(plan_tiles(len(s), 8, 8, TILE, 0.5), TAP, step, s) for s in scenes]
     assert torch.equal(passed(plan, TAP, step, video), torch.cat(alone))
@@ -287,7 +288,7 @@ def test_tap_never_crosses_a_cut(forward: bool) -> None:
 def test_nothing_is_left_of_tap_after_a_pass_and_little_within(batch: int, forward: bool) -> None:
     plan = plan_tiles(13, 8, 32, TILE, 0.5, cuts=(6, 7))
     run, most = TileRun(plan, TAP), 0
-    evaluate = one_layer(run, noise(plan))
+    evaluate = one_layer(run, latents(plan))
 
     def watched(call: Call) -> Tensor:
         nonlocal most
@@ -303,7 +304,7 @@ def test_nothing_is_left_of_tap_after_a_pass_and_little_within(batch: int, forwa
 
 def test_tap_stays_within_its_spatial_tile() -> None:
     plan = plan_tiles(8, 8, 16, TILE, 0.0)
-    video = noise(plan)
+    video = latents(plan)
     planted = video.clone()
     planted[0, :, 3, 12] += 50
     before, after = (passed(plan, TAP, Step(0, "tap"), v) for v in (video, planted))

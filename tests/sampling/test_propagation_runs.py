@@ -19,13 +19,12 @@ from tests.support.one_layer import (
     SAP,
     TAP,
     TILE,
-    noise,
     one_layer,
     passed,
     project,
-    relative,
     through_unet,
 )
+from tests.support.tensors import latents, relative
 from vsr_ops.errors import SamplingError
 from vsr_ops.sampling.attention import Tempered, identity
 from vsr_ops.sampling.calls import Call, gather_tiles
@@ -48,7 +47,7 @@ def test_the_batch_changes_nothing(settings: Propagation) -> None:
     def two_steps(batch: int) -> Tensor:
         run = TileRun(plan, settings)
         for index in (0, 1):
-            video = 3 * noise(plan, index)
+            video = 3 * latents(plan, index)
             out = run_pass(run, step_at(index, settings.kinds), branch, one_layer(run, video), batch)
         return out
 
@@ -57,7 +56,7 @@ def test_the_batch_changes_nothing(settings: Propagation) -> None:
 
 def test_a_variant_acts_in_its_own_layers_only() -> None:
     plan = plan_tiles(4, 8, 8, TILE)
-    video, run = noise(plan), TileRun(plan, SAP)
+    video, run = latents(plan), TileRun(plan, SAP)
     values = rearrange(project(video)[2], "b h (y x) d -> b (h d) y x", y=8)
     for layer, place in product((ENDS, MIDDLE), ("ends", "middle")):
         branch = Branch("perturbed", attention=identity, layers=place)
@@ -66,7 +65,7 @@ def test_a_variant_acts_in_its_own_layers_only() -> None:
 
 
 def test_the_middle_block_is_never_extended() -> None:
-    video = noise(PAIR)
+    video = latents(PAIR)
     run = TileRun(PAIR, SAP)
     out = run_pass(run, Step(0, "sap"), COND, one_layer(run, video, MIDDLE))
     assert torch.equal(out, passed(PAIR, Propagation(()), Step(0), video))
@@ -74,7 +73,7 @@ def test_the_middle_block_is_never_extended() -> None:
 
 def test_saliency_marks_what_gets_more_than_its_share() -> None:
     plan = plan_tiles(6, 8, 24, TILE, 0.5)
-    video = 2 * noise(plan)
+    video = 2 * latents(plan)
     run = TileRun(plan, Propagation(()))
     run_pass(run, Step(0), Branch("cond", observe=True), one_layer(run, video, MIDDLE))
     assert run.saliency is not None
@@ -93,7 +92,7 @@ def test_saliency_marks_what_gets_more_than_its_share() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stops_with_step_and_tile(bad: float) -> None:
     plan = plan_tiles(8, 8, 16, TILE, 0.0)
-    video = noise(plan)
+    video = latents(plan)
     video[5, 2, 3, 11] = bad
     run = TileRun(plan, Propagation(()))
     with pytest.raises(SamplingError, match=r"step 3, window 2 of 2, tile 2 of 2, branch cond") as caught:
@@ -102,7 +101,7 @@ def test_what_is_not_finite_stops_with_step_and_tile(bad: float) -> None:
 
 
 def test_through_the_unet_only_sap_lets_a_tile_see_another(tiny: SVD) -> None:
-    video = noise(PAIR)
+    video = latents(PAIR)
     planted = video.clone()
     planted[:, :, 3:5, 11:13] += 4
 
@@ -120,7 +119,7 @@ def test_through_the_unet_only_sap_lets_a_tile_see_another(tiny: SVD) -> None:
 
 def test_through_the_unet_lagged_sap_settles_on_synchronous(tiny: SVD) -> None:
     """With the input held still each lagged step carries the bank one layer deeper: four layers, five steps."""
-    video = noise(PAIR)
+    video = latents(PAIR)
     synchronous = through_unet(tiny, TileRun(PAIR, SAP), Step(0, "sap"), video)
     run, distance = TileRun(PAIR, LAGGED), []
     for index in range(5):
@@ -130,9 +129,9 @@ def test_through_the_unet_lagged_sap_settles_on_synchronous(tiny: SVD) -> None:
 
 def test_through_the_unet_tap_reaches_the_next_window_alone(tiny: SVD) -> None:
     plan = plan_tiles(12, 8, 8, TILE, 0.0, cuts=(8,))
-    video = noise(plan)
+    video = latents(plan)
     planted = video.clone()
-    planted[5] += 2 * noise(plan, 1)[5]
+    planted[5] += 2 * latents(plan, 1)[5]
     # forward: window 2 is behind the cut; backward: window 1 hands to window 0
     for forward, reached in ((True, {1}), (False, {0, 1})):
         before, after = (through_unet(tiny, TileRun(plan, TAP), Step(0, "tap", forward), v) for v in (video, planted))
@@ -142,7 +141,7 @@ def test_through_the_unet_tap_reaches_the_next_window_alone(tiny: SVD) -> None:
 
 def test_through_the_unet_gamma_zero_and_off_are_exact(tiny: SVD) -> None:
     plan = plan_tiles(4, 8, 12, TILE, 0.5, factor=4)
-    video = noise(plan)
+    video = latents(plan)
     plain = through_unet(tiny, TileRun(plan, Propagation(())), Step(0), video)
     zero = Branch("perturbed", attention=Tempered(0.0))
     one = Branch("perturbed", attention=Tempered(1.0))
@@ -161,15 +160,15 @@ def test_through_the_unet_the_batch_changes_little(tiny: SVD, settings: Propagat
     def last(batch: int) -> Tensor:
         run = TileRun(plan, settings)
         for index in range(2 if settings is LAGGED else 1):
-            out = through_unet(tiny, run, step_at(index, settings.kinds), noise(plan, index), branch, batch)
+            out = through_unet(tiny, run, step_at(index, settings.kinds), latents(plan, index), branch, batch)
         return out
 
     one, three = last(1), last(3)
-    assert relative(three, one) < 1e-5 and relative(one, noise(plan)) > 0.1
+    assert relative(three, one) < 1e-5 and relative(one, latents(plan)) > 0.1
 
 
 def test_through_the_unet_the_order_in_a_batch_changes_little(tiny: SVD) -> None:
-    video = noise(PAIR)
+    video = latents(PAIR)
 
     def batch(order: tuple[int, int]) -> Tensor:
         run, call = TileRun(PAIR, SAP), Call(Step(0, "sap"), COND, 0, order, 4, 8, 8)
@@ -193,7 +192,7 @@ def test_every_choice_of_layers_in_a_unet_of_svds_shape() -> None:
 
 def test_layers_elsewhere_are_not_extended() -> None:
     """Propagation in the middle leaves the layers at the ends alone, and acts in the middle."""
-    video, run = noise(PAIR), TileRun(PAIR, Propagation(("sap",), sap_rate=1, layers="middle"))
+    video, run = latents(PAIR), TileRun(PAIR, Propagation(("sap",), sap_rate=1, layers="middle"))
     alone = run_pass(TileRun(PAIR, Propagation(())), Step(0), COND, one_layer(run, video, ENDS), 2)
     assert torch.equal(run_pass(run, Step(0, "sap"), COND, one_layer(run, video, ENDS), 2), alone)
     assert not torch.equal(run_pass(run, Step(0, "sap"), COND, one_layer(run, video, MIDDLE), 2), alone)
@@ -209,7 +208,7 @@ def test_running_out_of_memory_halves_the_batch_and_changes_nothing(kind: Kind) 
     def two_steps(batch: int, most: int) -> Tensor:
         run, out = TileRun(plan, settings), torch.empty(0)
         for index in (0, 1):
-            inner = one_layer(run, 3 * noise(plan, index))
+            inner = one_layer(run, 3 * latents(plan, index))
 
             def evaluate(call: Call, inner: Callable[[Call], Tensor] = inner) -> Tensor:
                 value = inner(call)
@@ -229,7 +228,7 @@ def test_running_out_of_memory_halves_the_batch_and_changes_nothing(kind: Kind) 
 
 
 def test_synchronous_sap_that_does_not_fit_goes_on_lagged(caplog: pytest.LogCaptureFixture) -> None:
-    video, run = noise(PAIR), TileRun(PAIR, SAP)
+    video, run = latents(PAIR), TileRun(PAIR, SAP)
     inner = one_layer(run, video)
 
     def evaluate(call: Call) -> Tensor:

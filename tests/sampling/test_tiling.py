@@ -7,6 +7,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 
+from tests.support.tensors import latents, relative
 from vsr_ops.errors import SettingError
 from vsr_ops.sampling.tiling import (
     Merger,
@@ -32,15 +33,6 @@ PLANS = {
     "dense": plan_tiles(7, 20, 12, TileSize(8, 8, 3), 0.75, factor=4),
     "cuts": plan_tiles(10, 16, 8, TileSize(8, 8, 4), 0.5, cuts=(1, 3)),
 }
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def noise(plan: TilePlan, seed: int = 0) -> torch.Tensor:
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randn(plan.frames, 4, plan.height, plan.width, generator=rng)
 
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
@@ -72,7 +64,7 @@ def test_every_element_is_covered(plan: TilePlan) -> None:
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_merge_undoes_split(plan: TilePlan) -> None:
-    video = noise(plan)
+    video = latents(plan)
     tiles = split(plan, video)
     assert len(tiles) * len(tiles[0]) == plan.tiles
     assert relative(merge(plan, tiles), video) < 2e-7
@@ -89,7 +81,7 @@ def test_a_constant_survives(plan: TilePlan) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_merging_keeps_the_dtype(dtype: torch.dtype) -> None:
     plan = PLANS["all"]
-    video = noise(plan).to(dtype)
+    video = latents(plan).to(dtype)
     merged = merge(plan, split(plan, video))
     assert merged.dtype == dtype and torch.equal(merged, video)
 
@@ -97,7 +89,7 @@ def test_merging_keeps_the_dtype(dtype: torch.dtype) -> None:
 def test_merging_is_the_weighted_mean_of_the_tiles() -> None:
     plan = PLANS["cuts"]
     tiles = [
-        [noise(plan, 10 * n + m)[: w.span.length, :, :8, :8] for m in range(3)] for n, w in enumerate(plan.windows)
+        [latents(plan, 10 * n + m)[: w.span.length, :, :8, :8] for m in range(3)] for n, w in enumerate(plan.windows)
     ]
     assert len(plan.spatial) == 3
     total, weight = torch.zeros(2, 10, 4, 16, 8, dtype=torch.float64)
@@ -130,7 +122,7 @@ def test_an_axis_with_one_tile_takes_no_weighting() -> None:
     plan = plan_tiles(10, 8, 8, TileSize(8, 8, 4), 0.5, cuts=(3,))
     assert [window.span.length for window in plan.windows] == [3, 4, 4, 4]
     assert torch.equal(blend_weight(plan, 0, 0), torch.ones(3, 1, 8, 8))
-    assert torch.equal(merge(plan, split(plan, noise(plan)))[:3], noise(plan)[:3])
+    assert torch.equal(merge(plan, split(plan, latents(plan)))[:3], latents(plan)[:3])
 
 
 @pytest.mark.parametrize("cuts", [(), (1,), (5,), (9,), (3, 6), (1, 2, 3)])
@@ -146,7 +138,7 @@ def test_no_window_crosses_a_cut(cuts: tuple[int, ...]) -> None:
 
 def test_what_merges_in_one_scene_stays_out_of_the_next() -> None:
     plan = PLANS["cuts"]
-    video = noise(plan)
+    video = latents(plan)
     changed = video.clone()
     changed[3:] += 1
     before, after = (merge(plan, split(plan, v)) for v in (video, changed))
@@ -155,7 +147,7 @@ def test_what_merges_in_one_scene_stays_out_of_the_next() -> None:
 
 def test_magnified_cuts_the_same_tiles_of_the_picture() -> None:
     plan = PLANS["dense"]
-    video = noise(plan)
+    video = latents(plan)
     large = video.repeat_interleave(8, -2).repeat_interleave(8, -1)
     magnified = plan.magnified(8)
     for n, m in product(range(len(plan.windows)), range(len(plan.spatial))):
@@ -171,7 +163,7 @@ def test_equal_settings_give_equal_hashable_plans() -> None:
 
 def test_a_tile_counts_as_added_in_any_order() -> None:
     plan = PLANS["all"]
-    video = noise(plan)
+    video = latents(plan)
     places = list(product(range(len(plan.windows)), range(len(plan.spatial))))
     results: list[torch.Tensor] = []
     for order in (places, places[::-1]):
@@ -197,7 +189,7 @@ def test_cores_cover_an_axis_once_and_see_their_margin(margin: int) -> None:
 
 
 def test_cores_make_a_filter_of_their_reach_exact() -> None:
-    line = noise(plan_tiles(1, 8, 8, TileSize(8, 8, 1)))[0, 0, 0].repeat(5)
+    line = latents(plan_tiles(1, 8, 8, TileSize(8, 8, 1)))[0, 0, 0].repeat(5)
     whole = torch.nn.functional.avg_pool1d(line[None], 5, 1, 2)[0]
 
     def by_parts(margin: int) -> torch.Tensor:

@@ -29,14 +29,6 @@ PAIR = plan_tiles(4, 8, 16, TILE, 0.0)
 SAP, TAP, LAGGED = Propagation(("sap",), sap_rate=1), Propagation(("tap",)), Propagation(("sap",), True, sap_rate=1)
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def noise(plan: TilePlan, seed: int = 0) -> Tensor:
-    return torch.randn(plan.frames, 4, plan.height, plan.width, generator=torch.Generator().manual_seed(seed))
-
-
 def project(video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values `(frames, 2, pixels, 4)`: the latent's pixels through fixed random matrices."""
     rng = torch.Generator().manual_seed(99)

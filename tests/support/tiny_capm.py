@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from tests.conftest import randomise
 from vsr_ops.modules.capm import CAPM, SVD_UNET, SVD_VAE, CAPMShape
@@ -11,10 +10,6 @@ from vsr_ops.modules.capm import CAPM, SVD_UNET, SVD_VAE, CAPMShape
 WIDTHS = {"up_blocks.0": 48, "up_blocks.1": 32}
 SHAPE = CAPMShape(SVD_UNET, WIDTHS, code=8, prompt=6, size=4)
 VAE_SHAPE = CAPMShape(SVD_VAE, {"up_blocks.1": 32}, code=8, prompt=6, size=4)
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def filled(shape: CAPMShape = SHAPE) -> CAPM:

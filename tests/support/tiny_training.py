@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from torch import Tensor, nn
 
 from training.__main__ import main
 from training.loop.recipe import BUNDLED
@@ -76,6 +81,23 @@ def settings_of(name: str, vaes: tuple[Path, Path]) -> list[str]:
         return [f"model.start={vaes[1].parent / 'svd.safetensors'}", *clips, BICUBIC, "data.steps=[1,2]"]
     unet = ["model.block_out_channels=[32,32,32,32]", "model.num_attention_heads=[1,1,1,1]"]
     return [*unet, f"model.vae={vaes[1]}", "data.size=64", "data.frames=2", "data.clips=2", BICUBIC]
+
+
+def descended(
+    loss_of: Callable[[], tuple[Tensor, dict[str, float]]], model: nn.Module, lr: float, steps: int
+) -> dict[str, list[float]]:
+    """The loss and its numbers at each of some steps of AdamW, from the first: all that may learn does."""
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr)
+    found: dict[str, list[float]] = {}
+    for _ in range(steps):
+        loss, numbers = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for key, value in {"loss": float(loss.detach()), **numbers}.items():
+            assert math.isfinite(value), key
+            found.setdefault(key, []).append(value)
+    return found
 
 
 def train_tiny(recipe: str, sets: list[str], photos: Path, out: Path) -> Path:

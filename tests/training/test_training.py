@@ -12,6 +12,8 @@ from diffusers.models.resnet import TemporalResnetBlock
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 from torch import nn
 
+from tests.support.tensors import generator
+from tests.support.tiny_training import descended
 from training.data.data import Source, camera_clip, halve, random_clip, video_clip
 from training.losses.losses import band_error, charbonnier, frequency, laplacian, temporal_difference
 from training.tasks.svd import UNET_LITE, edm_loss, is_temporal, velocity
@@ -19,10 +21,6 @@ from training.tasks.vae import SHAPE, detail, picture_vae, scaled_vae, temporal_
 from vsr_ops.backbones.svd import SVD
 from vsr_ops.checkpoints.svd import match_host_epsilon
 from vsr_ops.sampling.tiling import TileSize
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture
@@ -137,14 +135,7 @@ def test_the_loss_is_that_of_the_denoiser_that_samples() -> None:
 def test_lite_unet_learns_on_one_batch() -> None:
     unet, sample = small_unet(), edm_sample(6, videos=1)
     sample["lr"] = sample["clean"] / 0.18215
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
-    losses: list[float] = []
-    for _ in range(6):
-        loss = edm_loss(unet, **sample)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = descended(lambda: (edm_loss(unet, **sample), {}), unet, 2e-3, 6)["loss"]
     assert losses[-1] < 0.5 * losses[0]
 
 

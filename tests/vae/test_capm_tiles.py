@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tests.conftest import randomise
 from tests.support.small_vaes import stream
-from tests.support.tiny_capm import filled, noise
+from tests.support.tensors import randn
+from tests.support.tiny_capm import filled
 from vsr_ops.errors import SettingError
 from vsr_ops.modules.capm import CAPM, SD_VAE, SVD_VAE, CAPMShape, attached, decoder_widths
 from vsr_ops.vae.capm_tiles import TiledCAPM
@@ -40,8 +41,8 @@ def half_of(temporal: bool) -> CAPM:
 
 def uneven(*shape: int) -> Tensor:
     """Latents whose tiles look different."""
-    slow = nn.functional.interpolate(noise(*shape[:2], 3, 3), shape[-2:], mode="bilinear")
-    return slow + 0.3 * noise(*shape, seed=1)
+    slow = nn.functional.interpolate(randn(*shape[:2], 3, 3), shape[-2:], mode="bilinear")
+    return slow + 0.3 * randn(*shape, seed=1)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.tensors import randn, relative
 from vsr_ops.errors import SettingError
 from vsr_ops.sampling.tiling import spans
 from vsr_ops.vae import latents as module
@@ -18,16 +19,8 @@ if TYPE_CHECKING:
     from vsr_ops.backbones.svd import SVD
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def test_padding_repeats_the_edge() -> None:
-    frame = draw(3, 5, 7)
+    frame = randn(3, 5, 7)
     padded = pad_to(frame, 8, 16)
     assert padded.shape == (3, 8, 16) and torch.equal(padded[:, :5, :7], frame)
     assert torch.equal(padded[:, 5:, :7], frame[:, -1:].expand(3, 3, 7))
@@ -36,7 +29,7 @@ def test_padding_repeats_the_edge() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 7, 8])
 def test_decoding_in_chunks_keeps_count_and_order(tiny: SVD, chunk: int) -> None:
-    z = draw(7, 4, 2, 2)
+    z = randn(7, 4, 2, 2)
     with torch.no_grad():
         whole = tiny.decode(z)
     frames = torch.stack(list(decode_frames(tiny, z, chunk)))
@@ -57,7 +50,7 @@ def test_decoding_in_chunks_keeps_count_and_order(tiny: SVD, chunk: int) -> None
 
 def test_decoded_chunks_fade_into_each_other(tiny: SVD) -> None:
     """Chunks of 8 of 14 frames start at 0 and 6: frames 6 and 7 are in both, at 1/3 and 2/3 of the way."""
-    z = draw(14, 4, 2, 2)
+    z = randn(14, 4, 2, 2)
     with torch.no_grad():
         a, b = tiny.decode(z[:8]), tiny.decode(z[6:])
     frames = torch.stack(list(decode_frames(tiny, z, 8)))
@@ -68,7 +61,7 @@ def test_decoded_chunks_fade_into_each_other(tiny: SVD) -> None:
 
 
 def test_no_decoded_chunk_crosses_a_cut(tiny: SVD) -> None:
-    z = draw(7, 4, 2, 2)
+    z = randn(7, 4, 2, 2)
     cut = torch.stack(list(decode_frames(tiny, z, 4, cuts=(2, 3))))
     alone = [frame for part in (z[:2], z[2:3], z[3:]) for frame in decode_frames(tiny, part, 4)]
     assert torch.equal(cut, torch.stack(alone))
@@ -76,7 +69,7 @@ def test_no_decoded_chunk_crosses_a_cut(tiny: SVD) -> None:
 
 
 def test_decoding_holds_back_only_what_a_later_chunk_adds_to(tiny: SVD) -> None:
-    z = draw(12, 4, 1, 1)
+    z = randn(12, 4, 1, 1)
     seen: list[int] = []
 
     class Watched:
@@ -118,7 +111,7 @@ def test_encoding_in_tiles_covers_the_frame(tiny: SVD) -> None:
 
 @pytest.mark.usefixtures("small_vae_tiles")
 def test_decoding_in_tiles_covers_the_frame(tiny: SVD) -> None:
-    z = draw(2, 4, 10, 7)
+    z = randn(2, 4, 10, 7)
     frames = torch.stack(list(decode_frames(tiny, z, 4)))
     assert frames.shape == (2, 3, 80, 56) and torch.isfinite(frames).all()
     with torch.no_grad():
@@ -155,7 +148,7 @@ def test_a_video_of_any_size_comes_back_at_its_size(tiny: SVD, height: int, widt
 @pytest.mark.parametrize("size", [(170, 32), (160, 1000), (1, 32)])
 def test_a_crop_that_the_latent_does_not_cover_is_refused(tiny: SVD, size: tuple[int, int]) -> None:
     with pytest.raises(SettingError, match="expected the size that was encoded"):
-        decode_video(tiny, draw(2, 4, 20, 4), 2, size=size)
+        decode_video(tiny, randn(2, 4, 20, 4), 2, size=size)
 
 
 def test_what_is_no_latent_video_is_refused(tiny: SVD) -> None:

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -129,3 +130,12 @@ def sd(models: dict[str, Any], request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(scope="session")
 def sd21(models: dict[str, Any]) -> Any:
     return models["SD 2.1"]
+
+
+@pytest.fixture
+def interrupted() -> Iterator[type[BaseException]]:
+    """The artist has pressed stop: what the host raises then."""
+    manage = importlib.import_module("comfy.model_management")
+    manage.interrupt_current_processing(True)
+    yield manage.InterruptProcessingException
+    manage.interrupt_current_processing(False)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...support.tensors import randn
 from .conftest import NAME
 from .wiring import TILE, sampled, wrapped
 
@@ -18,10 +19,6 @@ CPU = torch.device("cpu")
 FACTOR, WIDTH = 2, 16
 #: Two tiles in two windows.
 SHAPE = (6, 4, 24, 16)
-
-
-def seeded(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def fill(module: torch.nn.Module, seed: int = 0) -> None:
@@ -82,9 +79,9 @@ def build(kind: str) -> Any:
 def wire(shape: tuple[int, ...] = SHAPE, **extra: Any) -> tuple[Any, Any, Any]:
     """Positive, negative and LATENT; `extra` goes into both conditionings."""
     positive, negative = (
-        [[seeded(1, 7, WIDTH, seed=seed), {"pooled_output": seeded(1, 1280, seed=seed), **extra}]] for seed in (2, 3)
+        [[randn(1, 7, WIDTH, seed=seed), {"pooled_output": randn(1, 1280, seed=seed), **extra}]] for seed in (2, 3)
     )
-    return positive, negative, {"samples": seeded(*shape)}
+    return positive, negative, {"samples": randn(*shape, seed=1)}
 
 
 ALONE = (TILE[2], 4, *TILE[:2])
@@ -152,7 +149,7 @@ def real_control(model: Any, zero: bool) -> Any:
 
 def video(shape: tuple[int, ...] = SHAPE) -> Tensor:
     """A picture for every frame of a LATENT."""
-    return seeded(shape[0], shape[2] * 8, shape[3] * 8, 3, seed=6).sigmoid()
+    return randn(shape[0], shape[2] * 8, shape[3] * 8, 3, seed=6).sigmoid()
 
 
 def apply_control(control: Any, wired: Any, strength: float = 1.0, vae: Any = None) -> Any:

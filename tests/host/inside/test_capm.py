@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from ...support.tensors import relative
 from .conftest import NAME, SIZE, part
 from .test_decode_host import filled, module
 from .test_flow import tiled
-from .test_parity import headless, pipeline, relative
+from .test_parity import headless, pipeline
 
 __all__ = ["headless", "pipeline"]
 

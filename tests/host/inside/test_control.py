@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ...support.tensors import relative
 from .conftest import NAME
 
 FRAMES, HEIGHT, WIDTH, SEED, STEPS = 5, 16, 24, 3, 3
@@ -24,10 +25,6 @@ CONFIG: dict[str, Any] = {
     "transformer_layers_per_block": 1,
     "use_linear_projection": True,
 }
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 @pytest.fixture(scope="module")

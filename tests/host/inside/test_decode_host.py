@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -133,14 +132,6 @@ def test_what_does_not_fit_is_said_in_one_line(decode: Any, frames: Tensor, cfw:
         with pytest.raises(ValueError, match=word) as caught:
             decode(**named)
         assert "\n" not in str(caught.value)
-
-
-@pytest.fixture
-def interrupted() -> Iterator[type[BaseException]]:
-    manage = importlib.import_module("comfy.model_management")
-    manage.interrupt_current_processing(True)
-    yield manage.InterruptProcessingException
-    manage.interrupt_current_processing(False)
 
 
 def test_it_stops_when_asked_and_the_vae_is_left_as_it_was(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ...support.tensors import relative
 from .conftest import BEFORE, NAME, comfy_now, part
 from .wiring import (
     SEED,
@@ -23,7 +24,6 @@ from .wiring import (
     ksampled,
     no_memory,
     overridden,
-    relative,
     sampled,
     tiled,
     wrapped,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -70,14 +69,6 @@ def test_refine_is_the_headless_one(nodes: dict[str, Any], refiner: Any) -> None
     assert found.shape == decoded.shape and (found - expected).abs().max() < 1e-5
     assert (found - upscaled).abs().mean() > 1e-4
     assert torch.equal(nodes["VSRRefine"].execute(decoded, upscaled, refiner, 1.0).args[0], upscaled)
-
-
-@pytest.fixture
-def interrupted() -> Iterator[type[BaseException]]:
-    manage = importlib.import_module("comfy.model_management")
-    manage.interrupt_current_processing(True)
-    yield manage.InterruptProcessingException
-    manage.interrupt_current_processing(False)
 
 
 def test_refine_stops_when_asked(nodes: dict[str, Any], refiner: Any, interrupted: type[BaseException]) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ...support.tensors import relative
 from .conftest import part
-from .wiring import dssag, refused, relative, sampled, tiled, wrapped
+from .wiring import dssag, refused, sampled, tiled, wrapped
 
 
 @pytest.fixture(scope="session")

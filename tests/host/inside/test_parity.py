@@ -10,15 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from ...support.tensors import relative
 from .conftest import NAME, part
 
 STEPS, SEED, FRAMES, HEIGHT, WIDTH = 4, 3, 6, 24, 16
 #: Small enough that the video has 2 spatial tiles in 2 windows.
 TILE = (16, 16, 4)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ...support.tensors import relative
 from .conftest import NAME, part
-from .wiring import TILE, dssag, relative, sampled, tiled, wrapped
+from .wiring import TILE, dssag, sampled, tiled, wrapped
 
 
 def live_runs() -> int:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ...support.tensors import randn, relative
 from .conftest import NAME
 from .small_sd import (
     ALONE,
@@ -26,11 +27,10 @@ from .small_sd import (
     own_control,
     plan_of,
     real_control,
-    seeded,
     video,
     wire,
 )
-from .wiring import custom_sampled, dssag, host_pag, no_memory, relative, sampled, tiled, wrapped
+from .wiring import custom_sampled, dssag, host_pag, no_memory, sampled, tiled, wrapped
 
 # --- ControlNets ------------------------------------------------------------------------------------------------------
 
@@ -38,10 +38,10 @@ from .wiring import custom_sampled, dssag, host_pag, no_memory, relative, sample
 def features(frames: int, height: int = SHAPE[2], width: int = SHAPE[3], seed: int = 4) -> Features:
     """What a ControlNet of the small UNets answers: one for each skip, and the middle's."""
     shapes = [(32, 1), (32, 1), (32, 2), (64, 2)]
-    skips = [seeded(frames, c, -(-height // k), -(-width // k), seed=seed + i) for i, (c, k) in enumerate(shapes)]
+    skips = [randn(frames, c, -(-height // k), -(-width // k), seed=seed + i) for i, (c, k) in enumerate(shapes)]
     return {
         "input": [],
-        "middle": [seeded(frames, 64, -(-height // 2), -(-width // 2), seed=seed + 9)],
+        "middle": [randn(frames, 64, -(-height // 2), -(-width // 2), seed=seed + 9)],
         "output": skips,
     }
 

@@ -12,22 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ...support.tensors import randn, relative
 from .conftest import NAME
-from .small_sd import (
-    ALONE,
-    CPU,
-    SHAPE,
-    WIDTH,
-    apply_control,
-    fill,
-    own_control,
-    plan_of,
-    seeded,
-    unet_config,
-    video,
-    wire,
-)
-from .wiring import TILE, overridden, relative, sampled, tiled, wrapped
+from .small_sd import ALONE, CPU, SHAPE, WIDTH, apply_control, fill, own_control, plan_of, unet_config, video, wire
+from .wiring import TILE, overridden, sampled, tiled, wrapped
 
 # --- What is known of a model -----------------------------------------------------------------------------------------
 
@@ -79,7 +67,7 @@ def test_null_prompt_carries_scene_cuts(host: ModuleType, nodes: dict[str, Any],
     """To the plan of the run, in which no window crosses one."""
     prompt = importlib.import_module(f"{NAME}.nodes.latent").NullPrompt
     video = torch.cat(
-        [seeded(1, 32, 32, 3, seed=seed).sigmoid().expand(count, -1, -1, -1) for seed, count in ((1, 4), (2, 3))]
+        [randn(1, 32, 32, 3, seed=seed).sigmoid().expand(count, -1, -1, -1) for seed, count in ((1, 4), (2, 3))]
     )
     null = prompt.execute(sd21, image=video).args[0]
     assert (null[0][1]["vsr_cuts"], null[0][1]["vsr_frames"]) == ((4,), 7)
@@ -91,7 +79,7 @@ def test_null_prompt_carries_scene_cuts(host: ModuleType, nodes: dict[str, Any],
 
     values = (16, 16, 64, 0.5, "none", "lagged", 0, 4, 1, "ends", 0.0, 1.0, 1)
     model = nodes["VSRTiledDiffusion"].execute(wrapped(sd21, "diffusion_model", note), *values).args[0]
-    sampled(host, model, (null, null, {"samples": seeded(7, 4, 16, 16)}), 1.0, 1)
+    sampled(host, model, (null, null, {"samples": randn(7, 4, 16, 16, seed=1)}), 1.0, 1)
     assert frames == [4, 3]
 
 
@@ -159,7 +147,7 @@ def test_a_file_of_ours_is_the_same_model(
     path = tmp_path / "sd_lite.safetensors"
     unet = lite_file(path, heads, prediction)
     model, vae = host.load_lite(path, checkpoint.LITE)
-    x, t, context = seeded(2, 4, 24, 24), torch.tensor([500.0, 500.0]), seeded(2, 3, 32)
+    x, t, context = randn(2, 4, 24, 24, seed=1), torch.tensor([500.0, 500.0]), randn(2, 3, 32, seed=1)
     found = model.model.diffusion_model.float()(x, t, context)
     assert relative(found, unet(x, t, context).sample) < 1e-5
     sampling = model.get_model_object("model_sampling")
@@ -194,7 +182,7 @@ def test_the_host_and_the_headless_path_agree(
     model, vae = host.load_lite(path, checkpoint.LITE)
     shape = (6, 4, 24, 16)
     null = host.null_prompt(model)
-    wired = (null, null, {"samples": seeded(*shape)})
+    wired = (null, null, {"samples": randn(*shape, seed=1)})
     lr = torch.zeros(shape)
     if controlled_too:
         wired = apply_control(own_control(control), wired, 0.5, vae)

@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ...support.tensors import relative
 from .conftest import NAME
 from .small_sd import ALONE, SHAPE, by_hand, one_step, plan_of, wire
 from .wiring import (
@@ -24,7 +25,6 @@ from .wiring import (
     ksampled,
     no_memory,
     overridden,
-    relative,
     sampled,
     tiled,
     wrapped,

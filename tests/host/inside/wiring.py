@@ -15,10 +15,6 @@ SEED, STEPS = 5, 2
 TILE = (16, 16, 4)
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
 def tiled(nodes: dict[str, Any], model: Any, propagation: str = "sap+tap", mode: str = "lagged", batch: int = 1) -> Any:
     values = (*TILE, 0.5, propagation, mode, 0, 4, 1, "ends", 0.0, 1.0, batch)
     return nodes["VSRTiledDiffusion"].execute(model, *values).args[0]

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.support.small_vaes import stream
-from tests.support.tiny_training import BICUBIC
+from tests.support.tiny_training import BICUBIC, descended
 from training.loop.draws import generator_at
 from training.loop.recipe import BUNDLED, read_recipe
-from training.loop.trainer import Batches, freeze, trained
+from training.loop.trainer import Batches, freeze
 from training.tasks.decoder_module_kinds import CFWSettings
 from training.tasks.decoder_modules import DecoderModuleTask
 from training.tasks.sampled import CompressedLatents, CompressedSettings
@@ -30,6 +30,8 @@ from vsr_ops.modules.stam import load_stam
 RECIPES = {"cfw": "cfw_lite", "stam": "stam_lite", "capm": "capm_vae_lite"}
 LARGEST = {"cfw": 500_000, "stam": 300_000, "capm": 300_000}
 """Bytes of the lite files."""
+FALLS = {"cfw": 0.92, "stam": 0.96, "capm": 0.985}
+"""What six steps leave of a loss at most: they do half as much again."""
 
 
 def task_of(kind: str, photos: Path, start: Path | str, out: Path, *more: str) -> DecoderModuleTask:
@@ -117,20 +119,13 @@ def test_a_module_learns_and_all_else_stays(kind: str, photos: Path, start: Path
     freeze(model, task.trains)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch = Batches(task, 0, 2)[0]
-    optimizer = torch.optim.AdamW(trained(model), lr=2e-3)
-    losses: list[float] = []
-    for _ in range(6):
-        loss, _ = task.loss(model, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.99 * losses[0]
+    losses = descended(lambda: task.loss(model, batch), model, 5e-3, 6)["loss"]
+    assert losses[-1] < FALLS[kind] * losses[0]
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved and all(name.startswith("beside.") for name in moved)
     with torch.no_grad():
         picture = task.picture(model.eval(), batch)
-    assert torch.isfinite(picture).all()
+    assert 0 <= float(picture.min()) < float(picture.max()) <= 1
 
 
 @pytest.mark.parametrize("kind", sorted(RECIPES))

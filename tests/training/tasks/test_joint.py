@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.tensors import generator
 from training.loop.recipe import Recipe, Train
 from training.tasks.joint import Joint
 from training.tasks.refiner import decoder_of, decoder_state
@@ -15,10 +16,6 @@ from training.tasks.svd import read_start
 from vsr_ops.checkpoints.svd import read_svd
 from vsr_ops.modules.refiner import load_refiner
 from vsr_ops.video.pictures import save_png8
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")

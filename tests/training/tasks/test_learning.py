@@ -6,15 +6,14 @@ import pickle
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.tiny_training import settings_of
+from tests.support.tiny_training import descended, settings_of
 from training.loop.recipe import BUNDLED, read_recipe
 from training.loop.task import Batch, Task
-from training.loop.trainer import Batches, freeze, trained
+from training.loop.trainer import Batches, freeze
 from training.tasks.tasks import TASKS, make_task
 
 
@@ -58,16 +57,8 @@ def test_every_task_learns_on_one_batch(name: str, photos: Path, vaes: tuple[Pat
     freeze(model, task.trains)
     batch = Batches(pickle.loads(pickle.dumps(task)), 0, 1)[0]  # as a process that draws samples gets it
     first, before = picture_of(task, model, batch), {key: value.clone() for key, value in model.named_parameters()}
-    optimizer = torch.optim.AdamW(trained(model), lr=lr)
-    values: list[float] = []
-    for _ in range(steps):
-        loss, numbers = task.loss(model.train(), batch)
-        assert all(np.isfinite(value) for value in numbers.values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        values.append(float(loss.detach()))
-    assert np.isfinite(values).all() and values[-1] < share * values[0]
+    losses = descended(lambda: task.loss(model.train(), batch), model, lr, steps)["loss"]
+    assert losses[-1] < share * losses[0]
     moved = {key for key, value in model.named_parameters() if not torch.equal(value, before[key])}
     assert moved and all(task.trains(key) for key in moved)
     last = picture_of(task, model, batch)
