@@ -143,7 +143,7 @@ class Decode(io.ComfyNode):
         capm: Any = None,
     ) -> io.NodeOutput:
         seen = None if reference is None else to_frames(reference, "reference")
-        size = size_of(latent) if seen is None else tuple(seen.shape[-2:])
+        size = size_of(latent) if seen is None else (seen.shape[-2], seen.shape[-1])
         cuts = host.latent_cuts(latent) if host.sees_time(vae, stam) else ()
         samples = latent["samples"]
         modules, levels = host.with_capm(DecoderModules(cfw, w, stam), capm, len(samples))

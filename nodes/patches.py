@@ -151,9 +151,12 @@ class TilePreview(io.ComfyNode):
     def execute(
         cls, model: Any, steps: int, passes: int, image: Tensor | None = None, latent: dict[str, Any] | None = None
     ) -> io.NodeOutput:
-        if image is None and latent is None:
+        if image is not None:
+            frames = to_frames(image)
+        elif latent is not None:
+            frames = host.latent_picture(model, latent["samples"])
+        else:
             raise SettingError("neither image nor latent is wired: expected one of them; wire the upscaled video")
-        frames = host.latent_picture(model, latent["samples"]) if image is None else to_frames(image)
         cuts = find_cuts(iter(frames)) if latent is None else host.latent_cuts(latent)
         plan = host.preview_plan(model, frames, cuts)
         return io.NodeOutput(to_image(preview(plan, frames)), host.describe(model, plan, steps, passes))

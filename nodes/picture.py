@@ -51,7 +51,7 @@ class UpscaleLR(io.ComfyNode):
         cls, image: Tensor, scale: float, width: int, height: int, method: str, upscale_model: Any = None
     ) -> io.NodeOutput:
         frames = to_frames(image)
-        size = target_size(frames.shape[-2:], scale, width, height)
+        size = target_size((frames.shape[-2], frames.shape[-1]), scale, width, height)
         upscale_fn = None if upscale_model is None else host.upscaler(upscale_model)
         check_choice("method", method, RESIZE)
         return io.NodeOutput(to_image(upscale_frames(frames, size, method, upscale_fn, host.progress(len(frames)))))

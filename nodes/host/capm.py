@@ -97,7 +97,7 @@ class _Hook:
 
         def change(number: int, h: Tensor) -> Tensor:
             name = levels.get(number)
-            return h if name not in self._capm.shape.widths else self._changed(name, h, hint, tiles)
+            return h if name is None or name not in self._capm.shape.widths else self._changed(name, h, hint, tiles)
 
         def between(h: Tensor, skip: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
             return change(options["block"][1], h), skip

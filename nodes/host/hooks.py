@@ -243,6 +243,7 @@ def _branch(executor: Any, run: Run, branch: Branch, inputs: Inputs, options: di
         own = {**options, KEY: settings, "optimized_attention_override": override}
         control = part.control
         if controls := options.get(CONTROLS):
+            assert part.context is not None, "a control is of a UNet that takes one"
             tiles = [(row.slice, col.slice) for row, col in (run.plan.spatial[m] for m in call.tiles)]
             control = merged(controls, control, part.x, part.t, part.context, tiles, frames)
         with uncompiled():

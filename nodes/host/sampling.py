@@ -30,6 +30,7 @@ def context_tokens(model: Any, clip_vision_output: Any) -> Tensor:
     width than the MODEL's."""
     width = context_width(model)
     if clip_vision_output is None:
+        assert width is not None, "nodes ask this of an SVD, whose UNet has cross-attention"
         return torch.zeros(1, 1, width)
     embeds = clip_vision_output.image_embeds[:1].unsqueeze(1)
     if embeds.shape[-1] != width:

@@ -37,7 +37,8 @@ def attention_override(
             q, k, v = (rearrange(z, "b h n d -> b n (h d)") for z in (q, k, v))
             return rearrange(proceed(q, k, v, heads, *rest), split, h=heads)
 
-        out = run.attend(call, layer, *(rearrange(z, split, h=heads) for z in (q, k, v)), fused)
+        q, k, v = (rearrange(z, split, h=heads) for z in (q, k, v))
+        out = run.attend(call, layer, q, k, v, fused)
         return rearrange(out, "b h n d -> b n (h d)")
 
     return override

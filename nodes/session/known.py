@@ -34,7 +34,8 @@ class KnownVideo:
     @staticmethod
     def of(frames: Tensor, samples: Tensor, cuts: tuple[int, ...]) -> KnownVideo:
         """Of pictures `(n, 3, height, width)` and their latents `(n, 4, h, w)`."""
-        return KnownVideo((samples.shape[0], *samples.shape[-2:]), tuple(frames.shape[-2:]), cuts)
+        (height, width), (rows, cols) = frames.shape[-2:], samples.shape[-2:]
+        return KnownVideo((samples.shape[0], rows, cols), (height, width), cuts)
 
 
 def cuts_of(latent: Mapping[str, Any]) -> tuple[int, ...] | None:
