@@ -78,7 +78,7 @@ def check(python: Path, rest: list[str]) -> None:
     if (ROOT / ".coverage").exists():
         # A number to look at, no gate: what the last run of all tests went through of vsr_ops, in percent.
         print("coverage of vsr_ops, %:", flush=True)
-        run(python, "-m", "coverage", "report", "--format=total")
+        subprocess.run([str(python), "-m", "coverage", "report", "--format=total"], cwd=ROOT, check=False)
 
 
 COMMANDS = {"demo": demo, "test": test, "check": check}
