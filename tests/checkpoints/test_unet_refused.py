@@ -178,10 +178,10 @@ def test_a_configuration_that_disagrees_with_the_tensors(values: dict[str, Any],
 def test_an_svd_of_other_widths(folder: Path, svd: Path, tmp_path: Path) -> None:
     other = make({**UNET_CONFIG, "cross_attention_dim": 24}, VAE_CONFIG)
     message = refused_unet(save_unet(tmp_path / "other", other), svd)
-    assert "a UNet of cross-attention 24 where that of" in message and "has 16, expected" in message
+    assert f"a UNet of cross-attention 24, {svd} has cross-attention 16, expected equal ones" in message
     wide = make({**UNET_CONFIG, "block_out_channels": (32, 64, 64, 128)}, VAE_CONFIG)
     message = refused_unet(save_unet(tmp_path / "wide", wide), svd)
-    assert "widths 32-64-64-128 where that of" in message and "has 32-64-64-64, expected equal" in message
+    assert f"widths 32-64-64-128, {svd} has widths 32-64-64-64, expected equal" in message
     assert "looks like a LoRA" in _refused_svd(tmp_path, folder)
 
 
@@ -196,7 +196,7 @@ def test_an_image_encoder_of_another_width(tuned: SVDWeights, tmp_path: Path) ->
     shutil.rmtree(tmp_path / "svd/unet")
     other = make({**UNET_CONFIG, "cross_attention_dim": 24}, VAE_CONFIG)
     message = refused_unet(save_unet(tmp_path, other), tmp_path / "svd")
-    assert "cross-attention 24 where the image encoder of" in message and "gives 16" in message
+    assert "a UNet of cross-attention 24, " in message and "has an image encoder that gives 16, expected" in message
 
 
 def test_a_svd_that_lacks_its_vae(folder: Path, svd: Path, tmp_path: Path) -> None:

@@ -70,40 +70,41 @@ class OpenUNet:
     path: Path
     config: dict[str, Any]
     names: Mapping[str, str]
-    _owners: Mapping[str, Source]
-    _shapes: Shapes
+    owners: Mapping[str, Source]
+    shapes: Shapes
 
     def read(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Its tensors under diffusers' names, on the CPU as `dtype`. Raises CheckpointError as `tensor` does."""
-        return {name: self.tensor(name, dtype) for name in self._shapes}
+        return {name: self.tensor(name, dtype) for name in self.shapes}
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         """One tensor, in memory of its own. Raises CheckpointError for one that is not finite, or quantised."""
-        source = self._owners[name]
+        source = self.owners[name]
         stored = source.get(name).dtype
         if stored not in DTYPES:
             known = ", ".join(str(each) for each in DTYPES)
             raise CheckpointError(
                 f"{source.path}: {name} is {stored}, expected {known}; use a file that is not quantised"
             )
-        return source.tensor(name, dtype).reshape(self._shapes[name])
+        return source.tensor(name, dtype).reshape(self.shapes[name])
 
     def refuse_beside(self, svd: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
         """Raises CheckpointError where the SVD at `svd`, whose models have these configurations, is not one that the
         UNet can have come from: another width of levels or of cross-attention."""
         theirs = configs.get("unet", {})
         own = {key: _levels(self.config, key) for key in _MUST_AGREE}
-        differ = [
-            f"{what} {_said(own[key])} where that of {svd} has {_said(_levels(theirs, key))}"
-            for key, what in _MUST_AGREE.items()
-            if key in theirs and _levels(theirs, key) != own[key]
-        ]
+        its = {key: _levels(theirs, key) for key in _MUST_AGREE if key in theirs}
+        differ = [key for key in its if its[key] != own[key]]
+        ours, other = (
+            " and ".join(f"{_MUST_AGREE[key]} {_said(values[key])}" for key in differ) for values in (own, its)
+        )
         clip, context = configs.get("image_encoder", {}).get("projection_dim"), own["cross_attention_dim"]
         if not differ and clip is not None and {clip} != set(context):
-            differ = [f"cross-attention {_said(context)} where the image encoder of {svd} gives {clip}"]
-        if differ:
+            ours, other = f"cross-attention {_said(context)}", f"an image encoder that gives {clip}"
+        if ours:
             raise CheckpointError(
-                f"{self.path}: a UNet of {', '.join(differ)}, expected equal ones; give the SVD that it was tuned from"
+                f"{self.path}: a UNet of {ours}, {svd} has {other}, expected equal ones; give the SVD that the UNet was"
+                " tuned from"
             )
 
 
@@ -179,8 +180,10 @@ def _weights_listed(names: list[str]) -> list[str]:
 def _present(path: Path, files: list[Path]) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        what = f"{path}: {len(missing)} of its {len(files)} files missing ({', '.join(missing[:3])})"
-        raise CheckpointError(f"{what}, expected all that the index names; copy or download them again")
+        raise CheckpointError(
+            f"{path}: {len(missing)} of its {len(files)} files missing ({', '.join(missing[:3])}), expected all that"
+            " the index names; copy or download them again"
+        )
     return files
 
 
@@ -221,9 +224,10 @@ def open_unet(path: Path) -> Generator[OpenUNet, None, None]:
         config = config_kwargs(whole)
         channels = (config["in_channels"], config["out_channels"])
         if channels != CHANNELS:
-            what = f"{place.path}: a UNet that takes {channels[0]} channels and gives {channels[1]}"
-            wanted = f"expected {CHANNELS[0]} (noisy and LR latent) and {CHANNELS[1]}"
-            raise CheckpointError(f"{what}, {wanted}; give an image-to-video SVD's")
+            raise CheckpointError(
+                f"{place.path}: a UNet that takes {channels[0]} channels and gives {channels[1]}, expected"
+                f" {CHANNELS[0]} (noisy and LR latent) and {CHANNELS[1]}; give an image-to-video SVD's"
+            )
         owners = named_tensors(sources, UNET_PART, state, place.path)
         yield OpenUNet(place.path, config, names, owners, {key: tuple(t.shape) for key, t in state.items()})
 
@@ -242,7 +246,7 @@ def _config(place: UNetPlace, shapes: Shapes) -> dict[str, Any]:
         reason = f"no tensor {error.args[0]}"
     except (ValueError, IndexError) as error:
         reason = str(error)
-    what = f"{place.path}: no {CONFIG} beside it, and none to be read off its tensors ({reason})"
+    what = f"{place.path}: no config.json beside it, and none to be read off its tensors ({reason})"
     raise CheckpointError(f"{what}; expected the {CONFIG} that it was published with, put it there")
 
 
