@@ -10,6 +10,7 @@ from .flow import EstimateFlow, FlowGuidedLatents, FlowPreview
 from .guiders import DSSAGGuider, PAGGuider, SAGGuider
 from .latent import Decode, NullPrompt, SVDConditioning
 from .load import DemoClip, LoadCFW, LoadControl, LoadDCM, LoadLite, LoadRefiner, LoadSTAM
+from .load_dcvsr import LoadDCVSR
 from .metrics import Metrics
 from .patches import DSSAG, TiledDiffusion, TilePreview
 from .picture import ColorMatch, Compare, Refine, UpscaleLR
@@ -45,6 +46,7 @@ NODES: list[type[io.ComfyNode]] = [
     MatchLatent,
     CompressionEstimate,
     CompressionPrompts,
+    LoadDCVSR,
 ]
 
 

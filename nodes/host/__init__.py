@@ -7,6 +7,7 @@ from .cost import describe, latent_cuts, latent_picture, preview_plan
 from .device import intermediate_dtype
 from .hooks import patch_perturbed, patch_tiles
 from .load import load_lite, weights_file, weights_files
+from .load_unet import load_unet, unet_names
 from .model import require_svd
 from .motion import estimated_flow, patch_alignment
 from .picture import HostVAE, decoded, managed, progress, refined, sees_time, upscaler, with_capm
@@ -29,6 +30,7 @@ __all__ = [
     "latent_picture",
     "load_host_control",
     "load_lite",
+    "load_unet",
     "managed",
     "null_prompt",
     "patch_alignment",
@@ -41,6 +43,7 @@ __all__ = [
     "require_svd",
     "sample",
     "sees_time",
+    "unet_names",
     "upscaler",
     "weights_file",
     "weights_files",

@@ -50,7 +50,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         f"{_MEMORY}.get_torch_device()",
         f"{_MEMORY}.unet_offload_device()",
         f"{_MEMORY}.intermediate_device()",
-        f"{_MEMORY}.unet_dtype(supported_dtypes=s)",
+        f"{_MEMORY}.unet_dtype(model_params=p, supported_dtypes=s)",
         f"{_MEMORY}.unet_manual_cast(dtype, device, supported)",
         f"{_PATCHER}(module, load_device=l, offload_device=o)",
         f"{_PATCHER}: model, load_device, offload_device, model_options",
@@ -190,6 +190,10 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "folder_paths.add_model_folder_path(folder, path)",
         "folder_paths.get_filename_list(folder)",
         "folder_paths.get_full_path_or_raise(folder, name)",
+    ),
+    "test_dcvsr.py::test_beside_a_checkpoint_that_the_host_takes_for_svd": (
+        "folder_paths.get_folder_paths(folder)",
+        "comfy.sd.load_checkpoint_guess_config(p, output_vae=v, output_clip=c, output_clipvision=e, output_model=m)",
     ),
     "test_images.py::test_images_leave_as_the_host_hands_them_on": (f"?{_MEMORY}.intermediate_dtype()",),
 }

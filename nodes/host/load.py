@@ -13,11 +13,13 @@ import comfy.sd
 import comfy.supported_models
 import comfy.utils
 import folder_paths
+import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL, AutoencodingEngine
 from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
 from comfy.model_base import ModelType
 from torch import Tensor
 
+from ...vsr_ops.checkpoints.keymap import UNET, VAE
 from ...vsr_ops.errors import SettingError
 from ...vsr_ops.sampling.tiling import TileSize
 from .device import make_patcher
@@ -41,11 +43,16 @@ def lite_model(path: Path, disable_dynamic: bool = False) -> Any:
 
 
 def _model(path: Path, weights: Mapping[str, Tensor], config: dict[str, Any], disable_dynamic: bool = False) -> Any:
-    build = _svd if "vae" in config else _stable_diffusion
-    model = _placed(*build(config), weights, disable_dynamic)
+    build = svd if "vae" in config else _stable_diffusion
+    model = placed(*build(config), lambda unet, _: unet.load_state_dict(_below(weights, UNET)), disable_dynamic)
     model.set_attachments("vsr_tile", TileSize(*config["tile"]))
     model.cached_patcher_init = (lite_model, (path,))
     return model
+
+
+def lite_vae(path: Path) -> Any:
+    """The host's VAE of an SVD in a file of the pack."""
+    return _lite_vae(*_read(path))
 
 
 def _lite_vae(weights: Mapping[str, Tensor], config: dict[str, Any]) -> Any:
@@ -68,24 +75,32 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
 Architecture = tuple[Any, Callable[[Any], Any]]
 
 
-def _placed(kind: Any, make: Callable[[Any], Any], weights: Mapping[str, Tensor], disable_dynamic: bool) -> Any:
-    """The host's MODEL of a configuration and weights, in the precision and on the device that the host chooses."""
+def placed(
+    kind: Any,
+    make: Callable[[Any], Any],
+    fill: Callable[[Any, torch.dtype], object],
+    disable_dynamic: bool,
+    parameters: int = 0,
+) -> Any:
+    """The host's MODEL of a configuration, in the precision and on the device that the host chooses for a UNet of so
+    many parameters; `fill` puts the weights into it, in that precision."""
     manage = comfy.model_management
     device, offload = manage.get_torch_device(), manage.unet_offload_device()
-    dtype = manage.unet_dtype(supported_dtypes=kind.supported_inference_dtypes)
+    dtype = manage.unet_dtype(model_params=parameters, supported_dtypes=kind.supported_inference_dtypes)
     kind.set_inference_dtype(dtype, manage.unet_manual_cast(dtype, device, kind.supported_inference_dtypes))
     base = make(offload)
-    prefix = "model.diffusion_model."
-    base.diffusion_model.load_state_dict(
-        {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    )
+    fill(base.diffusion_model, dtype)
     return make_patcher(base, device, offload, disable_dynamic)
+
+
+def _below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def _levels(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the host's UNet is told of diffusers' levels."""
     widths, layers = config["block_out_channels"], config["layers_per_block"]
-    each = layers if isinstance(layers, list) else [layers] * len(widths)
+    each = [layers] * len(widths) if isinstance(layers, int) else list(layers)
     depths = [int("CrossAttn" in name) for name in config["down_block_types"]]
     return {
         "image_size": 32,
@@ -105,9 +120,10 @@ def _levels(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _svd(stored: Mapping[str, Any]) -> Architecture:
+def svd(stored: Mapping[str, Any]) -> Architecture:
+    """The host's SVD of the configuration that stands as "unet" in a file of the pack."""
     config = stored["unet"]
-    svd = comfy.supported_models.SVD_img2vid(
+    kind = comfy.supported_models.SVD_img2vid(
         {
             **_levels(config),
             "num_classes": "sequential",
@@ -122,14 +138,14 @@ def _svd(stored: Mapping[str, Any]) -> Architecture:
             "video_kernel_size": [3, 1, 1],
         }
     )
-    svd.unet_config["num_head_channels"] = config["block_out_channels"][0] // config["num_attention_heads"][0]
+    kind.unet_config["num_head_channels"] = config["block_out_channels"][0] // config["num_attention_heads"][0]
 
     def make(device: Any) -> Any:
-        base = svd.get_model({}, device=device)
+        base = kind.get_model({}, device=device)
         base.embedder = Timestep(config["addition_time_embed_dim"])
         return base
 
-    return svd, make
+    return kind, make
 
 
 #: The host's names of what a Stable Diffusion predicts.
@@ -183,10 +199,7 @@ def _build_vae(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Any:
         encoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Encoder", "params": encoder},
         decoder_config={"target": "comfy.ldm.modules.temporal_ae.VideoDecoder", "params": decoder},
     )
-    prefix = "first_stage_model."
-    engine.load_state_dict(
-        {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    )
+    engine.load_state_dict(_below(weights, VAE))
     # The host's VAE knows the published widths alone: it is made with a picture VAE of these, which then makes way.
     stand_in = {"ddconfig": {**encoder, "ch": 32, "ch_mult": [1]}, "embed_dim": config["latent_channels"]}
     vae = comfy.sd.VAE(sd=AutoencoderKL(**stand_in).state_dict(), config={"params": stand_in})

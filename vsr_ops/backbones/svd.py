@@ -321,6 +321,7 @@ def _build_image_encoder(weights: SVDWeights) -> nn.Module:
     return cast(nn.Module, encoder).to(next(iter((weights.image_encoder or {}).values())).dtype)
 
 
-def load_svd(path: Path | str, device: torch.device, dtype: torch.dtype) -> SVD:
-    """The bundled weights for "lite", else the SVD at `path`. Raises CheckpointError."""
-    return build_svd(read_svd(LITE if str(path) == "lite" else Path(path), dtype), device, dtype)
+def load_svd(path: Path | str, device: torch.device, dtype: torch.dtype, unet: Path | None = None) -> SVD:
+    """The bundled weights for "lite", else the SVD at `path`; `unet` is a UNet alone that takes the place of its own.
+    Raises CheckpointError."""
+    return build_svd(read_svd(LITE if str(path) == "lite" else Path(path), dtype, unet), device, dtype)

@@ -6,9 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from torch import Tensor
+
 from ..errors import CheckpointError
-from .safefile import PICKLE, PICKLE_SUFFIXES, json_object
+from .safefile import PICKLE, PICKLE_SUFFIXES, Source, json_object, refuse_differences
 from .svd_parts import Part
+
+# What the libraries note in a configuration beside their classes' arguments: transformers, and diffusers' EMAModel,
+# which writes its own settings among those of the model that it averages.
+_BOOKKEEPING = {
+    *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version"),
+    *("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"),
+}
+# Buffers that older transformers stored with the weights; they are rebuilt from the configuration.
+_REBUILT = {"vision_model.embeddings.position_ids"}
 
 
 def folder_config(folder: Path, part: Part, advice: str) -> dict[str, Any]:
@@ -36,18 +48,47 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
         if (folder / single).is_file():
             return [folder / single]
         if (folder / index).is_file():
-            content = json_object((folder / index).read_text(encoding="utf-8", errors="replace")) or {}
-            names = {str(name) for name in cast("dict[str, Any]", content.get("weight_map") or {}).values()}
-            if not names or any(Path(name).name != name for name in names):
-                raise CheckpointError(f"{folder / index}: no usable weight_map, expected file names; copy it again")
-            return [folder / name for name in sorted(names)]
+            return shards(folder / index)
     if pickles := sorted(f.name for f in folder.iterdir() if f.suffix in PICKLE_SUFFIXES):
         raise CheckpointError(f"{folder / pickles[0]}: {PICKLE}")
     raise CheckpointError(f"{folder}: no weights, expected {stem}.safetensors (or .fp16, or shards); copy it again")
 
 
+def shards(index: Path) -> list[Path]:
+    """The files that an index names, beside it. Raises CheckpointError for one that names none, or any elsewhere."""
+    content = json_object(index.read_text(encoding="utf-8", errors="replace")) or {}
+    map_: Any = content.get("weight_map")
+    names = {str(name) for name in cast("dict[str, Any]", map_).values()} if isinstance(map_, dict) else set[str]()
+    if not names or any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{index}: no usable weight_map, expected file names; copy it again")
+    return [index.parent / name for name in sorted(names)]
+
+
 def config_kwargs(config: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments out of a stored configuration: bookkeeping left out, lists as tuples."""
-    bookkeeping = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version"}
-    kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in bookkeeping}
+    kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in _BOOKKEEPING}
     return {k: tuple(cast("list[Any]", v)) if isinstance(v, list) else v for k, v in kept.items()}
+
+
+def read_named(
+    sources: list[Source],
+    part: Part,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    path: Path,
+    prefix: str = "",
+) -> dict[str, Tensor]:
+    """A model stored under its own library's names, over one or several files, tensor by tensor as `dtype`. Raises
+    CheckpointError for tensors that are not those of `state`, or not finite."""
+    owners = named_tensors(sources, part, state, path, prefix)
+    return {key: owners[key].tensor(prefix + key, dtype) for key in state}
+
+
+def named_tensors(
+    sources: list[Source], part: Part, state: Mapping[str, Tensor], path: Path, prefix: str = ""
+) -> dict[str, Source]:
+    """Which file holds each tensor of such a model. Raises CheckpointError for others than those of `state`."""
+    owners = {key[len(prefix) :]: source for source in sources for key in source.shapes if key.startswith(prefix)}
+    found = {key: source.shapes[prefix + key] for key, source in owners.items() if key not in _REBUILT}
+    refuse_differences(path, part.name, {key: tuple(tensor.shape) for key, tensor in state.items()}, found)
+    return owners

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..weights import bundled
 from . import keymap
-from .diffusers_folder import config_kwargs, folder_config, weight_files
+from .diffusers_folder import config_kwargs, folder_config, read_named, weight_files
 from .keymap import CLIP, QUANT, UNET, VAE, Names
 from .safefile import (
     Shapes,
@@ -34,6 +34,7 @@ from .safefile import (
     write_whole,
 )
 from .svd_parts import IMAGE_ENCODER_PART, PARTS, UNET_PART, VAE_PART, Part, in_transformers_names
+from .unet_alone import OpenUNet, open_unet
 
 #: The weights that come with the pack.
 LITE = bundled("svd_lite")
@@ -45,8 +46,6 @@ SCALING_FACTOR = 0.18215
 HOST_EPSILON = 1e-5
 
 _ADVICE = "give svd.safetensors, svd_xt.safetensors, a diffusers folder, or a file of this pack"
-# Buffers that older transformers stored with the weights; they are rebuilt from the configuration.
-_REBUILT = {"vision_model.embeddings.position_ids"}
 # What another project's file looks like, by a pattern over all its names; the first that fits is named.
 _OTHER_MODELS = {
     r"\.lora_|^lora_|\.hada_w": "a LoRA",
@@ -80,19 +79,26 @@ class SVDWeights:
     metadata: dict[str, str]
 
 
-def read_svd(path: Path, dtype: torch.dtype = torch.float32) -> SVDWeights:
+def read_svd(path: Path, dtype: torch.dtype = torch.float32, unet: Path | None = None) -> SVDWeights:
     """Reads an SVD in any of the three layouts, tensor by tensor, onto the CPU as `dtype`.
 
     Of a single file only the UNet, the VAE and the image encoder are looked at: the published ones also hold
-    a second VAE (`conditioner.embedders.3.*`) and rests of a text encoder, which nothing here needs. Raises
-    CheckpointError when the path is missing, unsafe, damaged, or not an SVD of the layout it claims to be.
+    a second VAE (`conditioner.embedders.3.*`) and rests of a text encoder, which nothing here needs. `unet` is a UNet
+    alone (unet_alone.py), which takes the place of the SVD's own; of that no tensor is read. Raises CheckpointError
+    when a path is missing, unsafe, damaged, or not an SVD of the layout it claims to be, or the two do not fit.
     """
     path = Path(path)
-    if path.is_dir():
-        return _read_folder(path, dtype)
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder; {_ADVICE}")
-    return _read_file(path, dtype)
+    with contextlib.nullcontext() if unet is None else open_unet(Path(unet)) as own:
+        return _read_folder(path, dtype, own) if path.is_dir() else _read_file(path, dtype, own)
+
+
+def svd_configs(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The configurations of an SVD's models in a single file, by "unet", "vae" and, where it has one, "image_encoder",
+    and the file's metadata; no tensor is read. Raises CheckpointError as read_svd does."""
+    with open_safely(path) as source:
+        return _file_configs(source, _stored_config(path, source.metadata)), source.metadata
 
 
 def write_svd(path: Path, weights: SVDWeights, trained_on: str, dtype: torch.dtype = torch.float16) -> None:
@@ -140,19 +146,34 @@ def match_host_epsilon(unet: nn.Module) -> int:
 # --- single files -------------------------------------------------------------------------------------------
 
 
-def _read_file(path: Path, dtype: torch.dtype) -> SVDWeights:
+def _read_file(path: Path, dtype: torch.dtype, own: OpenUNet | None) -> SVDWeights:
     with open_safely(path) as source:
         stored = _stored_config(path, source.metadata)
-        if stored is None:
-            _refuse_other_models(path, source.shapes)
+        configs = _file_configs(source, stored)
         tile = _tile(path, (stored or {}).get("tile", list(TILE)))
-        configs: dict[str, dict[str, Any]] = {}
-        states: dict[str, dict[str, Tensor]] = {}
+        states = _own_unet(path, configs, dtype, own)
         for part in PARTS:
-            if part is not IMAGE_ENCODER_PART or any(key.startswith(CLIP) for key in source.shapes):
-                configs[part.name] = _file_config(source, part, stored)
+            if part.name in configs and part.name not in states:
                 states[part.name] = _read_part(source, part, configs[part.name], dtype)
         return _weights(configs, states, tile, source.metadata)
+
+
+def _file_configs(source: Source, stored: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    if stored is None:
+        _refuse_other_models(source.path, source.shapes)
+    clip = any(key.startswith(CLIP) for key in source.shapes)
+    return {part.name: _file_config(source, part, stored) for part in PARTS if clip or part is not IMAGE_ENCODER_PART}
+
+
+def _own_unet(
+    path: Path, configs: dict[str, dict[str, Any]], dtype: torch.dtype, own: OpenUNet | None
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a UNet alone, whose configuration takes its place among those of the SVD at `path`; else none."""
+    if own is None:
+        return {}
+    own.refuse_beside(path, configs)
+    configs[UNET_PART.name] = own.config
+    return {UNET_PART.name: own.read(dtype)}
 
 
 def _weights(
@@ -208,7 +229,7 @@ def _read_part(source: Source, part: Part, kwargs: Mapping[str, Any], dtype: tor
     state, names = part.plan(source.path, kwargs)
     found = {key: shape for key, shape in source.shapes.items() if key.startswith(part.prefix)}
     if part is IMAGE_ENCODER_PART and in_transformers_names(found):
-        return _read_named([source], part, state, dtype, source.path, prefix=CLIP)
+        return read_named([source], part, state, dtype, source.path, prefix=CLIP)
     own_quant_conv = part is VAE_PART and any(key.startswith(QUANT) for key in found)
     if own_quant_conv:
         names |= {QUANT + p: f"quant_conv.{p}" for p in ("weight", "bias")}
@@ -250,34 +271,21 @@ def _originals(
 # --- diffusers folders --------------------------------------------------------------------------------------
 
 
-def _read_folder(path: Path, dtype: torch.dtype) -> SVDWeights:
-    configs: dict[str, dict[str, Any]] = {}
-    states: dict[str, dict[str, Tensor]] = {}
-    for part in PARTS:
-        folder = path / part.name
-        if part is IMAGE_ENCODER_PART and not folder.is_dir():
-            continue
-        configs[part.name] = folder_config(folder, part, _ADVICE)
-        state, _ = part.plan(folder, configs[part.name])
-        with contextlib.ExitStack() as stack:
-            sources = [stack.enter_context(open_safely(file)) for file in weight_files(folder, part.stem)]
-            states[part.name] = _read_named(sources, part, state, dtype, folder)
+def _read_folder(path: Path, dtype: torch.dtype, own: OpenUNet | None) -> SVDWeights:
+    # A UNet given beside it may be all that is missing.
+    needless = [IMAGE_ENCODER_PART] if own is None else [IMAGE_ENCODER_PART, UNET_PART]
+    folders = {part.name: path / part.name for part in PARTS}
+    parts = [part for part in PARTS if part not in needless or folders[part.name].is_dir()]
+    configs = {part.name: folder_config(folders[part.name], part, _ADVICE) for part in parts}
+    states = _own_unet(path, configs, dtype, own)
+    for part in parts:
+        if part.name not in states:
+            folder = folders[part.name]
+            state, _ = part.plan(folder, configs[part.name])
+            with contextlib.ExitStack() as stack:
+                sources = [stack.enter_context(open_safely(file)) for file in weight_files(folder, part.stem)]
+                states[part.name] = read_named(sources, part, state, dtype, folder)
     return _weights(configs, states, TILE, {})
-
-
-def _read_named(
-    sources: list[Source],
-    part: Part,
-    state: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    path: Path,
-    prefix: str = "",
-) -> dict[str, Tensor]:
-    """A model stored under its own library's names, over one or several files."""
-    owners = {key[len(prefix) :]: source for source in sources for key in source.shapes if key.startswith(prefix)}
-    found = {key: source.shapes[prefix + key] for key, source in owners.items() if key not in _REBUILT}
-    refuse_differences(path, part.name, _shapes(state), found)
-    return {key: owners[key].tensor(prefix + key, dtype) for key in state}
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

@@ -30,26 +30,54 @@ def infer_unet(shapes: Shapes) -> dict[str, Any]:
 
     Raises KeyError for a tensor that is not there and ValueError for a size that SVD cannot have.
     """
-    widths, layers, depths = encoder_levels(shapes, UNET)
+    levels = encoder_levels(shapes, UNET)
+    middle = UNET + "middle_block.1.transformer_blocks."
+    ends = [UNET + name for name in ("input_blocks.0.0.weight", "out.2.weight", "label_emb.0.0.weight")]
+    return _unet_kwargs(shapes, levels, middle, ends)
+
+
+def infer_unet_alone(shapes: Shapes) -> dict[str, Any]:
+    """The same for a UNet under diffusers' own names. Raises as infer_unet does."""
+    block = "down_blocks.{}.resnets.0.spatial_res_block.conv1.weight"
+    widths, layers, depths = list[int](), list[int](), list[int]()
+    for level in range(count(shapes, block)):
+        down = f"down_blocks.{level}."
+        widths.append(shapes[down + "resnets.0.spatial_res_block.conv2.weight"][0])
+        layers.append(count(shapes, down + "resnets.{}.spatial_res_block.conv1.weight"))
+        depths.append(count(shapes, down + "attentions.0.transformer_blocks.{}.norm1.weight"))
+    middle = "mid_block.attentions.0.transformer_blocks."
+    ends = ["conv_in.weight", "conv_out.weight", "add_embedding.linear_1.weight"]
+    return _unet_kwargs(shapes, (widths, layers, depths), middle, ends)
+
+
+def _unet_kwargs(
+    shapes: Shapes, levels: tuple[list[int], list[int], list[int]], middle: str, ends: list[str]
+) -> dict[str, Any]:
+    """diffusers' keyword arguments of what `encoder_levels` gives, the names that the middle's transformer blocks begin
+    with, and the first convolution's, the last one's and the added embedding's."""
+    widths, layers, depths = levels
+    first, last, embedding = ends
     attends = [depth > 0 for depth in depths]
-    depths[-1] = count(shapes, UNET + "middle_block.1.transformer_blocks.{}.norm1.weight")
+    if not widths:
+        raise KeyError(first)
+    depths = [*depths[:-1], count(shapes, middle + "{}.norm1.weight")]
     for width, attention in zip(widths, [*attends[:-1], True], strict=True):
         if attention and width % HEAD_WIDTH:
             raise ValueError(f"attention is {width} wide, expected a multiple of {HEAD_WIDTH}-channel heads")
-    extra = shapes[UNET + "label_emb.0.0.weight"][1]
+    extra = shapes[embedding][1]
     if extra % 3:
         raise ValueError(f"label_emb takes {extra} values, expected three embeddings (frame rate, motion, noise)")
     down = tuple("CrossAttnDownBlockSpatioTemporal" if a else "DownBlockSpatioTemporal" for a in attends)
     return {
-        "in_channels": shapes[UNET + "input_blocks.0.0.weight"][1],
-        "out_channels": shapes[UNET + "out.2.weight"][0],
+        "in_channels": shapes[first][1],
+        "out_channels": shapes[last][0],
         "down_block_types": down,
         "up_block_types": tuple(name.replace("Down", "Up") for name in reversed(down)),
         "block_out_channels": tuple(widths),
         "layers_per_block": _one_or_all(layers),
         "transformer_layers_per_block": _one_or_all([depth or 1 for depth in depths]),
         "num_attention_heads": tuple(max(width // HEAD_WIDTH, 1) for width in widths),
-        "cross_attention_dim": shapes[UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+        "cross_attention_dim": shapes[middle + "0.attn2.to_k.weight"][1],
         "addition_time_embed_dim": extra // 3,
         "projection_class_embeddings_input_dim": extra,
     }
@@ -135,10 +163,15 @@ class Part:
 
     def plan(self, path: Path, kwargs: Mapping[str, Any]) -> tuple[dict[str, Tensor], Names]:
         """The state dict that a configuration asks for, without memory behind it, and its map."""
+        state, names, _ = self.whole_plan(path, kwargs)
+        return state, names
+
+    def whole_plan(self, path: Path, kwargs: Mapping[str, Any]) -> tuple[dict[str, Tensor], Names, Mapping[str, Any]]:
+        """The same, and the whole configuration: what `kwargs` leaves to the class too. Raises CheckpointError."""
         try:
             with torch.device("meta"):
                 model, config = self.build(kwargs)
-            return model.state_dict(), self.names(config)
+            return model.state_dict(), self.names(config), config
         except Exception as error:  # whatever a wrong value breaks inside the other library
             reason = first_line(error)
             raise CheckpointError(

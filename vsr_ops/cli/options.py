@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..backbones.sd import load_sd
 from ..backbones.svd import DTYPES, Backbone, load_svd, pick_device, pick_dtype
+from ..checkpoints.unet_alone import find_unet
 from ..errors import SettingError
 from ..image.color import COLOR
 from ..modules.capm_file import load_capms
@@ -42,6 +43,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         default="lite",
         metavar="lite|PATH",
         help="bundled weights, or an SVD .safetensors or diffusers folder; with --control a Stable Diffusion",
+    )
+    add(
+        "--unet",
+        default="none",
+        metavar="none|PATH",
+        help="in the place of the model's own: a UNet alone in diffusers' layout, DC-VSR's say",
     )
     add("--steps", type=int, help=f"{LITE_STEPS} with the bundled SVD, else {Settings.steps}; 0 is no diffusion")
     auto = f"auto ({LITE_GUIDANCE} with the bundled weights unless a strength is given, else {Settings.guidance})"
@@ -84,9 +91,11 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def files_read(args: argparse.Namespace) -> list[Path]:
-    """The files that the options of weights name: no output may be one of them."""
+    """The files that the options of weights name: no output may be one of them. Raises CheckpointError for a UNet that
+    is not there."""
     given = {str(getattr(args, name)) for name in _WEIGHTS} - _NAMES
-    return [file for path in map(Path, sorted(given)) if path.exists() for file in files_of(path)]
+    found = [file for path in map(Path, sorted(given)) if path.exists() for file in files_of(path)]
+    return found + ([] if args.unet == "none" else find_unet(Path(args.unet)).files())
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -121,14 +130,19 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def _steps(args: argparse.Namespace) -> int:
     if args.steps is not None:
         return int(args.steps)
-    return LITE_STEPS if args.model == "lite" and args.control == "none" else Settings.steps
+    return LITE_STEPS if _bundled(args) and args.control == "none" else Settings.steps
+
+
+def _bundled(args: argparse.Namespace) -> bool:
+    """Whether the bundled UNet samples."""
+    return args.model == "lite" and args.unet == "none"
 
 
 def _guidance(args: argparse.Namespace) -> str:
     """The guidance asked for; a strength alone asks for the paper's."""
     if args.guidance != "auto":
         return str(args.guidance)
-    plain = args.model == "lite" and args.cfg is None and args.guidance_scale is None
+    plain = _bundled(args) and args.cfg is None and args.guidance_scale is None
     return LITE_GUIDANCE if plain else Settings.guidance
 
 
@@ -182,6 +196,8 @@ def model_of(args: argparse.Namespace) -> Backbone:
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if args.control == "none":
-        return load_svd(args.model, device, dtype)
+        return load_svd(args.model, device, dtype, None if args.unet == "none" else Path(args.unet))
+    if args.unet != "none":
+        raise SettingError(f"unet is {args.unet!r} and control {args.control!r}: expected one of them; leave one out")
     check_control_strength(args.control_strength)
     return load_sd(args.model, device, dtype, load_control(args.control), args.control_strength)

@@ -17,6 +17,7 @@ COMBOS = {
     "VSRLoadCFW": ["which"],
     "VSRLoadSTAM": ["which"],
     "VSRLoadControl": ["which"],
+    "VSRLoadDCVSR": ["unet", "svd"],
     "VSRCAPM": ["which"],
     "VSRCompressionEstimate": ["which"],
     "VSREncode": ["start", "scene_cuts"],
