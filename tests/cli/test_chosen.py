@@ -74,7 +74,7 @@ def test_dc_vsr_is_a_unet_alone(alone: Path) -> None:
     given = ("--unet", alone)
     assert [chosen(of, *given) for of in (steps_of, color_of, refiner_of)] == [25, "none", "none"]
     assert chosen(upscaler_of, *given) == "bicubic"
-    with pytest.warns(UserWarning, match="upscaler is dcm, and the model was trained on .* by bicubic"):
+    with pytest.warns(UserWarning, match="upscaler is dcm: the model was trained on .* by bicubic"):
         assert chosen(upscaler_of, *given, "--upscaler", "dcm") == "dcm"
 
 
@@ -86,12 +86,12 @@ def test_a_file_says_what_it_was_trained_on(names: tuple[str, ...], saying: Call
             assert chosen(upscaler_of, *names, saying(stored)) == name
             assert chosen(upscaler_of, *names, saying(stored), "--upscaler", name) == name
         assert chosen(upscaler_of, *names, saying("x4.pth"), "--upscaler", "models/x4.pth") == "models/x4.pth"
-    with pytest.warns(UserWarning, match="upscaler is bicubic, and the model was trained on .* by dcm"):
+    with pytest.warns(UserWarning, match="upscaler is bicubic: the model was trained on .* by dcm"):
         chosen(upscaler_of, *names, saying("lite"), "--upscaler", "bicubic")
 
 
 def test_an_upscaler_that_is_not_bundled_must_be_named(saying: Callable[[str], Path]) -> None:
-    with pytest.raises(SettingError, match=r"enlarged by x4\.pth, which is not bundled.*--upscaler PATH"):
+    with pytest.raises(SettingError, match=r"enlarged by x4\.pth, which is not bundled.*give its file"):
         chosen(upscaler_of, "--model", saying("x4.pth"))
 
 

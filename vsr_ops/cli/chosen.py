@@ -9,8 +9,7 @@ from pathlib import Path
 
 from ..checkpoints.safefile import UPSCALER_KEY, stored
 from ..checkpoints.unet_alone import find_unet
-from ..errors import SettingError
-from ..pipeline.defaults import AUTO, DEFAULTS, OWN, Defaults
+from ..pipeline.defaults import AUTO, DEFAULTS, Defaults
 
 
 def defaults_of(args: argparse.Namespace) -> Defaults:
@@ -57,18 +56,7 @@ def upscaler_of(args: argparse.Namespace) -> str:
     """The upscaler asked for, else the one that the model was trained with: "bicubic", "dcm" or a path. Warns of
     another than that. Raises SettingError where it is a file that is not named."""
     own = defaults_of(args)
-    if args.upscaler != AUTO:
-        asked = OWN.get(args.upscaler, str(args.upscaler))
-        if own.trained_on and Path(asked).name != own.upscaler:
-            warnings.warn(
-                f"--upscaler is {args.upscaler}, and the model was trained on pictures enlarged by {own.upscaler}: it"
-                " may take their faults for the video's; --upscaler auto is its own",
-                stacklevel=2,
-            )
-        return asked
-    if own.upscaler not in OWN.values():
-        raise SettingError(
-            f"the model was trained on pictures enlarged by {own.upscaler}, which is not bundled: expected its file;"
-            " give --upscaler PATH, or bicubic or dcm to do without"
-        )
-    return own.upscaler
+    name = own.enlarged_by(args.upscaler)
+    if against := own.objection(name):
+        warnings.warn(f"--upscaler is {args.upscaler}: {against}; --upscaler auto takes its own", stacklevel=2)
+    return name

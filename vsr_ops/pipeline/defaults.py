@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,26 @@ class Defaults:
     def stored(self, upscaler: str | None) -> Defaults:
         """With the upscaler that a file says its model was trained on, where it says one (`UPSCALER_KEY`)."""
         return self if upscaler is None else replace(self, upscaler=OWN.get(upscaler, upscaler), trained_on=True)
+
+    def enlarged_by(self, asked: str) -> str:
+        """The upscaler asked for; "auto" is the model's own. Raises SettingError where that is a file to be given."""
+        name = self.upscaler if asked == AUTO else asked
+        if asked == AUTO and name not in OWN.values():
+            raise SettingError(
+                f"the model was trained on pictures enlarged by {name}, which is not bundled: expected that upscaler;"
+                " give its file, or choose bicubic or dcm to do without"
+            )
+        return OWN.get(name, name)
+
+    def objection(self, upscaler: str) -> str | None:
+        """What speaks against an upscaler, by its name; nothing where the model was trained on its pictures, or nobody
+        knows on whose."""
+        if not self.trained_on or OWN.get(upscaler, Path(upscaler).name) == self.upscaler:
+            return None
+        return (
+            f"the model was trained on pictures enlarged by {self.upscaler}, and may take the faults of others for the"
+            " video's"
+        )
 
     def colored(self, asked: str, refined: bool) -> str:
         """The colour correction asked for; "auto" is the model's own, and none after a refiner."""
