@@ -22,16 +22,19 @@ from ..modules.stam import load_stam
 from ..pipeline.parts import CAPMSettings, PipelineModules
 from ..pipeline.sampler import Settings
 from ..sampling.align import MODES as ALIGN_MODES
+from ..sampling.align import SCALES as ALIGN_SCALES
 from ..sampling.guidance import GUIDANCE
 from ..sampling.propagation import PROPAGATION, SAP_MODES, Propagation
+from ..sampling.samplers import SAMPLERS
 from ..sampling.tiling import TileSize
 from ..system.outputs import files_of
+from .flow import add_flow, flow_of
 
 #: What the bundled weights are sampled with: they learnt from the results of few steps without guidance.
 LITE_STEPS, LITE_GUIDANCE = 4, "none"
 
 #: The options that may name a file of weights, and what stands there for no file of the user's.
-_WEIGHTS = ("model", "upscaler", "refiner", "control", "capm", "cfw", "stam")
+_WEIGHTS = ("model", "upscaler", "refiner", "control", "capm", "cfw", "stam", "flow_weights")
 _NAMES = {"lite", "sd_lite", "none", "auto", "dcm", "bicubic"}
 
 
@@ -83,6 +86,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         help="along the input's motion; 0 is off, try 0.5 (propagate: 0.1)",
     )
     add("--align-mode", default="gradient", help=", ".join(ALIGN_MODES))
+    add("--align-scale", default="bounded", help=f"of gradient's step: {', '.join(ALIGN_SCALES)} (the paper's)")
+    add_flow(parser)
+    add("--sampler", default=Settings.sampler, help=f"{', '.join(SAMPLERS)}; SDATC takes 50 steps of ddpm")
     add("--seed", type=int, default=0)
     add("--denoise", type=float, default=1.0, help="below 1: start from the LR latent at partial noise")
     add("--batch", type=int, default=1, help="spatial tiles through the UNet together")
@@ -124,6 +130,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         batch=args.batch,
         align=args.align,
         align_mode=args.align_mode,
+        align_scale=args.align_scale,
+        sampler=args.sampler,
     )
 
 
@@ -176,6 +184,7 @@ def parts_of(args: argparse.Namespace) -> PipelineModules:
         decode_w=args.decode_w,
         stam=None if args.stam == "none" else load_stam(args.stam).to(device),
         prompts=_prompts(args),
+        flow=flow_of(args, device),
     )
 
 

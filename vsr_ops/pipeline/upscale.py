@@ -16,6 +16,7 @@ import torch
 
 from ..backbones.svd import Backbone
 from ..flow.field import Flow, streamed_flow
+from ..flow.raft import Estimator
 from ..image.color import correct
 from ..sampling.align import SHARE
 from ..sampling.tiling import TilePlan
@@ -56,7 +57,7 @@ def upscale(
     cuts = scene_cuts(job) if cuts is None else cuts
     plan = make_plan(job, settings, model.tile, model.factor, cuts)
     with claimed(output), closing(UpscaledFrames(job, parts.upscale_fn, output.parent)) as upscaled:
-        flow = _latent_flow(job, settings, plan, upscaled, cuts, progress)
+        flow = _latent_flow(job, settings, plan, upscaled, cuts, progress, parts.flow)
         lr = torch.empty(job.frames, 4, plan.height, plan.width)
         progress("encode", 0, job.frames)
         for i, z in enumerate(encode_frames(model, (frame.image for frame in upscaled()), plan.height, plan.width)):
@@ -74,6 +75,7 @@ def upscale(
                 context,
                 tick=lambda _: progress("sample", next(calls_done), total),
                 flow=flow,
+                first_frame=job.start,
             )
         progress("decode", 0, job.frames)
         pictures = decoded(model, result / model.scaling_factor, parts, levels, upscaled, job.size, cuts)
@@ -89,7 +91,13 @@ def upscale(
 
 
 def _latent_flow(
-    job: Job, settings: Settings, plan: TilePlan, upscaled: UpscaledFrames, cuts: Sequence[int], progress: Progress
+    job: Job,
+    settings: Settings,
+    plan: TilePlan,
+    upscaled: UpscaledFrames,
+    cuts: Sequence[int],
+    progress: Progress,
+    estimate: Estimator,
 ) -> Flow | None:
     """The flow of the upscaled input at the latents' size, where alignment asks for it."""
     if settings.align == 0 or settings.steps == 0:
@@ -108,4 +116,5 @@ def _latent_flow(
         cuts,
         SHARE,
         lambda _: progress("flow", next(done), pairs),
+        estimate,
     )
