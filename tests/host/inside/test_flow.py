@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...support.tensors import relative
+from tests.support.tensors import relative
+from . import wiring
 from .conftest import NAME, SIZE
-from .wiring import sampled as wiring_sampled
-from .wiring import wrapped
 
 SEED = 5
 #: Of the video that `wired` is of, in pixels.
@@ -141,9 +140,9 @@ def test_every_call_is_scaled_as_its_step(
         return args["denoised"]
 
     # A wrapper that was there first is outermost.
-    model = wrapped(lite[0], "predict_noise", note)
+    model = wiring.wrapped(lite[0], "predict_noise", note)
     model.set_model_sampler_post_cfg_function(unaligned)
-    wiring_sampled(host, guided(nodes, model, flow, 0.02, scale=scale), wired, 1.0, 3, sampler)
+    wiring.sampled(host, guided(nodes, model, flow, 0.02, scale=scale), wired, 1.0, 3, sampler)
     sampling = lite[0].get_model_object("model_sampling")
     levels = importlib.import_module("comfy.samplers").calculate_sigmas(sampling, "karras", 3).tolist()
     assert len(calls) == len(before) == {"euler": 3, "dpm_2": 5}[sampler]
