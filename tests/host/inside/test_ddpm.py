@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.support.tensors import randn, relative
+
 from .conftest import NAME
 from .small_sd import ALONE, CPU, wire
 from .wiring import wrapped

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.support.tensors import relative
+
 from . import wiring
 from .conftest import NAME, SIZE
 
