@@ -7,9 +7,6 @@ from comfy_api.latest import io
 from .common import CATEGORY, count
 from .session.noise import FrameNoise
 
-#: The largest seed, the host's.
-SEEDS = 0xFFFFFFFFFFFFFFFF
-
 
 class NoiseByFrame(io.ComfyNode):
     """A frame's noise follows from the seed and its number."""
@@ -25,7 +22,14 @@ class NoiseByFrame(io.ComfyNode):
                 " the frame's number, so that a part of a video gets the noise that it has in the whole."
             ),
             inputs=[
-                count("noise_seed", 0, 0, SEEDS, "Another seed, another take.", control_after_generate=True),
+                count(
+                    "noise_seed",
+                    0,
+                    0,
+                    0xFFFFFFFFFFFFFFFF,
+                    "Another seed gives another take.",
+                    control_after_generate=True,
+                ),
                 count(
                     "first_frame",
                     0,
