@@ -153,7 +153,7 @@ def sample(
     where = model.device if model.device.type == "cuda" else lr.device
     levels = NoiseRange.of(model)
     chosen, schedule, powers = guide(settings.guidance), noise_schedule(settings, levels), strengths(settings, levels)
-    contexts = {True: model.context(None) if context is None else context, False: model.context(None)}
+    contexts = {True: model.context(None) if context is None else context, False: model.negative_context()}
     lr_by_branch = {True: lr, False: lr if model.always_sees_lr else torch.zeros_like(lr)}
     if noise is None:
         noise = torch.randn(lr.shape, generator=torch.Generator().manual_seed(settings.seed)).to(lr.device)
