@@ -34,7 +34,8 @@ def write_texts(path: Path, texts: Texts, words: tuple[str, str], encoder: str) 
     """Writes a file that `read_texts` reads. `words` are the two texts, `encoder` says whose embedding it is. Raises
     CheckpointError."""
     config: dict[str, Any] = {"prompt": words[0], "negative": words[1], "width": texts.width}
-    tensors = {"prompt": texts.prompt, "negative": texts.negative}
+    # One tensor may be both, and safetensors stores none twice.
+    tensors = {"prompt": texts.prompt, "negative": texts.negative.clone()}
     write_module(path, KIND, config, tensors, encoder, torch.float32)
 
 
