@@ -105,8 +105,8 @@ def test_diffbirs_files(files: Path, clip: Path) -> None:
         (("--model", "base.ckpt", "--control", "DiffBIR.pt", "--prompt", "ab"), "'ab' needs a tokenizer"),
         (("--model", "sd", "--control", "lite", "--prompt", "a", "--text", "sd/x"), "'sd/x' and a prompt or negative"),
         (
-            ("--model", "sd", "--control", "control.safetensors", "--text", "none"),
-            "none: no such file, expected a text",
+            ("--model", "sd", "--control", "control.safetensors", "--text", "nothing.safetensors"),
+            "nothing.safetensors: no such file, expected a text",
         ),
         (("--model", "sd", "--control", "control.safetensors", "--zsnr", "yes"), "zsnr is 'yes': expected one of auto"),
         (

@@ -23,7 +23,12 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompt", default="", metavar="TEXT", help="with --control: what the video shows; by default the empty text")
     add("--negative", default="", metavar="TEXT", help="what cfg guides away from; by default the empty text")
-    add("--text", metavar="FILE", help=f"in their place: what {_EMBED} made, for a model without text encoder")
+    add(
+        "--text",
+        default="none",
+        metavar="none|FILE",
+        help=f"in their place: what {_EMBED} made, for a model without text encoder",
+    )
 
 
 def add_embed(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +44,7 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
 
 def refuse_texts(args: argparse.Namespace) -> None:
     """Raises SettingError for a text where no Stable Diffusion samples."""
-    if args.prompt or args.negative or args.text:
+    if args.prompt or args.negative or args.text != "none":
         raise SettingError(
             "a text is given and no control: expected a Stable Diffusion, for SVD reads none; add"
             " --control, or leave --prompt, --negative and --text out"
@@ -51,7 +56,7 @@ def texts_of(args: argparse.Namespace, device: torch.device) -> Texts | None:
 
     Raises SettingError where a published one has neither a text encoder nor `--text`, and CheckpointError.
     """
-    if args.text is not None:
+    if args.text != "none":
         if args.prompt or args.negative:
             raise SettingError(
                 f"text is {args.text!r} and a prompt or negative is given too: expected one of them; the file holds"
