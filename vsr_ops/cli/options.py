@@ -20,7 +20,7 @@ from ..modules.control import load_control
 from ..modules.dcm import load_dcm
 from ..modules.refiner import load_refiner
 from ..modules.stam import load_stam
-from ..pipeline.defaults import AUTO, DEFAULTS, PAPER_GUIDANCE
+from ..pipeline.defaults import AUTO, DDPM_STEPS, DEFAULTS, PAPER_GUIDANCE
 from ..pipeline.parts import CAPMSettings, PipelineModules
 from ..pipeline.sampler import Settings
 from ..sampling.align import MODES as ALIGN_MODES
@@ -58,7 +58,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         help="in the place of the model's own: a UNet alone in diffusers' layout, DC-VSR's say",
     )
     each = ", ".join(f"{known.steps} with {name}" for name, known in DEFAULTS.items())
-    add("--steps", type=int, help=f"{each}; 0 is no diffusion")
+    add("--steps", type=int, help=f"{each}, {DDPM_STEPS} with the sampler ddpm; 0 is no diffusion")
     auto = f"auto ({PAPER_GUIDANCE} with a full SVD, or where a strength is given, else none)"
     add("--guidance", default=AUTO, help=", ".join([auto, *GUIDANCE]))
     add("--cfg", type=float, help="classifier-free guidance; 1 is off. With dssag it is DC-VSR equation 9's 1 + s")
@@ -106,7 +106,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--align-mode", default="gradient", help=", ".join(ALIGN_MODES))
     add("--align-scale", default="bounded", help=f"of gradient's step: {', '.join(ALIGN_SCALES)} (the paper's)")
     add_flow(parser)
-    add("--sampler", default=Settings.sampler, help=f"{', '.join(SAMPLERS)}; SDATC takes 50 steps of ddpm")
+    add("--sampler", default=Settings.sampler, help=f"{', '.join(SAMPLERS)}; SDATC takes ddpm")
     add("--seed", type=int, default=0)
     add("--denoise", type=float, default=1.0, help="below 1: start from the LR latent at partial noise")
     add("--batch", type=int, default=1, help="spatial tiles through the UNet together")
