@@ -164,7 +164,8 @@ def sample(
     where = model.device if model.device.type == "cuda" else lr.device
     levels = NoiseRange.of(model)
     chosen, schedule, powers = guide(settings.guidance), noise_schedule(settings, levels), strengths(settings, levels)
-    contexts = {True: _by_scene(plan, model.context(None) if context is None else context), False: model.context(None)}
+    shown = model.context(None) if context is None else context
+    contexts = {True: _by_scene(plan, shown), False: model.negative_context()}
     lr_by_branch = {True: lr, False: lr if model.always_sees_lr else torch.zeros_like(lr)}
 
     def draw(stream: int) -> Tensor:
