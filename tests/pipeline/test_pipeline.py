@@ -203,7 +203,7 @@ def test_the_seed_decides(tiny: SVD) -> None:
 
 @pytest.mark.parametrize(("sampler", "steps"), [("euler", 1), ("euler", 3), ("ddpm", 3)])
 def test_any_cut_of_a_video_gets_the_same_noise(tiny: SVD, sampler: str, steps: int) -> None:
-    """Without propagation and overlap what a frame becomes depends on its window alone, at each step as at the first."""
+    """Without propagation and overlap a frame depends on its window alone, at each step as at the first."""
     plan = plan_tiles(8, 8, 8, TILE, 0.0, factor=4)
     settings = Settings(steps=steps, guidance="none", propagation=OFF, sampler=sampler)
     lr = latents(plan)
