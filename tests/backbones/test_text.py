@@ -27,7 +27,8 @@ from tests.support.text_files import (
     text_encoder,
 )
 from vsr_ops.backbones.text import encode_texts, tokens_of
-from vsr_ops.checkpoints.text_encoder import TextEncoderWeights, read_text_encoder
+from vsr_ops.checkpoints.keymap import expand
+from vsr_ops.checkpoints.text_encoder import TEXT_PART, TextEncoderWeights, read_text_encoder
 from vsr_ops.checkpoints.text_file import Texts
 from vsr_ops.errors import CheckpointError, SettingError
 
@@ -110,6 +111,15 @@ def test_an_encoder_alone_is_told_by_its_width(layers: int, tmp_path: Path) -> N
     found = read(tmp_path / "h.safetensors")
     expected = {"hidden_size": 1024, "num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu"}
     assert expected.items() <= found.config.items() and tokens_of(found, "") == EMPTY_2
+
+
+def test_the_maps_of_full_size() -> None:
+    """ViT-H/14's 23 layers that are used, key by key."""
+    config = OPEN_CLIP | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23}
+    config |= {"num_attention_heads": 16}
+    state, names = TEXT_PART.plan(Path("full"), config)
+    assert {new for name in names.values() for new in expand(name)} == {key.removeprefix(MODEL) for key in state}
+    assert sum(value.numel() for value in state.values()) == 340_387_840
 
 
 def test_where_there_is_none(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.refusals import refused
 from tests.support.sd_files import StableDiffusion, once, stable_diffusion
-from vsr_ops.checkpoints.sd import SDWeights, is_own, read_sd, write_sd
+from vsr_ops.checkpoints.diffusers_folder import config_kwargs
+from vsr_ops.checkpoints.sd import SD_UNET_PART, SDWeights, is_own, read_sd, write_sd
+from vsr_ops.checkpoints.sd_keymap import infer_sd_unet
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,28 @@ def test_a_folder_is_the_one_file_and_its_scheduler(
     assert same(found, one_file) and (found.prediction, found.zero_snr) == (said, zero)
     inferred = one_file.unet_config.items() - {("attention_head_dim", one_file.unet_config["attention_head_dim"])}
     assert all(found.unet_config[key] == value for key, value in inferred)
+
+
+def test_the_published_configuration_of_2_1_is_that_of_its_single_file() -> None:
+    """As `unet/config.json` of stable-diffusion-2-1 has it, at full size, on meta: 686 tensors."""
+    levels = {"down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]}
+    levels |= {
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "block_out_channels": [320, 640, 1280, 1280],
+    }
+    config: dict[str, Any] = {
+        **levels,
+        **{"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.10.0.dev0", "act_fn": "silu"},
+        **{"attention_head_dim": [5, 10, 20, 20], "center_input_sample": False, "cross_attention_dim": 1024},
+        **{"downsample_padding": 1, "dual_cross_attention": False, "flip_sin_to_cos": True, "freq_shift": 0},
+        **{"in_channels": 4, "out_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05},
+        **{"norm_num_groups": 32, "num_class_embeds": None, "only_cross_attention": False, "sample_size": 96},
+        **{"upcast_attention": True, "use_linear_projection": True},
+    }
+    kwargs = config_kwargs(config)
+    state, names = SD_UNET_PART.plan(Path("full"), kwargs)
+    inferred = infer_sd_unet({old: tuple(state[new].shape) for old, new in names.items()})
+    assert len(names) == 686 and {key: kwargs[key] for key in inferred} == inferred
 
 
 def test_a_folder_with_names_of_today(sd: StableDiffusion, one_file: SDWeights, tmp_path: Path) -> None:
