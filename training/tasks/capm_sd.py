@@ -19,7 +19,7 @@ from training.loop.state import weights_of
 from training.loop.task import Batch
 from training.tasks import control
 from training.tasks.capm import CAPMLossSettings, disagreement, one_batch, parts_of, settling, watched
-from training.tasks.control import ControlTask, controlled
+from training.tasks.control import ControlTask, by_frame, controlled, first_frames, sampled_by
 from training.tasks.sd import decoded_rows
 from vsr_ops.errors import SettingError
 from vsr_ops.modules.capm import CAPM, SD_UNET, CAPMShape, attached, decoder_widths
@@ -67,6 +67,8 @@ class CAPMSDTask(ControlTask):
             out,
         )
         self.shape, self.weights = shape, weights
+        if shape.decoder:
+            raise SettingError("model.decoder is true: this task trains CAPM alone; train the decoder with the control")
         if not shape.control:
             raise SettingError(
                 "model.control is empty: expected the control that stays as it is (--set model.control=lite): without"
@@ -110,10 +112,11 @@ class CAPMSDTask(ControlTask):
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         unet, capm = parts_of(model)
-        level = batch["level"]
-        with watched(capm, unet) as features, attached(capm, unet, batch["told"]):
+        frames = by_frame(batch)
+        level = frames["level"]
+        with watched(capm, unet) as features, attached(capm, unet, frames["told"]):
             found, _ = super().loss(model, batch)
-        kept = batch["hint"].flatten(1).any(1)  # without LR latents there is nothing to read
+        kept = frames["hint"].flatten(1).any(1)  # without LR latents there is nothing to read
         agree = (disagreement(capm, features, level) * kept).mean()
         readings = torch.stack([capm.reading(name, value) for name, value in features.items()]).mean(0)
         return found + self.weights.agree * agree, {
@@ -125,12 +128,13 @@ class CAPMSDTask(ControlTask):
     def picture(self, model: nn.Module, batch: Batch) -> Tensor:
         """Two places, sampled from one noise with the control alone, and with CAPM told the level."""
         unet, capm = parts_of(model)
-        clean, hint, noise, level = (batch[key][:2] for key in ("clean", "hint", "noise", "level"))
+        frames = first_frames(batch)
+        clean, hint, noise, level = (frames[key] for key in ("clean", "hint", "noise", "level"))
         found: dict[str, Tensor] = {}
         predict: Callable[[Tensor, Tensor], Tensor] = partial(controlled, model, hint)
         for name, beside in (("control", nullcontext()), ("CAPM", attached(capm, unet, level))):
             with beside:
-                found[name] = self._sampled(predict, noise)
+                found[name] = sampled_by(predict, noise, self._prediction)
         return decoded_rows(self.coder(torch.device("cpu")), {"LR": hint, **found, "truth": clean})
 
     def export(self, model: nn.Module, path: Path, trained_on: str) -> None:
