@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class CAPMModelSettings:
     code: int = CAPMShape.code
     prompt: int = CAPMShape.prompt
     size: int = CAPMShape.size
+    weighing: str = CAPMShape.weighing
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,26 @@ class CAPMLossSettings:
     drop: float = 0.1
     untold: float = 0.5
     agree: float = 1.0
+
+
+class CAPMChoices(Protocol):
+    """What a recipe's [model] says of a new CAPM, as CAPMShape has it."""
+
+    @property
+    def components(self) -> int: ...
+    @property
+    def code(self) -> int: ...
+    @property
+    def prompt(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def weighing(self) -> str: ...
+
+
+def capm_shape(backbone: str, widths: Mapping[str, int], chosen: CAPMChoices) -> CAPMShape:
+    """The shape of a new CAPM beside a decoder of these widths."""
+    return CAPMShape(backbone, widths, chosen.components, chosen.code, chosen.prompt, chosen.size, chosen.weighing)
 
 
 def check_crfs(finest: int, coarsest: int) -> None:
@@ -173,7 +194,7 @@ class CAPMTask(LatentsTask):
         shape = self.shape
         capm = self._before().unet
         if capm is None:
-            capm = CAPM(CAPMShape(SVD_UNET, widths, shape.components, shape.code, shape.prompt, shape.size))
+            capm = CAPM(capm_shape(SVD_UNET, widths, shape))
             if self._first is not None:
                 with settling(capm, cast(nn.Module, svd.unet)):
                     edm_loss(svd.unet, **of_edm(self._first))

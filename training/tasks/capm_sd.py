@@ -18,7 +18,7 @@ from training.loop.recipe import Recipe, from_table
 from training.loop.state import weights_of
 from training.loop.task import Batch
 from training.tasks import control
-from training.tasks.capm import CAPMLossSettings, disagreement, one_batch, parts_of, settling, watched
+from training.tasks.capm import CAPMLossSettings, capm_shape, disagreement, one_batch, parts_of, settling, watched
 from training.tasks.control import ControlTask, by_frame, controlled, first_frames, sampled_by
 from training.tasks.sd import decoded_rows
 from vsr_ops.errors import SettingError
@@ -39,6 +39,7 @@ class CAPMSDModelSettings(control.ControlModelSettings):
     code: int = CAPMShape.code
     prompt: int = CAPMShape.prompt
     size: int = CAPMShape.size
+    weighing: str = CAPMShape.weighing
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class CAPMSDTask(ControlTask):
         widths = decoder_widths(cast(Any, unet).config["block_out_channels"])
         shape, capm = self.shape, self._before().unet
         if capm is None or capm.shape.backbone != SD_UNET:
-            capm = CAPM(CAPMShape(SD_UNET, widths, shape.components, shape.code, shape.prompt, shape.size))
+            capm = CAPM(capm_shape(SD_UNET, widths, shape))
             if self._first is not None:
                 with settling(capm, unet):
                     super().loss(nn.ModuleDict({"unet": unet, "control": controls}), self._first)

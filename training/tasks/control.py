@@ -1,5 +1,5 @@
-"""A control for a Stable Diffusion: the loss of what that predicts, v or the noise, with the upscaled LR video's latents
-as the hint (SDATC, section III-B). The SD is frozen, or its UNet's decoder learns with the control, as in the paper."""
+"""A control for a Stable Diffusion: the loss of what that predicts, v or the noise, with the upscaled LR video's
+latents as the hint (SDATC, section III-B). The SD is frozen, or its UNet's decoder learns too, as in the paper."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A control, its Stable Diffusion's decoder and the DCM before them, trained end to end (SDATC, section III-B): the loss
-of what the UNet predicts reaches the DCM through the frozen VAE's encoder."""
+"""A control, its Stable Diffusion's decoder and the DCM before them, trained end to end (SDATC, section III-B): the
+loss of what the UNet predicts reaches the DCM through the frozen VAE's encoder."""
 
 from __future__ import annotations
 

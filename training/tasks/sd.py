@@ -81,7 +81,7 @@ class FrameLatents(CAPMLatents):
         return {"clean": frame["clean"][0], "hint": frame["hint"][0], "level": frame["level"]}
 
     def draw_frames(self, rng: torch.Generator, count: int) -> Batch:
-        """The same of one place in `count` frames that follow each other: `clean` and `hint` `(count, 4, crop, crop)`."""
+        """The same of one place in `count` frames in a row: `clean` and `hint` `(count, 4, crop, crop)`."""
         data, crop = self.settings, self._crop
         shard, index = self._clip(integer(rng, data.clips))
         first, top, left = (integer(rng, n) for n in (data.frames - count + 1, *[data.size // 8 - crop + 1] * 2))

@@ -24,8 +24,8 @@ from ..system.outputs import whole
 Shapes = Mapping[str, tuple[int, ...]]
 
 UPSCALER_KEY = "vsr.upscaler"
-"""In a model's metadata: what enlarged the LR videos that it was trained on. "bicubic", "dcm" (the bundled lite DCM), or
-a file's name."""
+"""In a model's metadata: what enlarged the LR videos that it was trained on: "bicubic", "dcm" (the bundled DCM), or a
+file's name."""
 
 PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 PICKLE = "a pickle, which can run code, expected safetensors; use the .safetensors file of the same model"
