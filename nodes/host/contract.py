@@ -195,6 +195,10 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "folder_paths.get_folder_paths(folder)",
         "comfy.sd.load_checkpoint_guess_config(p, output_vae=v, output_clip=c, output_clipvision=e, output_model=m)",
     ),
+    "test_defaults.py::test_every_scene_is_seen_by_itself": (
+        "comfy.clip_vision.ClipVisionModel.encode_image(self, image, crop=c)",
+        "comfy.clip_vision ~ image_embeds",
+    ),
     "test_images.py::test_images_leave_as_the_host_hands_them_on": (f"?{_MEMORY}.intermediate_dtype()",),
 }
 

@@ -12,7 +12,6 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
 from .device import intermediate_dtype
@@ -23,22 +22,6 @@ from .model import context_tokens_of, context_width
 POOLED_WIDTH = 1280
 
 SAMPLERS, SCHEDULERS = list(comfy.samplers.SAMPLER_NAMES), list(comfy.samplers.SCHEDULER_NAMES)
-
-
-def context_tokens(model: Any, clip_vision_output: Any) -> Tensor:
-    """Cross-attention tokens `(1, 1, width)`: CLIP's embedding of a picture, or zeros. Raises SettingError for another
-    width than the MODEL's."""
-    width = context_width(model)
-    if clip_vision_output is None:
-        assert width is not None, "nodes ask this of an SVD, whose UNet has cross-attention"
-        return torch.zeros(1, 1, width)
-    embeds = clip_vision_output.image_embeds[:1].unsqueeze(1)
-    if embeds.shape[-1] != width:
-        raise SettingError(
-            f"clip_vision_output is {embeds.shape[-1]} wide, this MODEL takes {width}: expected the CLIP vision of the"
-            " MODEL's own checkpoint; for Load Lite SVD leave it unwired"
-        )
-    return embeds
 
 
 def null_prompt(model: Any, scenes: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:

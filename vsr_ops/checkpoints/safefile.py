@@ -29,6 +29,9 @@ file's name."""
 
 PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 PICKLE = "a pickle, which can run code, expected safetensors; use the .safetensors file of the same model"
+#: Where a file says which upscaler's pictures its model was trained on: "bicubic", "lite" (the bundled DCM), or the
+#: name of a file.
+UPSCALER_KEY = "vsr.upscaler"
 #: What trainers leave in their pickles beside the weights; nothing stands in for it.
 _LEFT_BEHIND = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
@@ -88,6 +91,16 @@ def open_safely(path: Path) -> Generator[Source, None, None]:
         keys: list[str] = list(opened.keys())
         shapes: Shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in keys}
         yield Source(path, dict(opened.metadata() or {}), shapes, opened.get_tensor)
+
+
+def stored(path: Path, key: str) -> str | None:
+    """What a safetensors file's metadata says under `key`; None for other files, and where there is none: whoever loads
+    it says what is wrong."""
+    try:
+        with open_safely(path) as source:
+            return source.metadata.get(key)
+    except CheckpointError:
+        return None
 
 
 class _Nothing:

@@ -16,10 +16,12 @@ from ..image.color import COLOR
 from ..sampling.align import ROUNDS, align, check_strength
 from ..sampling.calls import Call, calls, gather_tiles
 from ..sampling.guidance import COND, Branch, GuidanceScale, gamma_at, guide, resolve_scale
+from ..sampling.noise import frame_noise
 from ..sampling.passes import run_pass
 from ..sampling.propagation import Propagation, TileRun
 from ..sampling.schedule import Step, schedule_ends, step_at, steps_before
 from ..sampling.tiling import TilePlan, TileSize, plan_tiles
+from .defaults import DEFAULTS
 from .job import Job
 
 
@@ -32,8 +34,8 @@ class SamplingSettings:
     need not all. `align` is lambda of SDATC's alignment along the flow, 0 is off. Raises SettingError.
     """
 
-    steps: int = 10
-    guidance: str = "dssag"
+    steps: int = DEFAULTS["dc_vsr"].steps
+    guidance: str = DEFAULTS["dc_vsr"].guidance
     cfg: float | None = None
     guidance_scale: float | None = None
     rho: float = 0.5
@@ -63,7 +65,7 @@ class Settings(SamplingSettings):
 
     tile: TileSize | None = None
     overlap: float = 0.5
-    color: str = "detail"
+    color: str = DEFAULTS["dc_vsr"].color
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,14 +139,17 @@ def sample(
     noise: Tensor | None = None,
     tick: Callable[[Call], None] = lambda call: None,
     flow: Flow | None = None,
+    first_frame: int = 0,
 ) -> Tensor:
     """Scaled latents `(frames, 4, h, w)` of the result, from unscaled LR latents of the same shape (DC-VSR, section 3).
 
     Euler steps (where SDATC's equation 3 has DDPM's) on tiles, with SAP and TAP in turn. Guidance, and the alignment
     along `flow` (of the latents' size), act on the whole video, tiles merged. Latents stay where `lr` is; one batch of
-    tiles, or scene to align, at a time goes to the model's device. `noise` has deviation 1 (drawn from the seed when
-    None), `tick` is called before each UNet call. Raises SamplingError for a value that is not finite, SettingError for
-    alignment without a flow that fits.
+    tiles, or scene to align, at a time goes to the model's device. `context` is one for all scenes `(1, tokens, dim)`,
+    or one for each. `noise` has deviation 1; when None it is drawn by frame, from the seed and the frames' numbers in
+    their source, where the video begins at `first_frame`. `tick` is called before each UNet call. Raises SamplingError
+    for a value that is not finite, SettingError for contexts that are not one or one a scene, and for alignment without
+    a flow that fits.
     """
     if settings.steps == 0:
         return lr * model.scaling_factor
@@ -153,10 +158,11 @@ def sample(
     where = model.device if model.device.type == "cuda" else lr.device
     levels = NoiseRange.of(model)
     chosen, schedule, powers = guide(settings.guidance), noise_schedule(settings, levels), strengths(settings, levels)
-    contexts = {True: model.context(None) if context is None else context, False: model.context(None)}
+    contexts = {True: _by_scene(plan, model.context(None) if context is None else context), False: model.context(None)}
     lr_by_branch = {True: lr, False: lr if model.always_sees_lr else torch.zeros_like(lr)}
     if noise is None:
-        noise = torch.randn(lr.shape, generator=torch.Generator().manual_seed(settings.seed)).to(lr.device)
+        numbers = range(first_frame, first_frame + len(lr))
+        noise = frame_noise(numbers, lr.shape[1:], settings.seed).to(lr.device)
     first = schedule[0]
     x = noise * (first**2 + 1) ** 0.5 if settings.denoise == 1 else lr * model.scaling_factor + noise * first
     run = TileRun(plan, settings.propagation)
@@ -166,8 +172,10 @@ def sample(
         def evaluate(x: Tensor, branch: Branch, call: Call, sigma: float = sigma) -> Tensor:
             tick(call)
             tiles, lr_latents = (gather_tiles(plan, call, z) for z in (x, lr_by_branch[branch.conditional]))
+            tokens = contexts[branch.conditional]
+            scene = plan.windows[call.window].scene if len(tokens) > 1 else 0
             with model.serving(run, call):
-                return model.denoise(tiles, sigma, lr_latents, contexts[branch.conditional], call.frames)
+                return model.denoise(tiles, sigma, lr_latents, tokens[scene : scene + 1], call.frames)
 
         def denoise(x: Tensor, branch: Branch, step: Step = step) -> tuple[Tensor, Tensor | None]:
             value = run_pass(run, step, branch, lambda call: evaluate(x, branch, call), settings.batch)
@@ -178,6 +186,13 @@ def sample(
             x0 = align(x0, flow, settings.align, sigma, settings.align_mode, ROUNDS, where)
         x = x0 + (x - x0) * (following / sigma)
     return x
+
+
+def _by_scene(plan: TilePlan, context: Tensor) -> Tensor:
+    scenes = plan.windows[-1].scene + 1
+    if len(context) not in (1, scenes):
+        raise SettingError(f"there are {len(context)} contexts: expected one, or one for each of {scenes} scene(s)")
+    return context
 
 
 def _fitting(flow: Flow | None, lr: Tensor, settings: SamplingSettings) -> Flow | None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..backbones.svd import Backbone
 from ..flow.field import Flow, streamed_flow
@@ -63,7 +64,7 @@ def upscale(
             lr[i] = z
             progress("encode", i + 1, job.frames)
         levels = None if parts.prompts is None else parts.prompts.levels(job)
-        context = model.context(next(upscaled()).image[None]) if model.image_encoder is not None else None
+        context = _contexts(model, upscaled, cuts)
         calls_done, total = count(1), unet_calls(plan, settings, NoiseRange.of(model))
         with apply_capm(model, parts.prompts, levels):
             result = sample(
@@ -74,6 +75,7 @@ def upscale(
                 context,
                 tick=lambda _: progress("sample", next(calls_done), total),
                 flow=flow,
+                first_frame=job.start,
             )
         progress("decode", 0, job.frames)
         pictures = decoded(model, result / model.scaling_factor, parts, levels, upscaled, job.size, cuts)
@@ -86,6 +88,16 @@ def upscale(
                 image = correct(settings.color, frame[None], reference.image[None])[0].clamp(0, 1)
                 writer.write(Frame(image, reference.alpha, reference.pts))
                 progress("decode", i + 1, job.frames)
+
+
+def _contexts(model: Backbone, upscaled: UpscaledFrames, cuts: Sequence[int]) -> Tensor | None:
+    """What the model's image encoder sees in the first frame of each scene, `(scenes, tokens, dim)`; None without an
+    encoder."""
+    if model.image_encoder is None:
+        return None
+    firsts = [0, *cuts]
+    frames = enumerate(islice(upscaled(), firsts[-1] + 1))
+    return torch.cat([model.context(frame.image[None]) for i, frame in frames if i in firsts])
 
 
 def _latent_flow(

@@ -29,7 +29,7 @@ COMBOS = {
     "VSRDSSAG": ["layers"],
     "VSRDSSAGGuider": ["layers"],
     "VSRPAGGuider": ["layers"],
-    "VSRTiledSVDSampler": ["guidance", "sampler_name", "scheduler", "propagation", "sap_mode", "color"],
+    "VSRTiledSVDSampler": ["guidance", "sampler_name", "scheduler", "propagation", "sap_mode", "color", "upscaler"],
     "VSRColorMatch": ["method"],
     "VSRCompare": ["mode"],
 }
