@@ -93,11 +93,9 @@ def weights_of(name: str | Path, kept_as: str = WEIGHTS) -> str:
 
 def upscaler_note(setting: str) -> dict[str, str]:
     """What a model's file says of the upscaler that its recipe names: "bicubic", "dcm" for the bundled DCM, or the name
-    of the DCM's file, with its folder's where that is a run's."""
-    if setting in ("bicubic", "lite"):
-        return {UPSCALER_KEY: "dcm" if setting == "lite" else setting}
-    file = Path(weights_of(setting))
-    return {UPSCALER_KEY: f"{file.parent.name}/{file.name}" if file.name == WEIGHTS else file.name}
+    of the DCM's file."""
+    known = {"bicubic": "bicubic", "lite": "dcm"}
+    return {UPSCALER_KEY: known.get(setting) or Path(weights_of(setting)).name}
 
 
 def refuse_another(folder: Path, changed: Mapping[str, str]) -> None:

@@ -23,13 +23,9 @@ from ..system.outputs import whole
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-UPSCALER_KEY = "vsr.upscaler"
-"""In a model's metadata: what enlarged the LR videos that it was trained on: "bicubic", "dcm" (the bundled DCM), or a
-file's name."""
-
 PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 PICKLE = "a pickle, which can run code, expected safetensors; use the .safetensors file of the same model"
-#: Where a file says which upscaler's pictures its model was trained on: "bicubic", "lite" (the bundled DCM), or the
+#: Where a file says which upscaler's pictures its model was trained on: "bicubic", "dcm" (the bundled DCM), or the
 #: name of a file.
 UPSCALER_KEY = "vsr.upscaler"
 #: What trainers leave in their pickles beside the weights; nothing stands in for it.
