@@ -86,16 +86,18 @@ class CAPMSDTask(ControlTask):
         self._first = one_batch(self.sample)
 
     def build(self) -> nn.Module:
-        unet, controls = control.parts_of(super().build())
+        parts = cast(nn.ModuleDict, super().build())
+        unet, _ = control.parts_of(parts)
         widths = decoder_widths(cast(Any, unet).config["block_out_channels"])
         shape, capm = self.shape, self._before().unet
         if capm is None or capm.shape.backbone != SD_UNET:
             capm = CAPM(capm_shape(SD_UNET, widths, shape))
             if self._first is not None:
                 with settling(capm, unet):
-                    super().loss(nn.ModuleDict({"unet": unet, "control": controls}), self._first)
+                    super().loss(parts, self._first)
         capm.check_fits(SD_UNET, widths)
-        return nn.ModuleDict({"unet": unet, "control": controls, "capm": capm})
+        parts["capm"] = capm
+        return parts
 
     def _before(self) -> CAPMs:
         return load_capms(weights_of(self.shape.capm)) if self.shape.capm else CAPMs()

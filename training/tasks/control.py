@@ -22,7 +22,6 @@ from training.tasks.sd import (
     SDDataSettings,
     decoded_rows,
     noised,
-    nothing,
     read_start_sd,
     sampled,
     start_file,
@@ -32,8 +31,11 @@ from training.tasks.sd import (
 from training.tasks.svd import read_start
 from vsr_ops.backbones.sd import TIMESTEPS, build_sd, model_sigmas
 from vsr_ops.backbones.svd import Backbone, build_svd
-from vsr_ops.checkpoints.sd import TELLING_BIAS
+from vsr_ops.backbones.text import encode_texts
+from vsr_ops.checkpoints.sd import TELLING_BIAS, is_own
 from vsr_ops.checkpoints.sd_tuned import write_tuned_sd
+from vsr_ops.checkpoints.text_encoder import read_text_encoder
+from vsr_ops.checkpoints.text_file import read_texts
 from vsr_ops.errors import SettingError
 from vsr_ops.modules.control import Control, load_control, write_control
 
@@ -45,12 +47,14 @@ DECODER = ("up_blocks.", "conv_norm_out.", "conv_out.")
 class ControlModelSettings:
     """`start`: the SD ("lite", a file or a run); `vae`: the SVD whose VAE its latents are of ("lite", a file or a run),
     empty: the SD's own. `control`: the control to go on from ("lite", a file or a run), empty: a copy of the SD's
-    encoder. `decoder`: whether the SD's UNet learns in its decoder too; the SD is then written beside the control.
+    encoder. `text`: what `python -m vsr_ops embed` made of the empty text, for a published SD without text encoder.
+    `decoder`: whether the SD's UNet learns in its decoder too; the SD is then written beside the control.
     `checkpointing` computes the UNet's activations twice instead of keeping them."""
 
     start: str = "lite"
     vae: str = ""
     control: str = ""
+    text: str = ""
     decoder: bool = False
     checkpointing: bool = False
 
@@ -141,9 +145,20 @@ def coder_of(shape: ControlModelSettings) -> Backbone:
 
 
 def build_parts(shape: ControlModelSettings) -> tuple[str, nn.ModuleDict]:
-    """(what the SD predicts, its `unet` and the `control`). Raises CheckpointError, and SettingError for a control of
-    another UNet."""
+    """(what the SD predicts, its `unet` and the `control`, with the `context` that both are given). Raises
+    CheckpointError, and SettingError for a control or text of another UNet, or an SD that cannot be trained so."""
+    file = start_file(shape.start)
+    if shape.decoder and (file.is_dir() or file.suffix != ".safetensors"):
+        raise SettingError(
+            f"model.start is {file} and model.decoder is true: expected one .safetensors file, in whose layout the"
+            " tuned Stable Diffusion is written; give that, or set model.decoder to false"
+        )
     weights = read_start_sd(shape.start)
+    if weights.zero_snr:
+        raise SettingError(
+            f"{file}: its schedule ends in noise alone (zero terminal SNR), which this task does not train: expected"
+            " Stable Diffusion's own, such as v2-1_768-ema-pruned.safetensors"
+        )
     unet = unet_of(weights)
     if shape.control:
         control = load_control(weights_of(shape.control))
@@ -152,7 +167,32 @@ def build_parts(shape: ControlModelSettings) -> tuple[str, nn.ModuleDict]:
         control = Control.of(unet)
     if shape.checkpointing:
         unet.enable_gradient_checkpointing()
-    return weights.prediction, nn.ModuleDict({"unet": cast(nn.Module, unet), "control": control})
+    parts = nn.ModuleDict({"unet": cast(nn.Module, unet), "control": control})
+    parts.register_buffer("context", context_of(shape, unet.config["cross_attention_dim"]), persistent=False)
+    return weights.prediction, parts
+
+
+def context_of(shape: ControlModelSettings, width: int) -> Tensor:
+    """What the UNet is told `(1, tokens, width)`, in training as in use: the empty text as the SD's own encoder has it,
+    or one token of zeros for this pack's own. Raises SettingError for a published SD without an encoder or a text."""
+    file = start_file(shape.start)
+    if shape.text:
+        context = read_texts(Path(shape.text)).prompt
+    elif is_own(file):
+        context = torch.zeros(1, 1, width)
+    elif (encoder := read_text_encoder(file)) is not None:
+        context = encode_texts(encoder, "", "", torch.device("cpu")).prompt
+    else:
+        raise SettingError(
+            f"{file}: has no text encoder, and a published Stable Diffusion was trained with one: expected the encoded"
+            " empty text; make it with `python -m vsr_ops embed` from the model's own encoder, and give it as"
+            " model.text"
+        )
+    if context.shape[-1] != width:
+        raise SettingError(
+            f"the text is {context.shape[-1]} wide, the UNet of {file} takes {width}: give one of its own encoder"
+        )
+    return context
 
 
 def learns(shape: ControlModelSettings, name: str) -> bool:
@@ -200,10 +240,10 @@ def prediction_loss(model: nn.Module, frames: Batch, prediction: str) -> Tensor:
 
 def control_picture(model: nn.Module, frames: Batch, prediction: str, coder: Backbone) -> Tensor:
     """Frames sampled from one noise without and with the control."""
-    noise = frames["noise"]
+    noise, context = frames["noise"], cast(Tensor, model.context)
     columns = {
         "LR": frames["hint"],
-        "without": sampled_by(partial(velocity, parts_of(model)[0]), noise, prediction),
+        "without": sampled_by(partial(velocity, parts_of(model)[0], tokens=context), noise, prediction),
         "control": sampled_by(partial(controlled, model, frames["hint"]), noise, prediction),
         "truth": frames["clean"],
     }
@@ -232,7 +272,7 @@ def as_velocity(noise: Tensor, scaled: Tensor, timestep: Tensor) -> Tensor:
 def controlled(model: nn.Module, hint: Tensor, scaled: Tensor, timestep: Tensor) -> Tensor:
     """What the UNet predicts with the control, all as the UNet takes it."""
     unet, control = parts_of(model)
-    skips, middle = control(scaled, timestep, nothing(unet, scaled), hint)
-    return velocity(
-        unet, scaled, timestep, down_block_additional_residuals=tuple(skips), mid_block_additional_residual=middle
-    )
+    context = cast(Tensor, model.context)
+    skips, middle = control(scaled, timestep, context, hint)
+    added = {"down_block_additional_residuals": tuple(skips), "mid_block_additional_residual": middle}
+    return velocity(unet, scaled, timestep, context, **added)

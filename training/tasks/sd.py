@@ -190,9 +190,10 @@ def nothing(unet: nn.Module, latents: Tensor) -> Tensor:
     return latents.new_zeros(len(latents), 1, cast(Any, unet).config["cross_attention_dim"])
 
 
-def velocity(unet: nn.Module, scaled: Tensor, timestep: Tensor, **more: Any) -> Tensor:
-    """The network's answer for latents as it takes them, with the empty context."""
-    return cast(Any, unet)(scaled, timestep, nothing(unet, scaled), **more).sample.float()
+def velocity(unet: nn.Module, scaled: Tensor, timestep: Tensor, tokens: Tensor | None = None, **more: Any) -> Tensor:
+    """The network's answer for latents as it takes them, with a context `(1, tokens, dim)`, by default zeros."""
+    context = nothing(unet, scaled) if tokens is None else tokens.to(scaled).expand(len(scaled), -1, -1)
+    return cast(Any, unet)(scaled, timestep, context, **more).sample.float()
 
 
 def sampled(velocity_at: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int = PICTURE_STEPS) -> Tensor:
