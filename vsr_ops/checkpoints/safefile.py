@@ -26,7 +26,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 PICKLE = "a pickle, which can run code, expected safetensors; use the .safetensors file of the same model"
-#: Where a file says which upscaler's pictures its model was trained on: "bicubic", "lite" (the bundled DCM), or the
+#: Where a file says which upscaler's pictures its model was trained on: "bicubic", "dcm" (the bundled DCM), or the
 #: name of a file.
 UPSCALER_KEY = "vsr.upscaler"
 #: What trainers leave in their pickles beside the weights; nothing stands in for it.

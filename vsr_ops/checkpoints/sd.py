@@ -46,6 +46,8 @@ PREDICTIONS = ("v_prediction", "epsilon")
 TILE = (64, 64, 14)
 #: Above it the host takes a UNet of 2.x for one that predicts v.
 V_DEVIATION = 0.09
+#: Whose deviation that is: training leaves it as it is, so that the host goes on telling the two apart.
+TELLING_BIAS = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
 #: The noise that Stable Diffusion learned: betas linear in their square root, between these, over so many timesteps.
 BETAS, TIMESTEPS = (0.00085, 0.012), 1000
 
@@ -185,7 +187,7 @@ def _ends_in_noise(source: Source) -> bool:
 def _prediction(unet: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
     """What a published UNet predicts: 1.x the noise. Of 2.x nothing in a file says so; the 768-pixel ones, which
     predict v, are told as the host tells them, by how widely the biases of a last normalisation vary."""
-    bias = unet.get("up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias")
+    bias = unet.get(TELLING_BIAS)
     wide = bias is not None and float(bias.float().std(unbiased=False)) > V_DEVIATION
     return "v_prediction" if config["use_linear_projection"] and wide else "epsilon"
 
@@ -201,9 +203,15 @@ def _read_part(source: Source, part: Part, kwargs: Mapping[str, Any], dtype: tor
     return weights
 
 
-def write_sd(path: Path, weights: SDWeights, trained_on: str, dtype: torch.dtype = torch.float16) -> None:
-    """Writes one of the pack's own files. Raises CheckpointError when the weights do not fit their configuration, are
-    not finite as `dtype`, or the file cannot be written."""
+def write_sd(
+    path: Path,
+    weights: SDWeights,
+    trained_on: str,
+    dtype: torch.dtype = torch.float16,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Writes one of the pack's own files; `notes` join its metadata. Raises CheckpointError when the weights do not fit
+    their configuration, are not finite as `dtype`, or the file cannot be written."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: suffix '{path.suffix}', expected '.safetensors'; rename the output")
@@ -220,6 +228,7 @@ def write_sd(path: Path, weights: SDWeights, trained_on: str, dtype: torch.dtype
         refuse_not_finite(path, original, tensors[original], weights.unet[name])
     config = {"unet": kwargs, "prediction": weights.prediction, "tile": list(weights.tile)}
     metadata = {"format": "pt", "vsr.kind": KIND, "vsr.version": VERSION, "vsr.trained_on": trained_on}
+    metadata |= notes or {}
     write_whole(path, tensors, {**metadata, "vsr.config": json.dumps(config, sort_keys=True)})
 
 
