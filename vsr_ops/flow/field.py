@@ -21,7 +21,6 @@ from torch import Tensor
 from ..checkpoints.safefile import first_line
 from ..errors import CheckpointError, SettingError
 from ..system.memory import ran_out
-from ..video.scenes import find_cuts
 from .warp import dis_flow, inside, visibility
 
 log = logging.getLogger(__name__)
@@ -186,6 +185,9 @@ def estimate_flow(
     Raises SettingError for an unknown estimator, a video of another shape or too small, and cuts outside the video;
     CheckpointError for RAFT weights that are not there.
     """
+    # The room of videos loads libraries of codecs, which following a flow does not need.
+    from ..video.scenes import find_cuts
+
     _check_video(video, estimator)
     frames, _, height, width = video.shape
     found = find_cuts(iter(video)) if cuts is None else _checked(cuts, frames)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +23,10 @@ from ..sampling.propagation import Propagation, TileRun
 from ..sampling.schedule import Step, schedule_ends, step_at, steps_before
 from ..sampling.tiling import TilePlan, TileSize, plan_tiles
 from .defaults import DEFAULTS
-from .job import Job
+
+if TYPE_CHECKING:
+    # What is upscaled comes from a video: libraries of codecs, which sampling does not need.
+    from .job import Job
 
 
 @dataclass(frozen=True)
