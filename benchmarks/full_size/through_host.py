@@ -7,9 +7,8 @@ import importlib
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -18,13 +17,12 @@ from typing import Any
 import torch
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common import randomize
 from benchmarks.full_size import report
 from benchmarks.full_size.measure import Limits
 from benchmarks.full_size.report import Line
-from benchmarks.full_size.rows import ROWS, Row, Taken, Traffic, forget_peak, now, peak
+from benchmarks.full_size.rows import PLAIN, ROWS, Row, Taken, Traffic, forget_peak, now, peak
 from vsr_ops.sampling.calls import calls
 from vsr_ops.sampling.guidance import COND
 from vsr_ops.sampling.tiling import TilePlan, TileSize
@@ -151,7 +149,7 @@ class Watch:
         if limit is not None and (place < count - limit or self.step < self.row.steps - 1):
             return torch.zeros_like(x)
         begun = now(self.device)
-        with self.traffic if self.traffic is not None and self.step == self.row.steps - 1 else unwatched():
+        with self.traffic if self.traffic is not None and self.step == self.row.steps - 1 else nullcontext():
             out = executor(x, *rest, **more)
         self.evaluated += now(self.device) - begun
         self.tiles += x.shape[0] // self.plan.windows[0].span.length
@@ -159,17 +157,12 @@ class Watch:
 
     def taken(self) -> Taken:
         """What the step took."""
-        passes = self.row.passes
-        times = passes * self.plan.tiles / self.tiles
+        times = self.row.passes * self.plan.tiles / self.tiles
         moved = (self.traffic.sent, self.traffic.received) if self.traffic else (0, 0)
-        seconds = self.seconds + self.evaluated * (times - 1)
-        return Taken(seconds, peak(self.device), *(round(each * times) for each in moved), passes, False)
-
-
-@contextmanager
-def unwatched() -> Generator[TorchDispatchMode | None]:
-    """Nothing is counted within."""
-    yield None
+        sent, received = (round(each * times) for each in moved)
+        return Taken(
+            self.seconds + self.evaluated * (times - 1), peak(self.device), sent, received, self.row.passes, False
+        )
 
 
 @torch.no_grad()
@@ -198,10 +191,11 @@ def host_lines(
     precision = str(model.model.get_dtype()).removeprefix("torch.")
     label = f"{label}, {precision}, ComfyUI {pack.version}"
     lines: list[Line] = []
+    # Loads the model.
+    host_step(pack, model, plan, ROWS[PLAIN], replace(limits, calls=1), None)
     for name in names:
         row = ROWS[name]
         try:
-            # The first run loads the model, and on a card counts the traffic.
             traffic = Traffic() if model.load_device.type != "cpu" else None
             first = host_step(pack, model, plan, row, limits, traffic)
             times = [] if traffic is None else [host_step(pack, model, plan, row, limits, None) for _ in range(2)]
