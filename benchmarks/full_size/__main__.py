@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,8 @@ from tempfile import TemporaryDirectory
 # What needs diffusers is imported where it is used, since it may come out of `--wheels`: these stand in `parts`, `rows`
 # and `build` too, under a test.
 PARTS = ("small", "correctness", "1080p", "host", "720p", "4k")
+#: Sizes that a CPU would take days for.
+SIZES = ("1080p", "720p", "4k")
 ROW_NAMES = ("plain", "dssag8", "sap-sync", "sap-lagged", "tap", "cfg", "dssag9", "pag", "sag", "vae")
 MODEL_NAMES = ("svd", "sd21")
 #: Minutes after which a run on a card begins nothing more.
@@ -78,6 +81,8 @@ def main(words: list[str] | None = None) -> None:
     chosen = arguments.part or (PARTS[1:] if cuda else PARTS[:1])
     if "host" in chosen and arguments.comfyui is None:
         raise SystemExit("--part host needs ComfyUI's folder: give --comfyui, or set COMFYUI_PATH")
+    if not cuda and (large := [part for part in chosen if part in SIZES]):
+        raise SystemExit(f"--part {large[0]} needs a card, and this is a {device.type}: leave --part out for the CPU's")
     minutes = arguments.minutes or (MINUTES if cuda else float("inf"))
     wishes = parts.Wishes(
         device,
@@ -91,7 +96,14 @@ def main(words: list[str] | None = None) -> None:
         arguments.comfyui,
     )
     print(f"on {machine(device)}\n", flush=True)
-    lines = [line for part in chosen for line in parts.PARTS[part](wishes, part)]
+    lines: list[report.Line] = []
+    for part in chosen:
+        try:
+            lines += parts.PARTS[part](wishes, part)
+        except Exception as error:
+            # what was found so far is worth its table
+            traceback.print_exc()
+            lines.append(report.failure(f"part {part}", error))
     print()
     report.show(lines)
     print(f"on {machine(device)}; {(time.monotonic() - begun) / 60:.1f} minutes")

@@ -90,8 +90,10 @@ def measured(case: Case, plan: TilePlan, limits: Limits) -> list[Line]:
     try:
         bench = Bench(model, plan, limits.calls)
         bench.warm_up()
-        times, others = rounds(bench, case, limits)
+        others: list[Line] = []
+        # First, since the rows take what time is left.
         vae = vae_of(bench, limits, f"{case.label}: VAE", others) if "vae" in case.rows else None
+        times = rounds(bench, case, limits, others)
     finally:
         del model
         release()
@@ -99,8 +101,8 @@ def measured(case: Case, plan: TilePlan, limits: Limits) -> list[Line]:
     return lines + ([] if vae is None else vae.lines(case.label, plan.frames)) + others
 
 
-def rounds(bench: Bench, case: Case, limits: Limits) -> tuple[dict[str, list[Taken]], list[Line]]:
-    """What the rows took, round by round, and lines for those that failed or had to be left out.
+def rounds(bench: Bench, case: Case, limits: Limits, others: list[Line]) -> dict[str, list[Taken]]:
+    """What the rows took, round by round; `others` gets a line for each that failed or had to be left out.
 
     On a card each row first runs once with its traffic counted, which slows it; later rounds do not, and only their
     times count where there are any. Every second round runs backwards, so that drift cancels.
@@ -109,7 +111,6 @@ def rounds(bench: Bench, case: Case, limits: Limits) -> tuple[dict[str, list[Tak
     names = [name for name in ROWS if name in case.rows or name == PLAIN]
     times: dict[str, list[Taken]] = {name: [] for name in names}
     counted: dict[str, Taken] = {}
-    others: list[Line] = []
     a_pass = 0.0
     for turn in range(limits.rounds + counting):
         begun = time.monotonic()
@@ -129,7 +130,7 @@ def rounds(bench: Bench, case: Case, limits: Limits) -> tuple[dict[str, list[Tak
         names = [name for name in names if times[name] or name in counted]
         if PLAIN not in names or not limits.allows(time.monotonic() - begun):
             break
-    return (times if any(times.values()) else {name: [taken] for name, taken in counted.items()}), others
+    return times if any(times.values()) else {name: [taken] for name, taken in counted.items()}
 
 
 def with_traffic(taken: Taken, counted: Taken | None) -> Taken:

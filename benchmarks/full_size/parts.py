@@ -13,6 +13,7 @@ from benchmarks.full_size.build import CONFIGS, Sizes
 from benchmarks.full_size.measure import Case, Limits
 from benchmarks.full_size.report import Line
 from vsr_ops.sampling.tiling import TilePlan, TileSize
+from vsr_ops.vae.latents import CELL
 
 #: What the CPU runs at full size: whole tiles, but of two frames.
 CPU_TILE = TileSize(64, 64, 2)
@@ -65,10 +66,10 @@ class Wishes:
         )
 
     def case(self, model: str, size: str) -> tuple[Case, TilePlan]:
-        """A model, and the tiles of a video: of a size of PICTURES, or on a CPU of 2 x 2 tiles."""
+        """A model, and the tiles of a video: of a size of PICTURES, or else of 2 x 2 tiles."""
         tile = self.sizes.tile
-        plan = measure.plan_of(size, tile) if self.cuda else measure.small_plan(tile)
-        label = size if self.cuda else f"{plan.width * 8}x{plan.height * 8}x{plan.frames}"
+        plan = measure.plan_of(size, tile) if size in measure.PICTURES else measure.small_plan(tile)
+        label = size if size in measure.PICTURES else f"{plan.width * CELL}x{plan.height * CELL}x{plan.frames}"
         return Case(model, self.sizes, label, self.device, self.dtype, self.rows), plan
 
 
@@ -101,7 +102,7 @@ def in_the_host(wishes: Wishes, part: str) -> list[Line]:
 
     assert wishes.comfyui is not None, "the options ask for it"
     rows = tuple(name for name in HOST_ROWS if name in wishes.rows)
-    case, plan = replace(wishes, rows=rows).case("svd", "1080p")
+    case, plan = replace(wishes, rows=rows).case("svd", "1080p" if wishes.cuda else "small")
     headless = measure.measured(case, plan, wishes.limits(part, 0.5))
     pack = through_host.start_host(wishes.comfyui, wishes.device)
     model = through_host.random_svd(pack, case.sizes.svd)

@@ -168,7 +168,7 @@ class Recorder(TileRun):
 
 @dataclass
 class Bench:
-    """A model, a video's plan and its LR latents. `evaluated` is how many calls of a pass are; None is all of them."""
+    """A model, a video's plan and its LR latents. `evaluated` is how many of a pass' tiles are; None is all of them."""
 
     model: Backbone
     plan: TilePlan
@@ -187,13 +187,17 @@ class Bench:
         run, x = Recorder(self.plan, Propagation(())), gather_tiles(self.plan, call, self.lr)
         with self.model.serving(run, call):
             self.model.denoise(x, 1.0, x, self.model.context(None), call.frames)
-        self.seen = run.seen
+        if self.evaluated is not None:
+            self.seen = run.seen
 
     def chosen(self, row: Row) -> set[tuple[int, int]]:
-        """The (window, tile) of the timed step whose calls are evaluated: the last of a pass, which have neighbours."""
-        order = list(calls(self.plan, row.timed, COND, 1, synchronous=row.synchronous))
-        first = 0 if self.evaluated is None else -self.evaluated
-        return {(call.window, m) for call in order[first:] for m in call.tiles}
+        """The (window, tile) of the timed step whose calls are evaluated: the last of a pass, which have neighbours. A
+        synchronous call is of all its tiles."""
+        found = set[tuple[int, int]]()
+        for call in reversed(list(calls(self.plan, row.timed, COND, 1, synchronous=row.synchronous))):
+            if self.evaluated is None or len(found) < self.evaluated:
+                found |= {(call.window, m) for m in call.tiles}
+        return found
 
     def stand_in(self, run: TileRun, call: Call) -> None:
         """Lets `run` bank as if `call` had gone through the UNet: one query is enough. A synchronous call banks
