@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,7 +25,10 @@ from ..sampling.samplers import SAMPLERS, check_sampler
 from ..sampling.schedule import Step, schedule_ends, step_at, steps_before
 from ..sampling.tiling import TilePlan, TileSize, plan_tiles
 from .defaults import DEFAULTS
-from .job import Job
+
+if TYPE_CHECKING:
+    # What is upscaled comes from a video: libraries of codecs, which sampling does not need.
+    from .job import Job
 
 
 @dataclass(frozen=True)
