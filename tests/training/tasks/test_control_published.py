@@ -72,7 +72,7 @@ def test_it_is_told_what_its_encoder_makes_of_the_empty_text(published: Path, ph
 
 def test_without_an_encoder_a_text_is_asked_for(sd: StableDiffusion, tmp_path: Path) -> None:
     save_file(sd.tensors(), tmp_path / "sd.safetensors")
-    with pytest.raises(SettingError, match="has no text encoder, .* give it as model.text"):
+    with pytest.raises(SettingError, match=r"has no text encoder, .* give it as model.text"):
         build_parts(ControlModelSettings(str(tmp_path / "sd.safetensors")))
 
 
