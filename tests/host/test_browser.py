@@ -150,6 +150,18 @@ def test_saved_values_arrive_by_name(folder: Path, page: Page) -> None:
     assert {value for name, value in inputs.items() if name in ("format", "codec", "format.codec")} <= {"auto"}
 
 
+def test_the_guesses_differ_in_one_thing_each(page: Page) -> None:
+    """From the node's defaults, all from the same noise: else no difference could be laid to the guess."""
+    page.load(saved(EXAMPLES, "dc_vsr_guesses"), "guesses")
+    prompt = page.prompt()
+    first, *others = (prompt[key]["inputs"] for key in of_type(prompt, "VSRSVDConditioning"))
+    assert first["clip_vision"] and first["fps"] == 8 and first["augmentation"] == 0
+    differ = [{key: other.get(key) for key in first if other.get(key) != first[key]} for other in others]
+    assert differ == [{"fps": 7}, {"augmentation": 0.02}, {"clip_vision": None}]
+    noise = [prompt[key]["inputs"] for key in of_type(prompt, "VSRNoiseByFrame")]
+    assert len(noise) == 4 and all(each == noise[0] for each in noise)
+
+
 def test_trouble_is_seen(page: Page) -> None:
     """What the test above looks for is found where it is: else it could not fail."""
     graph: dict[str, Any] = saved(EXAMPLES, "quickstart")
