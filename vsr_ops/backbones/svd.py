@@ -169,6 +169,10 @@ class Backbone(ABC):
             self.image_encoder(clip_pixels(image).to(self.device, self.dtype)).image_embeds, "b d -> b 1 d"
         )
 
+    def negative_context(self) -> Tensor:
+        """The cross-attention tokens of CFG's branch without the condition."""
+        return self.context(None)
+
     def encode(self, frames: Tensor) -> Tensor:
         """Unscaled latents `(n, 4, h/8, w/8)` float32 (the distribution's mode) of frames; h, w multiples of 8."""
         moments = self.vae.quant_conv(self.vae.encoder((frames * 2 - 1).to(self.device, self.vae.dtype)))
