@@ -89,8 +89,7 @@ def test_every_level_of_a_tile_is_whole() -> None:
         assert sizes.tile.height % FACTOR == sizes.tile.width % FACTOR == 0
 
 
-@pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("evaluated", [1, None])
+@pytest.mark.parametrize(("name", "evaluated"), [*((name, 1) for name in ROWS), ("sap-lagged", None), ("tap", None)])
 def test_a_row_takes_the_passes_of_its_guidance(bench: Bench, name: str, evaluated: int | None) -> None:
     row = ROWS[name]
     taken = replace(bench, evaluated=evaluated, seen=bench.seen).step(row)
