@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from einops import rearrange
 from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
-from ...vsr_ops.sampling.attention import identity
+from ...vsr_ops.sampling.attention import batch_limit, identity, in_chunks
 from ...vsr_ops.sampling.calls import Call
 from ...vsr_ops.sampling.layers import Layer
 from ...vsr_ops.sampling.propagation import TileRun
@@ -23,7 +24,7 @@ def attention_override(
 
     def override(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         def proceed(*args: Any) -> Tensor:
-            return func(*args, **kwargs) if inner is None else inner(func, *args, **kwargs)
+            return _in_chunks(func if inner is None else partial(inner, func), args, kwargs)
 
         layer = _layer(layers, seen, kwargs.get("transformer_options") or {}, args)
         if layer is None or not run.acts(call, layer):
@@ -42,6 +43,24 @@ def attention_override(
         return rearrange(out, "b h n d -> b n (h d)")
 
     return override
+
+
+def _in_chunks(attention: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The host's attention (q, k, v, heads, mask) in no more sequences at once than CUDA takes: not all of the host's
+    backends see to that, and temporal layers of a window's tiles have one for every position."""
+    q, size = args[0], batch_limit(args[3])
+    masks = [mask for mask in (*args[4:5], kwargs.get("mask")) if isinstance(mask, Tensor)]
+    if q.shape[0] <= size:
+        return attention(*args, **kwargs)
+    batched = [mask for mask in masks if mask.ndim > 2 and mask.shape[0] == q.shape[0]]
+
+    def part(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
+        own = iter(mask)
+        rest = [next(own) if any(x is each for each in batched) else x for x in args[4:]]
+        named = {key: next(own) if any(x is each for each in batched) else x for key, x in kwargs.items()}
+        return attention(q, k, v, args[3], *rest, **named)
+
+    return in_chunks(part, size, *args[:3], *batched)
 
 
 def _layer(

@@ -21,6 +21,7 @@ from ..checkpoints.sd import LITE_SD, SDWeights, read_sd
 from ..checkpoints.svd import LITE, read_svd
 from ..modules.control import Control, check_strength
 from ..sampling.tiling import TileSize
+from .attention import use_chunks
 from .svd import Backbone, build_vae, context_width
 
 TIMESTEPS = 1000
@@ -67,6 +68,7 @@ class SD(Backbone):
         super().__post_init__()
         check_strength(self.control_strength)
         if self.control is not None:
+            use_chunks(self.control)
             config = self.unet.config
             blocks = config["layers_per_block"]
             widths = list(config["block_out_channels"])

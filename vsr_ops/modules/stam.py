@@ -15,16 +15,16 @@ from typing import Any, cast
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..checkpoints.module_file import fill, read_module, write_module
 from ..errors import CheckpointError, SettingError
+from ..sampling.attention import fused_attention, in_chunks
 from ..weights import bundled
 
 KIND = "stam"
 #: The weights that come with the pack, made for its lite SVD's VAE.
 LITE_STAM = bundled("stam_lite")
-#: Positions that attend at once: CUDA's kernels take no more than 65535 sequences, and memory stays flat.
+#: Positions that attend at once, so that their queries, keys and values stay small beside the features.
 POSITIONS = 8192
 
 
@@ -60,7 +60,7 @@ class STAMBlock(nn.Module):
         """Frames `(t, c, h, w)` that may all see each other, to the same, in their dtype."""
         given, x = x, x.to(self.conv.weight)
         convolved = rearrange(self.conv(rearrange(x, "t c h w -> 1 c t h w")), "1 c t h w -> (h w) t c")
-        added = torch.cat([self._attend(part) for part in convolved.split(POSITIONS)])
+        added = in_chunks(self._attend, POSITIONS, convolved)
         over_time = rearrange(added, "(h w) t c -> t c h w", h=x.shape[-2])
         # a F_s + b (F_s + TAB), in an order that keeps F_s to the last bit where a + b is 1 and TAB is 0.
         return ((self.a + self.b) * x + self.b * over_time).to(given)
@@ -68,7 +68,7 @@ class STAMBlock(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         """TAB: `(positions, t, c)` to what it adds there."""
         q, k, v = rearrange(self.qkv(self.norm(x)), "p t (three h d) -> three p h t d", three=3, h=self.heads)
-        return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "p h t d -> p t (h d)"))
+        return self.out(rearrange(fused_attention(q, k, v), "p h t d -> p t (h d)"))
 
 
 class STAM(nn.Module):
