@@ -24,7 +24,7 @@ def attention_override(
 
     def override(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         def proceed(*args: Any) -> Tensor:
-            return _in_chunks(func if inner is None else partial(inner, func), args, kwargs)
+            return in_limits(func if inner is None else partial(inner, func), args, kwargs)
 
         layer = _layer(layers, seen, kwargs.get("transformer_options") or {}, args)
         if layer is None or not run.acts(call, layer):
@@ -45,22 +45,18 @@ def attention_override(
     return override
 
 
-def _in_chunks(attention: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def in_limits(attention: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The host's attention (q, k, v, heads, mask) in no more sequences at once than CUDA takes: not all of the host's
     backends see to that, and temporal layers of a window's tiles have one for every position."""
-    q, size = args[0], batch_limit(args[3])
-    masks = [mask for mask in (*args[4:5], kwargs.get("mask")) if isinstance(mask, Tensor)]
+    q, k, v, heads, *rest = args
+    size = batch_limit(heads)
     if q.shape[0] <= size:
         return attention(*args, **kwargs)
-    batched = [mask for mask in masks if mask.ndim > 2 and mask.shape[0] == q.shape[0]]
-
-    def part(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
-        own = iter(mask)
-        rest = [next(own) if any(x is each for each in batched) else x for x in args[4:]]
-        named = {key: next(own) if any(x is each for each in batched) else x for key, x in kwargs.items()}
-        return attention(q, k, v, args[3], *rest, **named)
-
-    return in_chunks(part, size, *args[:3], *batched)
+    named = dict(kwargs)
+    mask = rest[0] if rest else named.pop("mask", None)
+    if mask is None or mask.ndim < 3 or mask.shape[0] == 1:
+        return in_chunks(lambda q, k, v: attention(q, k, v, heads, mask, *rest[1:], **named), size, q, k, v)
+    return in_chunks(lambda q, k, v, mask: attention(q, k, v, heads, mask, *rest[1:], **named), size, q, k, v, mask)
 
 
 def _layer(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from tests.support.sequences import Sequences
 from tests.support.tensors import randn
 from vsr_ops.modules.stam import STAMBlock
 from vsr_ops.modules.windows import Place, WindowAttention
@@ -28,19 +28,6 @@ if TYPE_CHECKING:
 PLANS = {
     name: plan_tiles(28, *size, TileSize(64, 64, 14)) for name, size in {"hd": (136, 240), "4k": (272, 480)}.items()
 }
-
-
-class Sequences(TorchFunctionMode):
-    """Notes batch times heads of every fused attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[int] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            self.seen.append(args[0].shape[0] * args[0].shape[1])
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(scope="module")
