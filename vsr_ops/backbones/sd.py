@@ -21,6 +21,7 @@ from ..checkpoints.sd import LITE_SD, SDWeights, read_sd
 from ..checkpoints.svd import LITE, read_svd
 from ..modules.control import Control, check_strength
 from ..sampling.tiling import TileSize
+from ..system.memory import to_device
 from .attention import use_chunks
 from .svd import Backbone, build_vae, context_width
 
@@ -96,7 +97,7 @@ class SD(Backbone):
         `lr_latents` holds the LR latents (unscaled): the control's hint. `context` is `(1, tokens, dim)`.
         """
         scaled = (x.float() / (sigma**2 + 1) ** 0.5).to(self.device, self.dtype)
-        timestep = torch.tensor(timestep_of(sigma), device=self.device)
+        timestep = to_device(torch.tensor(timestep_of(sigma)), self.device)
         tokens = context.to(self.device, self.dtype).expand(x.shape[0], -1, -1)
         skips, middle = self._controlled(scaled, timestep, tokens, lr_latents)
         found: Tensor = self.unet(

@@ -27,6 +27,7 @@ from ..sampling.calls import Call
 from ..sampling.layers import Layer, place_layers
 from ..sampling.propagation import TileRun
 from ..sampling.tiling import TileSize
+from ..system.memory import to_device
 from .attention import ChunkedAttention, OneTokenAttention, PatchedAttention
 
 #: What the UNet is told beside the picture: frame rate (the paper's 8, as the UNet sees it), motion bucket, noise.
@@ -170,8 +171,9 @@ class SVD(Backbone):
         videos = x.shape[0] // frames
         scaled = (x.float() / (sigma**2 + 1) ** 0.5).to(self.device, self.dtype)
         model_input = torch.cat([scaled, lr_latents.to(self.device, self.dtype)], dim=1)
-        timestep = torch.tensor(sigma, dtype=torch.float64).log().mul(0.25).to(self.device, torch.float32)
-        conditions = torch.tensor([MICRO_CONDITIONS], device=self.device, dtype=self.dtype)
+        noise = torch.tensor(sigma, dtype=torch.float64).log().mul(0.25)
+        timestep = to_device(noise.float(), self.device)
+        conditions = to_device(torch.tensor([MICRO_CONDITIONS], dtype=self.dtype), self.device)
         v = self.unet(
             rearrange(model_input, "(b t) c h w -> b t c h w", t=frames),
             timestep,

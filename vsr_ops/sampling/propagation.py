@@ -24,7 +24,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ..errors import SettingError
-from ..system.memory import Memory
+from ..system.memory import Memory, to_device, to_host
 from .attention import Fused, KeyValue, fused_attention, plain
 from .calls import Call, token_grid
 from .guidance import Branch
@@ -215,7 +215,7 @@ class TileRun:
         for i, m in enumerate(call.tiles):
             own = slice(i * call.frames, (i + 1) * call.frames)
             # contiguous: a view would keep the whole layer's keys alive on the CPU
-            bank[m] = KeyValue(*(subsample(x[own], grid, rate).contiguous().to("cpu", copy=True) for x in (k, v)))
+            bank[m] = KeyValue(*(to_host(subsample(x[own], grid, rate).contiguous()) for x in (k, v)))
 
     def _lagged_bank(self, call: Call, layer: str, like: Tensor) -> KeyValue | None:
         bank = self._lagged.get((call.branch.name, call.window, layer))
@@ -225,8 +225,9 @@ class TileRun:
         if self._joined_at != place:
             self._joined, self._joined_at = {}, place
         if layer not in self._joined:
-            tiles = [bank[m] for m in sorted(bank)]
-            self._joined[layer] = KeyValue(*(torch.cat(parts, dim=2).to(like) for parts in zip(*tiles, strict=True)))
+            # Joined on the device: in the machine's memory they may not have arrived yet.
+            tiles = [[to_device(x, like.device).to(like) for x in bank[m]] for m in sorted(bank)]
+            self._joined[layer] = KeyValue(*(torch.cat(parts, dim=2) for parts in zip(*tiles, strict=True)))
         return KeyValue(*(repeat(x, "t h n d -> (m t) h n d", m=len(call.tiles)) for x in self._joined[layer]))
 
     def _hand_over(self, call: Call, layer: str, grid: tuple[int, int], k: Tensor, v: Tensor) -> KeyValue | None:

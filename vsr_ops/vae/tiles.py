@@ -195,7 +195,9 @@ class TiledDecoder:
                 for part in gathered:
                     part.sketching = False
                 run()
-                if max([part.settle() for part in gathered]) <= self.tolerance:
+                moved = [each for part in gathered for each in part.settle()]
+                # The one number that a pass waits for; NaN ends here, too, and is refused where frames are.
+                if not moved or not float(torch.stack(moved).amax()) > self.tolerance:
                     return
 
     def _put(self, out: Tensor, tile: Box, x: Tensor) -> None:
