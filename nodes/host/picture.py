@@ -38,6 +38,11 @@ class HostVAE:
     vae: Any
 
     @property
+    def device(self) -> torch.device:
+        """Where the host computes with it."""
+        return self.vae.device
+
+    @property
     def chunk(self) -> int:
         """Frames a temporal decoder was trained on."""
         return (self.vae.patcher.get_attachment("vsr_tile") or STOCK_TILE).frames
@@ -53,7 +58,7 @@ class HostVAE:
         comfy.model_management.load_models_gpu([vae.patcher], memory_required=needed)
         comfy.model_management.throw_exception_if_processing_interrupted()
         out = vae.first_stage_model.decode(latents.to(vae.vae_dtype).to(vae.device))
-        return vae.process_output(out.to(vae.output_device).float())
+        return vae.process_output(out.to(latents.device).float())
 
 
 def progress(total: int) -> Callable[[int], None]:

@@ -6,16 +6,21 @@ tiles of 64 x 64 latents are 114,688 of them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 from einops import rearrange
 from torch import Tensor, nn
 
 from ..sampling.attention import fused_attention, plain
+from ..sampling.calls import Call
 from ..sampling.layers import Layer
+from ..sampling.propagation import TileRun
 
-if TYPE_CHECKING:
-    from .svd import Backbone
+
+class Serving(Protocol):
+    """A model whose attention layers serve a run's call; None outside one."""
+
+    active: tuple[TileRun, Call] | None
 
 
 def _projected(attn: Any, hidden_states: Tensor, context: Tensor) -> list[Tensor]:
@@ -32,7 +37,7 @@ def _left(attn: Any, out: Tensor, like: Tensor) -> Tensor:
 class PatchedAttention:
     """Of one spatial self-attention layer: projections, then `attend`."""
 
-    def __init__(self, model: Backbone, layer: Layer) -> None:
+    def __init__(self, model: Serving, layer: Layer) -> None:
         self._model = model
         self._layer = layer
 

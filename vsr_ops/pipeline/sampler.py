@@ -20,7 +20,12 @@ from ..sampling.passes import run_pass
 from ..sampling.propagation import Propagation, TileRun
 from ..sampling.schedule import Step, schedule_ends, step_at, steps_before
 from ..sampling.tiling import TilePlan, TileSize, plan_tiles
+from ..system.memory import home_of
 from .job import Job
+
+#: Latent videos that live together while one is sampled: LR, its zeros, noise, x, two estimates, the blend under way
+#: with its weights, the update's temporaries.
+VIDEO_COPIES = 9
 
 
 @dataclass(frozen=True)
@@ -141,14 +146,15 @@ def sample(
     """Scaled latents `(frames, 4, h, w)` of the result, from unscaled LR latents of the same shape (DC-VSR, section 3).
 
     Euler steps (where SDATC's equation 3 has DDPM's) on tiles, with SAP and TAP in turn. Guidance, and the alignment
-    along `flow` (of the latents' size), act on the whole video, tiles merged. Latents stay where `lr` is; one batch of
-    tiles, or scene to align, at a time goes to the model's device. `noise` has deviation 1 (drawn from the seed when
-    None), `tick` is called before each UNet call. Raises SamplingError for a value that is not finite, SettingError for
-    alignment without a flow that fits.
+    along `flow` (of the latents' size), act on the whole video, tiles merged. That is done on the model's device where
+    there is room, else in host memory: one batch of tiles, or scene to align, at a time goes to the device. `noise` has
+    deviation 1 (drawn from the seed when None), `tick` is called before each UNet call. Raises SamplingError for a
+    value that is not finite, SettingError for alignment without a flow that fits.
     """
     if settings.steps == 0:
         return lr * model.scaling_factor
     flow = _fitting(flow, lr, settings)
+    given, lr = lr.device, lr.to(home_of(model.device, VIDEO_COPIES * lr.nbytes))
     # Older MPS cannot repeat a border in `grid_sample`.
     where = model.device if model.device.type == "cuda" else lr.device
     levels = NoiseRange.of(model)
@@ -156,7 +162,8 @@ def sample(
     contexts = {True: model.context(None) if context is None else context, False: model.context(None)}
     lr_by_branch = {True: lr, False: lr if model.always_sees_lr else torch.zeros_like(lr)}
     if noise is None:
-        noise = torch.randn(lr.shape, generator=torch.Generator().manual_seed(settings.seed)).to(lr.device)
+        noise = torch.randn(lr.shape, generator=torch.Generator().manual_seed(settings.seed))
+    noise = noise.to(lr.device)
     first = schedule[0]
     x = noise * (first**2 + 1) ** 0.5 if settings.denoise == 1 else lr * model.scaling_factor + noise * first
     run = TileRun(plan, settings.propagation)
@@ -177,7 +184,7 @@ def sample(
         if flow is not None:
             x0 = align(x0, flow, settings.align, sigma, settings.align_mode, ROUNDS, where)
         x = x0 + (x - x0) * (following / sigma)
-    return x
+    return x.to(given)
 
 
 def _fitting(flow: Flow | None, lr: Tensor, settings: SamplingSettings) -> Flow | None:

@@ -24,7 +24,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ..errors import SettingError
-from ..system.memory import Memory, to_device, to_host
+from ..system.memory import Memory, may_pin, to_device, to_host
 from .attention import Fused, KeyValue, fused_attention, plain
 from .calls import Call, token_grid
 from .guidance import Branch
@@ -119,6 +119,7 @@ class TileRun:
     limit: int | None = None
     memory: Memory = field(default_factory=Memory)
     _step: int = -1
+    _pin: bool = False
     _lagged: dict[tuple[str, int, str], dict[int, KeyValue]] = field(
         default_factory=dict[tuple[str, int, str], dict[int, KeyValue]]
     )
@@ -144,7 +145,7 @@ class TileRun:
         if step.index != self._step:
             self._lagged = self._gathering if step.index == self._step + 1 else {}
             self._gathering = {}
-            self._step = step.index
+            self._step, self._pin = step.index, may_pin()
         self._tap, self._joined, self._joined_at = {}, {}, None
         self.saliency = Saliency(self.plan) if branch.observe else None
 
@@ -215,7 +216,7 @@ class TileRun:
         for i, m in enumerate(call.tiles):
             own = slice(i * call.frames, (i + 1) * call.frames)
             # contiguous: a view would keep the whole layer's keys alive on the CPU
-            bank[m] = KeyValue(*(to_host(subsample(x[own], grid, rate).contiguous()) for x in (k, v)))
+            bank[m] = KeyValue(*(to_host(subsample(x[own], grid, rate).contiguous(), self._pin) for x in (k, v)))
 
     def _lagged_bank(self, call: Call, layer: str, like: Tensor) -> KeyValue | None:
         bank = self._lagged.get((call.branch.name, call.window, layer))

@@ -6,6 +6,7 @@ A plan holds numbers only, no tensors; equal settings give equal plans.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -181,8 +182,7 @@ def _profile(span: Span, extent: int) -> tuple[float, ...]:
     if span.length == extent:
         return (1.0,) * span.length
     centre, deviation = (span.length - 1) / 2, max(span.length / 4, 0.5)
-    steps = (torch.arange(span.length, dtype=torch.float64) - centre) / deviation
-    return tuple(float(weight) for weight in torch.exp(-0.5 * steps.square()))
+    return tuple(math.exp(-0.5 * ((step - centre) / deviation) ** 2) for step in range(span.length))
 
 
 def _alone(plan: TilePlan, window: int) -> bool:

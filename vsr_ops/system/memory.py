@@ -45,10 +45,22 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=device.type == "cuda")
 
 
-def to_host(x: Tensor) -> Tensor:
-    """A copy of `x` in the machine's memory. From CUDA it is pinned, and may not have arrived when this returns: give
-    it to `to_device`, which comes after it in the device's order, or wait for the device before it is read."""
-    if x.device.type != "cuda":
+def home_of(device: torch.device, nbytes: int) -> torch.device:
+    """Where a video of so many bytes is put together: on the device where it takes at most an eighth of what is free,
+    else in the machine's memory."""
+    return device if device.type == "cuda" and nbytes <= free_bytes(device) / 8 else torch.device("cpu")
+
+
+def may_pin() -> bool:
+    """Whether more of the machine's memory may be pinned: while half of it is free, for torch gives none back."""
+    memory = psutil.virtual_memory()
+    return memory.available > memory.total / 2
+
+
+def to_host(x: Tensor, pin: bool = True) -> Tensor:
+    """A copy of `x` in the machine's memory. Pinned, which only CUDA's is, it may not have arrived when this returns:
+    give it to `to_device`, which comes after it in the device's order, or wait for the device before it is read."""
+    if x.device.type != "cuda" or not pin:
         return x.to("cpu", copy=True)
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     host.copy_(x, non_blocking=True)

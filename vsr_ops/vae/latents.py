@@ -11,22 +11,28 @@ from torch import Tensor
 
 from ..errors import SettingError
 from ..sampling.tiling import Merger, TilePlan, TileSize, cut_tile, plan_tiles, spans
+from ..system.memory import home_of
 
 #: Picture pixels of one latent pixel along each side.
 CELL = 8
 #: The VAE works on spatial tiles of this many latents.
 VAE_TILE, VAE_OVERLAP = 64, 0.25
+#: Chunks of frames that live together: the blend under way and its weights, its result, the frames held from before.
+CHUNK_COPIES = 3
 
 
 class VAE(Protocol):
-    """SVD's autoencoder, headless or a host's."""
+    """SVD's autoencoder, headless or a host's; `device` is where it computes."""
+
+    @property
+    def device(self) -> torch.device: ...
 
     def encode(self, frames: Tensor) -> Tensor:
         """Unscaled latents `(n, 4, h, w)` float32 of frames `(n, 3, 8h, 8w)` in [0, 1]."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Frames `(n, 3, 8h, 8w)` of one chunk of unscaled latents `(n, 4, h, w)`."""
+        """Frames `(n, 3, 8h, 8w)` of one chunk of unscaled latents `(n, 4, h, w)`, where these are."""
         ...
 
 
@@ -35,6 +41,12 @@ def pad_to(frame: Tensor, height: int, width: int) -> Tensor:
     rows = torch.arange(height).clamp(max=frame.shape[-2] - 1)
     cols = torch.arange(width).clamp(max=frame.shape[-1] - 1)
     return frame[:, rows][:, :, cols]
+
+
+def chunk_bytes(latents: Tensor, cell: int) -> int:
+    """What a chunk of latents `(n, c, h, w)` takes while its frames are blended; a latent is `cell` pixels a side."""
+    frames, _, height, width = latents.shape
+    return CHUNK_COPIES * frames * 3 * height * width * cell**2 * 4
 
 
 def _vae_plan(frames: int, height: int, width: int) -> TilePlan:
@@ -64,16 +76,17 @@ def decode_frames(vae: VAE, latents: Tensor, chunk: int, cuts: Sequence[int] = (
         windows = spans(stop - start, chunk, VAE_OVERLAP)
         held: Tensor | None = None
         for n, window in enumerate(windows):
-            out = _decode_chunk(vae, latents[start + window.start : start + window.stop])
+            z = latents[start + window.start : start + window.stop]
+            out = _decode_chunk(vae, z.to(home_of(vae.device, chunk_bytes(z, CELL))))
             if held is not None:
                 # Linear cross-fade over the frames both chunks hold.
                 shared = held.shape[0]
-                weight = torch.linspace(0, 1, shared + 2)[1:-1].view(-1, 1, 1, 1)
-                out[:shared] = torch.lerp(held, out[:shared], weight)
+                weight = torch.linspace(0, 1, shared + 2, device=out.device)[1:-1].view(-1, 1, 1, 1)
+                out[:shared] = torch.lerp(held.to(out.device), out[:shared], weight)
             following = windows[n + 1].start if n + 1 < len(windows) else window.stop
             ready = following - window.start
             held = out[ready:].clone()
-            yield from out[:ready]
+            yield from (frame.to(z.device) for frame in out[:ready])
 
 
 def _decode_chunk(vae: VAE, latents: Tensor) -> Tensor:

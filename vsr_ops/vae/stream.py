@@ -17,9 +17,10 @@ from torch import Tensor
 from ..errors import SettingError
 from ..modules.capm_hints import check_hint
 from ..sampling.tiling import spans
+from ..system.memory import home_of
 from .capm_tiles import TiledCAPM
 from .decoder_modules import DecoderModules
-from .latents import VAE_OVERLAP, VAE_TILE, pad_to
+from .latents import VAE_OVERLAP, VAE_TILE, chunk_bytes, pad_to
 from .layout import DecoderOp, is_temporal, layout_of, output_name
 from .tiles import TOLERANCE, ComputedIn, TiledDecoder
 
@@ -173,16 +174,17 @@ def _stream(
         for n, window in enumerate(windows):
             frames = slice(first + window.start, first + window.stop)
             z = latents[frames]
-            seen = None if reference is None else _padded(reference[frames], z, decoder.cell)
+            z = z.to(home_of(decoder.device, chunk_bytes(z, decoder.cell)))
+            seen = None if reference is None else _padded(reference[frames].to(z.device), z, decoder.cell)
             out = decoder(z, seen, None if levels is None else levels[frames])
             if held is not None:
                 # Linear cross-fade over the frames both chunks hold.
                 shared = held.shape[0]
                 weight = torch.linspace(0, 1, shared + 2, device=out.device)[1:-1].view(-1, 1, 1, 1)
-                out[:shared] = torch.lerp(held, out[:shared], weight)
+                out[:shared] = torch.lerp(held.to(out.device), out[:shared], weight)
             ready = (windows[n + 1].start if n + 1 < len(windows) else window.stop) - window.start
             held = out[ready:].clone()
-            yield from out[:ready]
+            yield from (frame.to(latents.device) for frame in out[:ready])
 
 
 def _padded(reference: Tensor, latents: Tensor, cell: int) -> Tensor:

@@ -120,6 +120,12 @@ class TiledDecoder:
             self.computed_in = ComputedIn(weight.device, weight.dtype)
         self.cell = cell_of(self.vae)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        assert self.computed_in is not None
+        return self.computed_in.device
+
     def _there(self, x: Tensor) -> Tensor:
         assert self.computed_in is not None
         return x.to(*self.computed_in)
