@@ -6,6 +6,7 @@ tiles of 64 x 64 latents are 114,688 of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol, cast
 
 from einops import rearrange
@@ -82,6 +83,6 @@ class OneTokenAttention:
 
 def use_chunks(module: nn.Module) -> None:
     """Gives every attention layer in a module the chunked processor."""
-    for name, layer in module.named_modules():
+    for name, layer in cast("Iterable[tuple[str, nn.Module]]", module.named_modules()):
         if name.endswith((".attn1", ".attn2")):
             cast(Any, layer).set_processor(ChunkedAttention())

@@ -28,6 +28,7 @@ from ..sampling.layers import Layer, place_layers
 from ..sampling.propagation import TileRun
 from ..sampling.tiling import TileSize
 from ..system.memory import to_device
+from ..vae.precision import decoded_within, dtype_of, narrow
 from .attention import ChunkedAttention, OneTokenAttention, PatchedAttention
 
 #: What the UNet is told beside the picture: frame rate (the paper's 8, as the UNet sees it), motion bucket, noise.
@@ -133,12 +134,15 @@ class Backbone(ABC):
 
     def encode(self, frames: Tensor) -> Tensor:
         """Unscaled latents `(n, 4, h/8, w/8)` float32 (the distribution's mode) of frames; h, w multiples of 8."""
-        moments = self.vae.quant_conv(self.vae.encoder((frames * 2 - 1).to(self.device, self.vae.dtype)))
+        moments = self.vae.quant_conv(self.vae.encoder((frames * 2 - 1).to(self.device, dtype_of(self.vae.encoder))))
         return moments[:, :4].float().to(frames.device)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Frames of one chunk of unscaled latents; not clamped."""
-        z = latents.to(self.device, self.vae.dtype)
+        """Frames of one chunk of unscaled latents; not clamped. A float16 decoder that overflows is widened."""
+        return decoded_within(self.vae, lambda: self._decode(latents))
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        z = latents.to(self.device, dtype_of(self.vae.decoder))
         if isinstance(self.vae, AutoencoderKLTemporalDecoder):
             indicator = torch.zeros(1, z.shape[0], device=z.device, dtype=z.dtype)
             out = self.vae.decoder(z, num_frames=z.shape[0], image_only_indicator=indicator)
@@ -265,13 +269,11 @@ def build_vae(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Any:
-    """A VAE of diffusers' class `kind`, frozen; wider than `dtype` where it must be."""
+    """A VAE of diffusers' class `kind`, frozen; its encoder wider than `dtype` where it must be."""
     with torch.device("meta"):
         vae = kind(**config)
     vae.load_state_dict(state, assign=True)
-    if dtype == torch.float16:
-        # SVD's encoder overflows float16; diffusers widens it too.
-        vae.float()
+    narrow(vae, dtype)
     return vae.to(device).eval().requires_grad_(False)
 
 

@@ -33,9 +33,10 @@ SEQUENCES = 65535
 
 def in_chunks(function: Callable[..., Tensor], size: int, *inputs: Tensor) -> Tensor:
     """`function(*inputs)` of at most `size` rows at a time, its parts joined; the inputs have as many rows each."""
-    if inputs[0].shape[0] <= size:
+    rows = inputs[0].shape[0]
+    if rows <= size:
         return function(*inputs)
-    return torch.cat([function(*parts) for parts in zip(*(x.split(size) for x in inputs), strict=True)])
+    return torch.cat([function(*(x[first : first + size] for x in inputs)) for first in range(0, rows, size)])
 
 
 def batch_limit(heads: int) -> int:

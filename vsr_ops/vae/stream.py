@@ -22,6 +22,7 @@ from .capm_tiles import TiledCAPM
 from .decoder_modules import DecoderModules
 from .latents import VAE_OVERLAP, VAE_TILE, chunk_bytes, pad_to
 from .layout import DecoderOp, is_temporal, layout_of, output_name
+from .precision import decoded_within
 from .tiles import TOLERANCE, ComputedIn, TiledDecoder
 
 #: Frames that see each other: what SVD's decoder was trained on.
@@ -176,7 +177,8 @@ def _stream(
             z = latents[frames]
             z = z.to(home_of(decoder.device, chunk_bytes(z, decoder.cell)))
             seen = None if reference is None else _padded(reference[frames].to(z.device), z, decoder.cell)
-            out = decoder(z, seen, None if levels is None else levels[frames])
+            hint = None if levels is None else levels[frames]
+            out = decoded_within(decoder.vae, partial(decoder, z, seen, hint), decoder.widen)
             if held is not None:
                 # Linear cross-fade over the frames both chunks hold.
                 shared = held.shape[0]
