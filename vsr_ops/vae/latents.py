@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingError
+from ..image.video_tensor import empty_video
 from ..sampling.tiling import Merger, TilePlan, TileSize, cut_tile, plan_tiles, spans
 from ..system.memory import home_of
 
@@ -124,18 +125,25 @@ def decode_video(
     cuts: Sequence[int] = (),
     size: tuple[int, int] | None = None,
     tick: Callable[[int], None] = lambda done: None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Frames `(n, 3, height, width)` in [0, 1] of unscaled latents, cropped to `size`.
+    """Frames `(n, 3, height, width)` in [0, 1] of unscaled latents, cropped to `size`, in the frames' precision or in
+    `dtype`.
 
     Raises SettingError for latents that hold NaN or are no video, and for a size that they do not cover.
     """
     if latents.ndim != 4 or latents.shape[0] == 0:
         raise SettingError(f"the latent has shape {tuple(latents.shape)}: expected (frames, 4, height, width)")
-    return collect(decode_frames(vae, latents, chunk, cuts), latents, CELL, size, tick)
+    return collect(decode_frames(vae, latents, chunk, cuts), latents, CELL, size, tick, dtype)
 
 
 def collect(
-    frames: Iterable[Tensor], latents: Tensor, cell: int, size: tuple[int, int] | None, tick: Callable[[int], None]
+    frames: Iterable[Tensor],
+    latents: Tensor,
+    cell: int,
+    size: tuple[int, int] | None,
+    tick: Callable[[int], None],
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The video `(n, c, height, width)` in [0, 1] of the frames that `latents` `(n, 4, h, w)` are decoded to, cropped
     to `size`; a latent is `cell` pixels a side, and `tick` is told of every frame done.
@@ -154,7 +162,7 @@ def collect(
         if not bool(torch.isfinite(frame).all()):
             raise SettingError(f"frame {i + 1} decoded to NaN or infinity: run the VAE in float32, or check the latent")
         if out is None:
-            out = frame.new_empty((latents.shape[0], frame.shape[0], height, width))
+            out = empty_video(frame, latents.shape[0], (height, width), dtype)
         out[i] = frame[:, :height, :width].clamp(0, 1)
         tick(1)
     assert out is not None

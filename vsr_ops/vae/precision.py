@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,15 @@ def widen(vae: Any) -> bool:
             part.to(wide)
     log.warning("The VAE's decoder overflowed float16: it goes on in %s", str(wide).removeprefix("torch."))
     return True
+
+
+def run_like(module: nn.Module, x: Tensor, *more: Tensor) -> Tensor:
+    """What a module gives in the precision of `x`, whatever its weights lie in: they are small beside what goes through
+    it, and their owner keeps them as they are. Norms and softmax gather in float32 within their kernels."""
+    if dtype_of(module) == x.dtype:
+        return module(x, *more)
+    weights = {name: value.to(x.dtype) for name, value in module.named_parameters()}
+    return cast(Tensor, functional_call(module, weights, (x, *(each.to(x.dtype) for each in more))))
 
 
 def decoded_within(vae: Any, decode: Callable[[], Tensor], widen: Callable[[Any], bool] = widen) -> Tensor:
