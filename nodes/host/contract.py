@@ -161,6 +161,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     ),
     "test_flow.py::test_alignment_acts_once_on_tiles_put_together_and_off_is_off": (
         f"{_MEMORY}.free_memory(needed, device)",
+        "comfy.samplers ~ sample_sigmas",
         "comfy.model_sampling.EPS",
         "comfy.model_sampling.ModelSamplingDiscrete: sigma_min, sigma_max",
         "comfy.model_sampling.ModelSamplingDiscrete.percent_to_sigma(self, percent)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +17,9 @@ import torch
 from ...vsr_ops.errors import SettingError
 from .device import intermediate_dtype
 from .hooks import patch_perturbed
-from .model import context_tokens_of, context_width
+from .model import CLIP_TOKENS, context_tokens_of, context_width
+
+log = logging.getLogger(__name__)
 
 #: Width of CLIP's pooled text where a UNet wants it beside the tokens, as SDXL's do.
 POOLED_WIDTH = 1280
@@ -35,7 +38,14 @@ def null_prompt(model: Any, scenes: Mapping[str, Any] = MappingProxyType({})) ->
             f"Null Prompt (VSR) got a {type(model.model).__name__} MODEL: expected a UNet with cross-attention, as"
             " Stable Diffusion 1.5, 2.1 and XL have; encode an empty text with the MODEL's own CLIP"
         )
-    tokens = torch.zeros(1, context_tokens_of(model), width)
+    count = context_tokens_of(model)
+    if count == CLIP_TOKENS:
+        log.warning(
+            "Null Prompt (VSR) gives zeros to a MODEL of width %d, which was trained on its own CLIP's texts: expected"
+            " CLIP Text Encode with an empty text; zeros work, and are no text to it",
+            width,
+        )
+    tokens = torch.zeros(1, count, width)
     wanted = model.model.model_config.unet_config.get("adm_in_channels") is not None
     pooled = {"pooled_output": torch.zeros(1, POOLED_WIDTH)} if wanted else {}
     return [[tokens, {**pooled, **scenes}]]

@@ -57,6 +57,7 @@ def alone(saying: Callable[[str], Path]) -> Path:
         ((*SVD, "--refiner", LITE_REFINER), 25, "dssag", "none", str(LITE_REFINER), "bicubic"),
         (SD, 25, "none", "adain", "none", "dcm"),
         ((*SD, "--steps", 50, "--cfg", 2, "--refiner", "lite"), 50, "dssag", "none", "lite", "dcm"),
+        ((*SD, "--sampler", "ddpm"), 50, "none", "adain", "none", "dcm"),
         ((*SD, "--upscaler", "swinir.pth"), 25, "none", "adain", "none", "swinir.pth"),
     ],
 )

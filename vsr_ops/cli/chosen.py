@@ -32,8 +32,8 @@ def _seeing(args: argparse.Namespace) -> Iterable[Path]:
 
 
 def steps_of(args: argparse.Namespace) -> int:
-    """The steps asked for, else the model's own."""
-    return defaults_of(args).steps if args.steps is None else int(args.steps)
+    """The steps asked for, else the model's own, or what the sampler wants."""
+    return defaults_of(args).steps_of(args.sampler) if args.steps is None else int(args.steps)
 
 
 def guidance_of(args: argparse.Namespace) -> str:

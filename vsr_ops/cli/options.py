@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..backbones.sd import load_sd
+from ..backbones.sd import build_sd
 from ..backbones.svd import DTYPES, Backbone, load_svd, pick_device, pick_dtype
+from ..checkpoints.sd import LITE_SD, PREDICTIONS, read_sd
 from ..checkpoints.unet_alone import find_unet
 from ..errors import SettingError
 from ..image.color import COLOR
@@ -19,19 +20,26 @@ from ..modules.control import load_control
 from ..modules.dcm import load_dcm
 from ..modules.refiner import load_refiner
 from ..modules.stam import load_stam
-from ..pipeline.defaults import AUTO, DEFAULTS, PAPER_GUIDANCE
+from ..pipeline.defaults import AUTO, DDPM_STEPS, DEFAULTS, PAPER_GUIDANCE
 from ..pipeline.parts import CAPMSettings, PipelineModules
 from ..pipeline.sampler import Settings
 from ..sampling.align import MODES as ALIGN_MODES
+from ..sampling.align import SCALES as ALIGN_SCALES
 from ..sampling.guidance import GUIDANCE
 from ..sampling.propagation import PROPAGATION, SAP_MODES, Propagation
+from ..sampling.samplers import SAMPLERS
 from ..sampling.tiling import TileSize
 from ..system.outputs import files_of
 from .chosen import color_of, guidance_of, refiner_of, steps_of, upscaler_of
+from .flow import add_flow, flow_of
+from .text import add_texts, refuse_texts, texts_of
 
 #: The options that may name a file of weights, and what stands there for no file of the user's.
-_WEIGHTS = ("model", "upscaler", "refiner", "control", "capm", "cfw", "stam")
+_WEIGHTS = ("model", "upscaler", "refiner", "control", "capm", "cfw", "stam", "flow_weights", "text")
 _NAMES = {"lite", "sd_lite", "none", "auto", "dcm", "bicubic"}
+
+#: Whether the terminal SNR is zero; None: as the model says.
+_ZSNR = {"auto": None, "on": True, "off": False}
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +58,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         help="in the place of the model's own: a UNet alone in diffusers' layout, DC-VSR's say",
     )
     each = ", ".join(f"{known.steps} with {name}" for name, known in DEFAULTS.items())
-    add("--steps", type=int, help=f"{each}; 0 is no diffusion")
+    add("--steps", type=int, help=f"{each}, {DDPM_STEPS} with the sampler ddpm; 0 is no diffusion")
     auto = f"auto ({PAPER_GUIDANCE} with a full SVD, or where a strength is given, else none)"
     add("--guidance", default=AUTO, help=", ".join([auto, *GUIDANCE]))
     add("--cfg", type=float, help="classifier-free guidance; 1 is off. With dssag it is DC-VSR equation 9's 1 + s")
@@ -75,6 +83,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--color", default=AUTO, help=", ".join([auto, *COLOR]))
     add("--control", default="none", metavar="none|lite|PATH", help="a ControlNet on Stable Diffusion, in SVD's place")
     add("--control-strength", type=float, default=1.0)
+    add_texts(parser)
+    add("--prediction", default="auto", help=", ".join(["with --control: auto (as the model says)", *PREDICTIONS]))
+    add(
+        "--zsnr",
+        default="auto",
+        help="with --control: auto, on, off; on for a model of zero terminal SNR, DiffBIR 2.1's",
+    )
     add("--capm", default="none", metavar="none|lite|sd_lite|PATH", help="compression prompts in UNet and decoder")
     add("--capm-strength", type=float, default=1.0, help="0 is off, 1 what was trained")
     add("--crf", type=float, default=-1.0, help="what CAPM is told of the input, 0 to 51; below 0: it is estimated")
@@ -89,6 +104,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         help="along the input's motion; 0 is off, try 0.5 (propagate: 0.1)",
     )
     add("--align-mode", default="gradient", help=", ".join(ALIGN_MODES))
+    add("--align-scale", default="bounded", help=f"of gradient's step: {', '.join(ALIGN_SCALES)} (the paper's)")
+    add_flow(parser)
+    add("--sampler", default=Settings.sampler, help=f"{', '.join(SAMPLERS)}; SDATC takes ddpm")
     add("--seed", type=int, default=0)
     add("--denoise", type=float, default=1.0, help="below 1: start from the LR latent at partial noise")
     add("--batch", type=int, default=1, help="spatial tiles through the UNet together")
@@ -130,6 +148,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         batch=args.batch,
         align=args.align,
         align_mode=args.align_mode,
+        align_scale=args.align_scale,
+        sampler=args.sampler,
     )
 
 
@@ -148,6 +168,7 @@ def parts_of(args: argparse.Namespace) -> PipelineModules:
         decode_w=args.decode_w,
         stam=None if args.stam == "none" else load_stam(args.stam).to(device),
         prompts=_prompts(args),
+        flow=flow_of(args, device),
     )
 
 
@@ -168,8 +189,14 @@ def model_of(args: argparse.Namespace) -> Backbone:
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if args.control == "none":
+        refuse_texts(args)
         return load_svd(args.model, device, dtype, None if args.unet == "none" else Path(args.unet))
     if args.unet != "none":
         raise SettingError(f"unet is {args.unet!r} and control {args.control!r}: expected one of them; leave one out")
     check_control_strength(args.control_strength)
-    return load_sd(args.model, device, dtype, load_control(args.control), args.control_strength)
+    if args.zsnr not in _ZSNR:
+        raise SettingError(f"zsnr is {args.zsnr!r}: expected one of {', '.join(_ZSNR)}")
+    control, texts = load_control(args.control), texts_of(args, device)
+    weights = read_sd(LITE_SD if args.model == "lite" else Path(args.model), dtype)
+    weights = weights.told(None if args.prediction == "auto" else args.prediction, _ZSNR[args.zsnr])
+    return build_sd(weights, device, dtype, control, args.control_strength, texts)

@@ -22,6 +22,10 @@ class Defaults:
     trained_on: bool = False
     refiner: str = "none"
 
+    def steps_of(self, sampler: str) -> int:
+        """Those that suit the model, or the paper's number where it is the sampler that wants many."""
+        return DDPM_STEPS if sampler == "ddpm" else self.steps
+
     def guided(self, asked: str, strength: bool) -> str:
         """The guidance asked for; "auto" is the model's own, but a `strength` alone asks for the paper's."""
         return asked if asked != AUTO else PAPER_GUIDANCE if strength else self.guidance
@@ -59,6 +63,8 @@ AUTO = "auto"
 #: Names that the pack's own upscalers go by; recipes call the bundled one as its file is called.
 OWN = {"bicubic": "bicubic", "dcm": "dcm", "lite": "dcm"}
 PAPER_GUIDANCE = "dssag"
+#: SDATC's.
+DDPM_STEPS = 50
 
 #: By kind of model: the bundled ones, which learnt from the results of few steps without guidance, DC-VSR's, and others
 #: of full size. DC-VSR has 25 steps, DSSAG, bicubic pictures and no colour step; SDATC its DCM and AdaIN. What they

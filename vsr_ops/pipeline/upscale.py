@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..backbones.svd import Backbone
 from ..flow.field import Flow, streamed_flow
+from ..flow.raft import Estimator
 from ..image.color import correct
 from ..sampling.align import SHARE
 from ..sampling.tiling import TilePlan
@@ -57,7 +58,7 @@ def upscale(
     cuts = scene_cuts(job) if cuts is None else cuts
     plan = make_plan(job, settings, model.tile, model.factor, cuts)
     with claimed(output), closing(UpscaledFrames(job, parts.upscale_fn, output.parent)) as upscaled:
-        flow = _latent_flow(job, settings, plan, upscaled, cuts, progress)
+        flow = _latent_flow(job, settings, plan, upscaled, cuts, progress, parts.flow)
         lr = torch.empty(job.frames, 4, plan.height, plan.width)
         progress("encode", 0, job.frames)
         for i, z in enumerate(encode_frames(model, (frame.image for frame in upscaled()), plan.height, plan.width)):
@@ -101,7 +102,13 @@ def _contexts(model: Backbone, upscaled: UpscaledFrames, cuts: Sequence[int]) ->
 
 
 def _latent_flow(
-    job: Job, settings: Settings, plan: TilePlan, upscaled: UpscaledFrames, cuts: Sequence[int], progress: Progress
+    job: Job,
+    settings: Settings,
+    plan: TilePlan,
+    upscaled: UpscaledFrames,
+    cuts: Sequence[int],
+    progress: Progress,
+    estimate: Estimator,
 ) -> Flow | None:
     """The flow of the upscaled input at the latents' size, where alignment asks for it."""
     if settings.align == 0 or settings.steps == 0:
@@ -120,4 +127,5 @@ def _latent_flow(
         cuts,
         SHARE,
         lambda _: progress("flow", next(done), pairs),
+        estimate,
     )

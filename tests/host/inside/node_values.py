@@ -22,7 +22,7 @@ COMBOS = {
     "VSRCompressionEstimate": ["which"],
     "VSREncode": ["start", "scene_cuts"],
     "VSREstimateFlow": ["estimator", "scene_cuts"],
-    "VSRFlowGuidedLatents": ["mode"],
+    "VSRFlowGuidedLatents": ["mode", "scale"],
     "VSRUpscaleLR": ["method"],
     "VSRSVDConditioning": ["start", "scene_cuts"],
     "VSRTiledDiffusion": ["propagation", "sap_mode", "layers"],
