@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..vsr_ops.errors import SettingError
+from ..vsr_ops.sampling.layouts import LAYOUTS
 from ..vsr_ops.sampling.propagation import PROPAGATION, SAP_MODES, Propagation
 from ..vsr_ops.sampling.tiling import TileSize
 from ..vsr_ops.video.scenes import find_cuts
@@ -53,6 +54,14 @@ class TiledDiffusion(io.ComfyNode):
                 number("start_percent", 0.0, 0.0, 1.0, "Where in sampling propagation begins."),
                 number("end_percent", 1.0, 0.0, 1.0, "Where in sampling propagation ends."),
                 count("tile_batch", 1, 1, 256, "Tiles that go through the UNet together; halved when memory runs out."),
+                choice(
+                    "layout",
+                    LAYOUTS,
+                    "paper",
+                    "How tiles lie. paper: overlap between all. balanced: evenly, with less overlap, half the tiles."
+                    " shifted: barely touching, borders elsewhere from step to step, a quarter of the tiles.",
+                    optional=True,
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model, sampling in tiles.")],
         )
@@ -74,6 +83,7 @@ class TiledDiffusion(io.ComfyNode):
         start_percent: float,
         end_percent: float,
         tile_batch: int,
+        layout: str = "paper",
     ) -> io.NodeOutput:
         carried = Propagation.named(
             propagation, sap_rate=sap_rate or None, tap_frames=tap_frames, tap_rate=tap_rate, layers=layers
@@ -86,6 +96,7 @@ class TiledDiffusion(io.ComfyNode):
             start_percent,
             end_percent,
             tile_batch,
+            check_choice("layout", layout, LAYOUTS),
         )
         return io.NodeOutput(host.patch_tiles(model, tiles))
 
@@ -158,5 +169,5 @@ class TilePreview(io.ComfyNode):
         else:
             raise SettingError("neither image nor latent is wired: expected one of them; wire the upscaled video")
         cuts = find_cuts(iter(frames)) if latent is None else host.latent_cuts(latent)
-        plan = host.preview_plan(model, frames, cuts)
-        return io.NodeOutput(to_image(preview(plan, frames)), host.describe(model, plan, steps, passes))
+        layout = host.preview_layout(model, frames, cuts)
+        return io.NodeOutput(to_image(preview(layout.phases[0], frames)), host.describe(model, layout, steps, passes))

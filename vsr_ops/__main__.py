@@ -26,8 +26,9 @@ from .metrics.report import check_folder
 from .metrics.table import METRICS
 from .pipeline import cost
 from .pipeline.job import Job, scene_cuts
-from .pipeline.sampler import Settings, make_plan
+from .pipeline.sampler import NoiseRange, Settings, make_layout
 from .pipeline.upscale import upscale
+from .sampling.layouts import TileLayout
 from .sampling.tiling import TilePlan, TileSize, plan_tiles
 from .system.memory import ran_out
 from .system.outputs import files_of, held_folder
@@ -133,13 +134,13 @@ def _cuts(args: argparse.Namespace, job: Job) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _prepared(args: argparse.Namespace, job: Job) -> tuple[Backbone, Settings, TilePlan, tuple[int, ...]]:
+def _prepared(args: argparse.Namespace, job: Job) -> tuple[Backbone, Settings, TileLayout, tuple[int, ...]]:
     """The model, and what is refused of settings and plan, before anything is written."""
     settings = settings_of(args)
     model = model_of(args)
     cuts = _cuts(args, job)
-    plan = make_plan(job, settings, model.tile, model.factor, cuts)
-    return model, cost.resolve_sap(model, plan, settings, args.sap_mode), plan, cuts
+    layout = make_layout(job, settings, model.tile, model.factor, NoiseRange.of(model), cuts)
+    return model, cost.resolve_sap(model, layout, settings, args.sap_mode), layout, cuts
 
 
 def _codec_for(output: Path, name: str | None) -> str:
@@ -167,8 +168,8 @@ def _upscale(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     job = _job(args)
-    model, settings, plan, _ = _prepared(args, job)
-    print(cost.describe(job, plan, settings, cost.estimate(model, plan, settings)))
+    model, settings, layout, _ = _prepared(args, job)
+    print(cost.describe(job, layout, settings, cost.estimate(model, layout, settings)))
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ from ..session.run import Tiles
 from .capm import patch_capm
 from .context import scene_contexts
 from .control import load_host_control
-from .cost import describe, latent_cuts, latent_picture, preview_plan
+from .cost import describe, latent_cuts, latent_picture, preview_layout
 from .device import intermediate_dtype
 from .hooks import patch_perturbed, patch_tiles
 from .load import load_lite, weights_file, weights_files
@@ -38,7 +38,7 @@ __all__ = [
     "patch_capm",
     "patch_perturbed",
     "patch_tiles",
-    "preview_plan",
+    "preview_layout",
     "progress",
     "refined",
     "require_svd",

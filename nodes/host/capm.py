@@ -123,10 +123,10 @@ def _told(prompted: HostCAPM, x: Tensor, options: dict[str, Any]) -> tuple[Tenso
     where they go through the UNet together."""
     settings = options.get(KEY, {})
     run: Run | None = settings.get("run")
-    # The pack's tiles say which frames a call holds, and of how many tiles.
-    frames, tiles = settings.get("call") or (slice(None), 1)
+    # The pack's tiles say which frames a call holds, of how many tiles, and how many a window has.
+    frames, tiles, of = settings.get("call") or (slice(None), 1, 1)
     count = x.shape[0] // len(options.get("cond_or_uncond") or (0,)) if run is None else run.plan.frames
     hint = prompted.hint(count)
-    whole = run is not None and tiles == len(run.plan.spatial)
+    whole = run is not None and tiles == of
     # Left on the CPU: whether all levels are known is read there, without waiting for the device.
     return (None if hint is None else hint[frames]), tiles if whole else 1

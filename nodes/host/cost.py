@@ -16,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...vsr_ops.errors import SettingError
 from ...vsr_ops.pipeline.plan_cost import Bank, describe_plan, lagged_bytes, matmul_speed, tap_bytes
-from ...vsr_ops.sampling.tiling import TilePlan, TileSize
+from ...vsr_ops.sampling.layouts import TileLayout
+from ...vsr_ops.sampling.tiling import TileSize
 from ...vsr_ops.vae.latents import CELL
 from ...vsr_ops.video.scenes import find_cuts
 from ..session.known import cuts_of
 from ..session.run import sap_lagged
-from .model import context_tokens_of, plan_for, spatial_layers, tiles_of, together
+from .model import context_tokens_of, layout_for, spatial_layers, tiles_of, together
 
 
 def latent_picture(model: Any, samples: Tensor) -> Tensor:
@@ -47,13 +48,13 @@ def latent_cuts(latent: Mapping[str, Any]) -> tuple[int, ...]:
     return find_cuts(iter(torch.einsum("t c h w, c r -> t r h w", scaled, colours) / 2 + 0.5))
 
 
-def preview_plan(model: Any, frames: Tensor, cuts: Sequence[int]) -> TilePlan:
-    """The plan of a tiled MODEL for a video `(n, 3, height, width)`. Raises SettingError for a MODEL without tiles."""
+def preview_layout(model: Any, frames: Tensor, cuts: Sequence[int]) -> TileLayout:
+    """The tiles of a tiled MODEL for a video `(n, 3, height, width)`. Raises SettingError for a MODEL without tiles."""
     tiles = tiles_of(model)
     if tiles is None:
         raise SettingError("this MODEL has no tiles: expected one from Tiled Diffusion (VSR); wire it in between")
     height, width = (-(-side // CELL) for side in frames.shape[-2:])
-    return plan_for(model, tiles, frames.shape[0], height, width, cuts)
+    return layout_for(model, tiles, frames.shape[0], height, width, cuts)
 
 
 def banks(model: Any, layers: str, tile: TileSize) -> list[Bank]:
@@ -95,10 +96,11 @@ def tile_flops(model: Any, tile: TileSize) -> float:
     return float(counter.get_total_flops())
 
 
-def describe(model: Any, plan: TilePlan, steps: int, passes: int) -> str:
+def describe(model: Any, layout: TileLayout, steps: int, passes: int) -> str:
     """The plan as text: tiles, UNet calls, memory, and an estimate of time good to a factor of about 2."""
     tiles = tiles_of(model)
     assert tiles is not None
+    plan = layout.largest
     at_once = together(model, tiles, plan)
     carried = replace(tiles.propagation, sap_lagged=sap_lagged(tiles, plan, at_once))
     tile = max((plan.tile_size(n) for n in range(len(plan.windows))), key=lambda size: size.frames)
@@ -106,7 +108,7 @@ def describe(model: Any, plan: TilePlan, steps: int, passes: int) -> str:
     flops = tile_flops(model, tile)
     needed = model.model.memory_required([at_once * tile.frames, 4, tile.height, tile.width])
     return describe_plan(
-        plan,
+        layout,
         carried,
         steps,
         passes,

@@ -21,6 +21,7 @@ from ...vsr_ops.errors import SettingError
 from ...vsr_ops.sampling.calls import Call
 from ...vsr_ops.sampling.guidance import COND, UNCOND, Branch, add_dssag, add_pag, add_sag, cfg_branches
 from ...vsr_ops.sampling.layers import check_layers
+from ...vsr_ops.sampling.layouts import TileLayout
 from ...vsr_ops.sampling.passes import run_pass
 from ...vsr_ops.sampling.propagation import Propagation, TileRun
 from ...vsr_ops.sampling.schedule import steps_before
@@ -32,7 +33,7 @@ from ..session.inputs import Inputs
 from ..session.run import KEY, GuidancePatch, Run, Tiles, changed, pack_settings, sap_lagged
 from .control import CONTROLS, merged
 from .device import MEMORY, is_compiled, uncompiled
-from .model import context_width, factor, is_svd, plan_for, require_unet, spatial_layers, together
+from .model import context_width, factor, is_svd, layout_for, require_unet, spatial_layers, together
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +44,15 @@ def make_run(model: Any, settings: Mapping[str, Any], shape: Sequence[int], sigm
     frames, _, height, width = shape
     if tiles is None:
         whole = plan_tiles(frames, height, width, TileSize(height, width, frames), factor=1)
-        return Run(model, sigmas.tolist(), spatial_layers(model), whole, None, Propagation(()))
-    plan = plan_for(model, tiles, frames, height, width, cuts)
-    at_once = together(model, tiles, plan)
-    propagation = replace(tiles.propagation, sap_lagged=sap_lagged(tiles, plan, at_once))
-    before = steps_before(sigmas.tolist(), float(model.get_model_object("model_sampling").sigma_max))
+        return Run(model, sigmas.tolist(), spatial_layers(model), TileLayout.still(whole), None, Propagation(()))
+    layout = layout_for(model, tiles, frames, height, width, cuts)
+    at_once = together(model, tiles, layout.largest)
+    propagation = replace(tiles.propagation, sap_lagged=sap_lagged(tiles, layout.largest, at_once))
+    schedule: list[float] = sigmas.tolist()
+    before = steps_before(schedule, float(model.get_model_object("model_sampling").sigma_max))
+    layout = layout.over(before + len(schedule) - 1 if schedule[-1] == 0 else None)
     layers = spatial_layers(model)
-    return Run(model, sigmas.tolist(), layers, plan, tiles, propagation, tiles.batch, at_once, before)
+    return Run(model, schedule, layers, layout, tiles, propagation, tiles.batch, at_once, before)
 
 
 def patch(model: Any, name: str, value: object) -> Any:
@@ -91,7 +94,7 @@ def patch_tiles(model: Any, tiles: Tiles) -> Any:
     """A MODEL that samples in tiles. Raises SettingError for a MODEL or tiles that cannot."""
     require_unet(model, "Tiled Diffusion (VSR)")
     check_layers(tiles.propagation.layers)
-    plan_for(model, tiles, 1, 8, 8)
+    layout_for(model, tiles, 1, 8, 8)
     return patch(model, "tiles", tiles)
 
 
@@ -217,7 +220,8 @@ def apply_model(
 def _warn_between(run: Run) -> None:
     """Tells once that a ControlNet's features must be interpolated, where that is so."""
     k = factor(run.model)
-    if not run.warned and any(span.start % k for span in (*run.plan.rows, *run.plan.cols)):
+    spans = (span for plan in run.layout.plans for span in (*plan.rows, *plan.cols))
+    if not run.warned and any(span.start % k for span in spans):
         log.warning(
             "Tiles of %dx%d latents do not all start at multiples of %d: a ControlNet's coarse features are"
             " interpolated between their cells; sizes in multiples of %d pixels and an overlap of 0.5 avoid it",
@@ -229,22 +233,23 @@ def _warn_between(run: Run) -> None:
 def _branch(executor: Any, run: Run, branch: Branch, inputs: Inputs, options: dict[str, Any]) -> Tensor:
     """One branch of the whole video."""
     tile_run = run.passes.setdefault(
-        (branch.name, options["uuids"][0]), TileRun(run.plan, run.propagation, memory=MEMORY)
+        (branch.name, options["uuids"][0]), TileRun(run.plan, run.propagation, memory=MEMORY, layout=run.layout)
     )
     inner = options.get("optimized_attention_override")
 
     def evaluate(call: Call) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         override = attention_override(tile_run, call, run.layers, inner)
-        part = inputs.tiles(run.plan, call)
-        frames = run.plan.windows[call.window].span.slice
-        # For patches that know of the pack's tiles: the frames of this call, and how many tiles it holds.
-        settings = {**options[KEY], "call": (frames, len(call.tiles))}
+        plan = tile_run.plan
+        part = inputs.tiles(plan, call)
+        frames = plan.windows[call.window].span.slice
+        # For patches that know of the pack's tiles: the frames of this call, how many tiles it holds, and of how many.
+        settings = {**options[KEY], "call": (frames, len(call.tiles), len(plan.spatial))}
         own = {**options, KEY: settings, "optimized_attention_override": override}
         control = part.control
         if controls := options.get(CONTROLS):
             assert part.context is not None, "a control is of a UNet that takes one"
-            tiles = [(row.slice, col.slice) for row, col in (run.plan.spatial[m] for m in call.tiles)]
+            tiles = [(row.slice, col.slice) for row, col in (plan.spatial[m] for m in call.tiles)]
             control = merged(controls, control, part.x, part.t, part.context, tiles, frames)
         with uncompiled():
             return executor(part.x, part.t, part.concat, part.context, control, own, **part.rest)

@@ -13,7 +13,8 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ...vsr_ops.errors import SettingError
 from ...vsr_ops.pipeline.defaults import DEFAULTS, Defaults
 from ...vsr_ops.sampling.layers import Layer, place_layers
-from ...vsr_ops.sampling.tiling import TilePlan, TileSize, plan_tiles
+from ...vsr_ops.sampling.layouts import TileLayout, lay_out
+from ...vsr_ops.sampling.tiling import TilePlan, TileSize
 from ..session.run import KEY, Tiles, resolve_tile
 
 #: What SVD was published with; it suits Stable Diffusion too.
@@ -101,10 +102,10 @@ def tiles_of(model: Any) -> Tiles | None:
     return model.model_options["transformer_options"].get(KEY, {}).get("tiles")
 
 
-def plan_for(model: Any, tiles: Tiles, frames: int, height: int, width: int, cuts: Sequence[int] = ()) -> TilePlan:
-    """The plan that a run on a latent video of this size follows. Raises SettingError."""
+def layout_for(model: Any, tiles: Tiles, frames: int, height: int, width: int, cuts: Sequence[int] = ()) -> TileLayout:
+    """The tiles that a run on a latent video of this size follows. Raises SettingError."""
     tile = resolve_tile(tiles.tile, own_tile(model))
-    return plan_tiles(frames, height, width, tile, tiles.overlap, cuts, factor(model))
+    return lay_out(tiles.layout, frames, height, width, tile, tiles.overlap, cuts, factor(model))
 
 
 def together(model: Any, tiles: Tiles, plan: TilePlan) -> int:

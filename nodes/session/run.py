@@ -11,6 +11,7 @@ from typing import Any
 
 from ...vsr_ops.sampling.guidance import gamma_at
 from ...vsr_ops.sampling.layers import Layer
+from ...vsr_ops.sampling.layouts import TileLayout
 from ...vsr_ops.sampling.propagation import Propagation, TileRun
 from ...vsr_ops.sampling.schedule import Step, schedule_ends, step_at, step_index
 from ...vsr_ops.sampling.tiling import TilePlan, TileSize
@@ -30,6 +31,7 @@ class Tiles:
     start: float = 0.0
     end: float = 1.0
     batch: int = 1
+    layout: str = "paper"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Run:
     model: Any
     sigmas: list[float]
     layers: dict[str, Layer]
-    plan: TilePlan
+    layout: TileLayout
     tiles: Tiles | None
     propagation: Propagation
     batch: int = 1
@@ -80,6 +82,11 @@ class Run:
     order: int = 0
     warned: bool = False
     passes: dict[tuple[object, ...], TileRun] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> TilePlan:
+        """The largest of the run's tile plans; they are all of one video."""
+        return self.layout.largest
 
     def gamma(self, sigma: float, rho: float) -> float:
         """DSSAG's gamma at a noise level (DC-VSR, equation 10)."""

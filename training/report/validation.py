@@ -32,7 +32,7 @@ from vsr_ops.modules.dcm import load_dcm
 from vsr_ops.modules.refiner import load_refiner
 from vsr_ops.pipeline.job import Job
 from vsr_ops.pipeline.parts import PipelineModules
-from vsr_ops.pipeline.sampler import Settings, make_plan, unet_calls
+from vsr_ops.pipeline.sampler import NoiseRange, Settings, make_layout, unet_calls
 from vsr_ops.pipeline.upscale import upscale
 from vsr_ops.sampling.guidance import GUIDANCE
 from vsr_ops.sampling.propagation import PROPAGATION, Propagation
@@ -70,7 +70,7 @@ def whole(model: Backbone, clip: Clip, settings: Settings, parts: PipelineModule
 def plan_of(model: SVD, clip: Clip, settings: Settings) -> TilePlan:
     count, _, height, width = clip.small.shape
     info = made_info(width, height, count, Fraction(24))
-    return make_plan(Job(info, 0, count, SCALE), settings, model.tile, model.factor)
+    return make_layout(Job(info, 0, count, SCALE), settings, model.tile, model.factor, NoiseRange.of(model)).settled
 
 
 def measured(

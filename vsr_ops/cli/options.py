@@ -26,6 +26,7 @@ from ..pipeline.sampler import Settings
 from ..sampling.align import MODES as ALIGN_MODES
 from ..sampling.align import SCALES as ALIGN_SCALES
 from ..sampling.guidance import GUIDANCE
+from ..sampling.layouts import LAYOUTS
 from ..sampling.propagation import PROPAGATION, SAP_MODES, Propagation
 from ..sampling.samplers import SAMPLERS
 from ..sampling.tiling import TileSize
@@ -66,6 +67,11 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--rho", type=float, default=Settings.rho, help="how fast dssag's blur fades over the steps; larger is sooner")
     add("--tile", metavar="HxWxT", help="in latents (8 pixels each) and frames; the model's own by default")
     add("--overlap", type=float, default=0.5, help="share of a tile, 0 to 0.75")
+    add(
+        "--layout",
+        default=Settings.layout,
+        help=f"how tiles lie: {', '.join(LAYOUTS)} (the fewest)",
+    )
     add("--propagation", default="sap+tap", help=", ".join(PROPAGATION))
     add("--sap-mode", default="auto", help=", ".join(SAP_MODES))
     add("--sap-rate", type=int, help="every s-th token in y and x; by default 4, more where tiles are many")
@@ -141,6 +147,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         rho=args.rho,
         tile=None if args.tile is None else TileSize.parse(args.tile),
         overlap=args.overlap,
+        layout=args.layout,
         propagation=propagation,
         color=color_of(args),
         seed=args.seed,

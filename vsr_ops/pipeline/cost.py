@@ -17,11 +17,12 @@ from ..backbones.sd import SD
 from ..backbones.svd import Backbone, find_layers, spatial_self_attention
 from ..sampling.calls import calls
 from ..sampling.guidance import COND, guide
-from ..sampling.tiling import TilePlan, TileSize
+from ..sampling.layouts import TileLayout
+from ..sampling.tiling import TileSize
 from ..system.memory import free_bytes
 from ..units import readable
 from .job import Job
-from .plan_cost import EFFICIENCY, Bank, lagged_bytes, matmul_speed, tap_bytes
+from .plan_cost import EFFICIENCY, Bank, grids, lagged_bytes, matmul_speed, tap_bytes
 from .sampler import NoiseRange, Settings, run_steps, strengths, unet_calls
 
 #: Live copies of the widest activation at the peak of a UNet call: rough, good to a factor of about 2.
@@ -67,9 +68,10 @@ def activation_bytes(model: Backbone, tile: TileSize, tiles: int) -> int:
     return ACTIVATION_COPIES * tiles * tile.frames * tile.height * tile.width * width * model.dtype.itemsize
 
 
-def resolve_sap(model: Backbone, plan: TilePlan, settings: Settings, mode: str) -> Settings:
+def resolve_sap(model: Backbone, layout: TileLayout, settings: Settings, mode: str) -> Settings:
     """Settings with SAP's mode decided: "auto" is synchronous where a window's tiles fit in half the free memory."""
     if mode == "auto":
+        plan = layout.largest
         needed = activation_bytes(model, plan.tile_size(0), len(plan.spatial))
         lagged = needed > free_bytes(model.device) / 2
     else:
@@ -96,16 +98,19 @@ def tile_flops(model: Backbone, tile: TileSize) -> float:
     return float(counter.get_total_flops())
 
 
-def estimate(model: Backbone, plan: TilePlan, settings: Settings) -> Estimate:
-    """Numbers for a plan whose SAP mode is decided (`resolve_sap`). Measures the device for a tenth of a second."""
+def estimate(model: Backbone, layout: TileLayout, settings: Settings) -> Estimate:
+    """Numbers for tiles whose SAP mode is decided (`resolve_sap`). Measures the device for a tenth of a second."""
+    plan = layout.largest
     tile = max((plan.tile_size(n) for n in range(len(plan.windows))), key=lambda t: t.frames)
     layers = banks(model, tile, settings.propagation.layers)
-    guidance, powers = guide(settings.guidance), strengths(settings, NoiseRange.of(model))
-    tile_passes = sum(guidance.passes(power) for power in powers) * plan.tiles
+    noise, synchronous = NoiseRange.of(model), not settings.propagation.sap_lagged
+    guidance, powers, steps = guide(settings.guidance), strengths(settings, noise), run_steps(settings, noise)
+    plans = [layout.at(step.index) for step in steps]
+    tile_passes = sum(guidance.passes(power) * each.tiles for power, each in zip(powers, plans, strict=True))
     together = max(
         len(call.tiles)
-        for step in run_steps(settings, NoiseRange.of(model))
-        for call in calls(plan, step, COND, settings.batch, synchronous=not settings.propagation.sap_lagged)
+        for step, each in zip(steps, plans, strict=True)
+        for call in calls(each, step, COND, settings.batch, synchronous=synchronous)
     )
     flops = tile_flops(model, tile)
     seconds = tile_passes * flops / (EFFICIENCY * matmul_speed(model.device, model.dtype))
@@ -114,7 +119,7 @@ def estimate(model: Backbone, plan: TilePlan, settings: Settings) -> Estimate:
     size = model.dtype.itemsize
     branches = guidance.passes(powers[0])
     return Estimate(
-        unet_calls=unet_calls(plan, settings, NoiseRange.of(model)),
+        unet_calls=unet_calls(layout, settings, noise),
         tile_passes=tile_passes,
         weights_bytes=weights,
         lagged_bytes=lagged_bytes(plan, settings.propagation, branches, layers, size),
@@ -125,18 +130,17 @@ def estimate(model: Backbone, plan: TilePlan, settings: Settings) -> Estimate:
     )
 
 
-def describe(job: Job, plan: TilePlan, settings: Settings, numbers: Estimate) -> str:
+def describe(job: Job, layout: TileLayout, settings: Settings, numbers: Estimate) -> str:
     """The plan as text for a person."""
     height, width = job.size
-    rows, cols, windows = len(plan.rows), len(plan.cols), len(plan.windows)
-    tile = plan.tile_size(0)
+    plan = layout.settled
     scenes = plan.windows[-1].scene + 1
     mode = "lagged" if settings.propagation.sap_lagged else "synchronous"
     kinds = " + ".join(settings.propagation.kinds) or "none"
     lines = [
         f"input        {job.info.width}x{job.info.height}, {job.frames} of {job.info.frames} frames",
         f"output       {width}x{height}; latents {plan.width}x{plan.height}",
-        f"tiles        {rows} rows x {cols} columns x {windows} windows of {tile} latents, {scenes} scene(s)",
+        f"tiles        {grids(layout)} of {plan.tile_size(0)} latents, {scenes} scene(s) ({settings.layout})",
         f"propagation  {kinds}" + (f" (SAP {mode})" if "sap" in settings.propagation.kinds else ""),
         f"UNet         {numbers.unet_calls} calls, {numbers.tile_passes} tile passes of {numbers.flops / 1e9:.1f} GFLOP"
         f" ({settings.guidance}, {settings.steps} steps)",

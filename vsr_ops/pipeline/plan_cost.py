@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..sampling.layouts import TileLayout
 from ..sampling.propagation import Propagation, sap_rate
 from ..sampling.tiling import TilePlan
 from ..units import readable
@@ -62,8 +63,22 @@ def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(run() for _ in range(3))
 
 
+def grids(layout: TileLayout) -> str:
+    """The tile grids of a layout in words: each phase, and that of the last steps."""
+
+    def words(plan: TilePlan) -> str:
+        return f"{len(plan.rows)} rows x {len(plan.cols)} columns x {len(plan.windows)} windows"
+
+    moving = " and ".join(words(plan) for plan in layout.phases)
+    return (
+        moving
+        if layout.settling == 0
+        else f"{moving} in turn, the last {layout.settling} steps {words(layout.settled)},"
+    )
+
+
 def describe_plan(
-    plan: TilePlan,
+    layout: TileLayout,
     settings: Propagation,
     steps: int,
     passes: int,
@@ -76,14 +91,15 @@ def describe_plan(
     speed: float,
 ) -> str:
     """A plan as text. Bytes, `flops` of one tile's UNet call, `speed` of a matrix product in operations a second."""
+    plan = layout.settled
     tile, tiles = plan.tile_size(0), len(plan.spatial)
-    calls = steps * passes * plan.tiles
+    calls = passes * sum(layout.over(steps).at(step).tiles for step in range(steps))
     mode = " (SAP lagged)" if settings.sap_lagged and "sap" in settings.kinds else ""
     seconds = calls * flops / (EFFICIENCY * speed)
     return "\n".join(
         [
             f"latents      {plan.width}x{plan.height}, {plan.frames} frames, {plan.windows[-1].scene + 1} scene(s)",
-            f"tiles        {len(plan.rows)} rows x {len(plan.cols)} columns x {len(plan.windows)} windows of {tile}",
+            f"tiles        {grids(layout)} of {tile}",
             f"propagation  {' + '.join(settings.kinds) or 'none'}{mode if tiles > 1 else ''}",
             f"UNet         {calls} tile passes of {flops / 1e9:.1f} GFLOP ({steps} steps, {passes} passes a step)",
             f"memory       weights {readable(weights)}, activations about {readable(activations)}, TAP banks"

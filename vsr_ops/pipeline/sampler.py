@@ -18,12 +18,13 @@ from ..image.color import COLOR
 from ..sampling.align import ROUNDS, SCALES, align, check_strength
 from ..sampling.calls import Call, calls, gather_tiles
 from ..sampling.guidance import COND, Branch, GuidanceScale, gamma_at, guide, resolve_scale
+from ..sampling.layouts import TileLayout, check_layout, laid_out, lay_out
 from ..sampling.noise import frame_noise
 from ..sampling.passes import run_pass
 from ..sampling.propagation import Propagation, TileRun
 from ..sampling.samplers import SAMPLERS, check_sampler
 from ..sampling.schedule import Step, schedule_ends, step_at, steps_before
-from ..sampling.tiling import TilePlan, TileSize, plan_tiles
+from ..sampling.tiling import TilePlan, TileSize
 from ..system.memory import home_of
 from .defaults import DEFAULTS
 
@@ -80,17 +81,24 @@ class Settings(SamplingSettings):
 
     tile: TileSize | None = None
     overlap: float = 0.5
+    layout: str = "paper"
     color: str = DEFAULTS["dc_vsr"].color
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_layout(self.layout)
         if self.color not in COLOR:
             raise SettingError(f"color is {self.color!r}: expected one of {', '.join(COLOR)}")
 
 
-def make_plan(job: Job, settings: Settings, tile: TileSize, factor: int, cuts: Sequence[int] = ()) -> TilePlan:
-    """The tiles of a job; `tile` is the model's, used where the settings name none."""
-    return plan_tiles(job.frames, *job.latent_size(factor), settings.tile or tile, settings.overlap, cuts, factor)
+def make_layout(
+    job: Job, settings: Settings, tile: TileSize, factor: int, noise: NoiseRange, cuts: Sequence[int] = ()
+) -> TileLayout:
+    """The tiles of a job at each of its steps; `tile` and `noise` are the model's, the first used where the settings
+    name none."""
+    size = settings.tile or tile
+    layout = lay_out(settings.layout, job.frames, *job.latent_size(factor), size, settings.overlap, cuts, factor)
+    return layout.over(total_steps(settings, noise))
 
 
 @dataclass(frozen=True)
@@ -124,11 +132,17 @@ def run_steps(settings: SamplingSettings, noise: NoiseRange = SVD_NOISE) -> list
     return [step_at(before + index, settings.propagation.kinds) for index in range(settings.steps)]
 
 
-def unet_calls(plan: TilePlan, settings: SamplingSettings, noise: NoiseRange = SVD_NOISE) -> int:
+def total_steps(settings: SamplingSettings, noise: NoiseRange) -> int:
+    """How many steps of the model's whole schedule are done when the run ends, those before it among them."""
+    return steps_before(noise_schedule(settings, noise), noise.most) + settings.steps
+
+
+def unet_calls(layout: TilePlan | TileLayout, settings: SamplingSettings, noise: NoiseRange = SVD_NOISE) -> int:
     """How many UNet calls `sample` makes: branches of each step's guidance times the batches of its tiles."""
     chosen = guide(settings.guidance)
     total, lagged = 0, settings.propagation.sap_lagged
     for step, power in zip(run_steps(settings, noise), strengths(settings, noise), strict=True):
+        plan = laid_out(layout).at(step.index)
         batches = sum(1 for _ in calls(plan, step, COND, settings.batch, synchronous=not lagged))
         total += chosen.passes(power) * batches
     return total
@@ -148,7 +162,7 @@ def strengths(settings: SamplingSettings, noise: NoiseRange = SVD_NOISE) -> list
 def sample(
     model: Backbone,
     lr: Tensor,
-    plan: TilePlan,
+    tiles: TilePlan | TileLayout,
     settings: SamplingSettings,
     context: Tensor | None = None,
     noise: Tensor | None = None,
@@ -175,7 +189,7 @@ def sample(
     levels = NoiseRange.of(model)
     chosen, schedule, powers = guide(settings.guidance), noise_schedule(settings, levels), strengths(settings, levels)
     shown = model.context(None) if context is None else context
-    contexts = {True: _by_scene(plan, shown), False: model.negative_context()}
+    contexts = {True: _by_scene(laid_out(tiles).settled, shown), False: model.negative_context()}
     lr_by_branch = {True: lr, False: lr if model.always_sees_lr else torch.zeros_like(lr)}
 
     def draw(stream: int) -> Tensor:
@@ -185,17 +199,18 @@ def sample(
     noise = draw(0) if noise is None else noise.to(lr.device)
     first = schedule[0]
     x = noise * (first**2 + 1) ** 0.5 if settings.denoise == 1 else lr * model.scaling_factor + noise * first
-    run = TileRun(plan, settings.propagation)
+    layout = laid_out(tiles).over(total_steps(settings, levels))
+    run = TileRun(layout.phases[0], settings.propagation, layout=layout)
     steps = run_steps(settings, levels)
     for i, ((sigma, following), step, power) in enumerate(zip(pairwise(schedule), steps, powers, strict=True)):
 
         def evaluate(x: Tensor, branch: Branch, call: Call, sigma: float = sigma) -> Tensor:
             tick(call)
-            tiles, lr_latents = (gather_tiles(plan, call, z) for z in (x, lr_by_branch[branch.conditional]))
+            inputs, lr_latents = (gather_tiles(run.plan, call, z) for z in (x, lr_by_branch[branch.conditional]))
             tokens = contexts[branch.conditional]
-            scene = plan.windows[call.window].scene if len(tokens) > 1 else 0
+            scene = run.plan.windows[call.window].scene if len(tokens) > 1 else 0
             with model.serving(run, call):
-                return model.denoise(tiles, sigma, lr_latents, tokens[scene : scene + 1], call.frames)
+                return model.denoise(inputs, sigma, lr_latents, tokens[scene : scene + 1], call.frames)
 
         def denoise(x: Tensor, branch: Branch, step: Step = step) -> tuple[Tensor, Tensor | None]:
             value = run_pass(run, step, branch, lambda call: evaluate(x, branch, call), settings.batch)

@@ -26,7 +26,7 @@ from ..vae.latents import CELL, encode_frames
 from ..video import Frame, check_output, open_writer
 from .job import Job, UpscaledFrames, scene_cuts
 from .parts import PipelineModules, apply_capm, decoded, refined
-from .sampler import NoiseRange, Settings, make_plan, sample, unet_calls
+from .sampler import NoiseRange, Settings, make_layout, sample, unet_calls
 
 #: (stage, done, total): called after every unit of work; raising stops the run.
 Progress = Callable[[str, int, int], None]
@@ -56,7 +56,8 @@ def upscale(
     parts = parts or PipelineModules()
     parts.check_fits(model)
     cuts = scene_cuts(job) if cuts is None else cuts
-    plan = make_plan(job, settings, model.tile, model.factor, cuts)
+    layout = make_layout(job, settings, model.tile, model.factor, NoiseRange.of(model), cuts)
+    plan = layout.settled
     with claimed(output), closing(UpscaledFrames(job, parts.upscale_fn, output.parent)) as upscaled:
         flow = _latent_flow(job, settings, plan, upscaled, cuts, progress, parts.flow)
         lr = torch.empty(job.frames, 4, plan.height, plan.width)
@@ -66,12 +67,12 @@ def upscale(
             progress("encode", i + 1, job.frames)
         levels = None if parts.prompts is None else parts.prompts.levels(job)
         context = _contexts(model, upscaled, cuts)
-        calls_done, total = count(1), unet_calls(plan, settings, NoiseRange.of(model))
+        calls_done, total = count(1), unet_calls(layout, settings, NoiseRange.of(model))
         with apply_capm(model, parts.prompts, levels):
             result = sample(
                 model,
                 lr,
-                plan,
+                layout,
                 settings,
                 context,
                 tick=lambda _: progress("sample", next(calls_done), total),

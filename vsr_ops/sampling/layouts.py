@@ -27,20 +27,37 @@ SETTLING = 2
 
 @dataclass(frozen=True)
 class TileLayout:
-    """The tile plans of a run: `phases` in turn, and `settled` in its last `settling` steps."""
+    """The tile plans of a run: `phases` in turn, and `settled` in the last `settling` of its `steps`, which are counted
+    from the beginning of the model's whole schedule (None: it leaves noise for a later run)."""
 
     phases: tuple[TilePlan, ...]
     settled: TilePlan
     settling: int = 0
+    steps: int | None = None
 
-    def at(self, index: int, left: int) -> TilePlan:
-        """The plan of a step: its `index` in the model's whole schedule, and how many steps are `left` with it."""
-        return self.settled if left <= self.settling else self.phases[index % len(self.phases)]
+    @staticmethod
+    def still(plan: TilePlan) -> TileLayout:
+        """One plan at every step."""
+        return TileLayout((plan,), plan)
+
+    def over(self, steps: int | None) -> TileLayout:
+        """The same for a run that ends after so many steps of the model's whole schedule."""
+        return replace(self, steps=steps)
+
+    def at(self, index: int) -> TilePlan:
+        """The plan of a step, by its index in the model's whole schedule."""
+        settled = self.steps is not None and index >= self.steps - self.settling
+        return self.settled if settled else self.phases[index % len(self.phases)]
+
+    @property
+    def plans(self) -> tuple[TilePlan, ...]:
+        """All that there are."""
+        return (*self.phases, *([] if self.settled in self.phases else [self.settled]))
 
     @property
     def largest(self) -> TilePlan:
         """That of most tiles: what memory must do for."""
-        return max((*self.phases, self.settled), key=lambda plan: plan.tiles)
+        return max(self.plans, key=lambda plan: plan.tiles)
 
 
 def even_spans(extent: int, tile: int, overlap: float, factor: int = 1) -> tuple[Span, ...]:
@@ -81,14 +98,14 @@ def _with_axes(plan: TilePlan, axis: Callable[[int, int, int], tuple[Span, ...]]
 
 def _paper(plan: TilePlan, overlap: float, factor: int) -> TileLayout:
     """DC-VSR, section 3: `overlap` between all neighbours, the last tile flush with the border."""
-    return TileLayout((plan,), plan)
+    return TileLayout.still(plan)
 
 
 def _balanced(plan: TilePlan, overlap: float, factor: int) -> TileLayout:
     """Near-equal spacing with an overlap of at least three eighths, or of `overlap` where that is less."""
     least = min(overlap, LEAST)
     even = _with_axes(plan, lambda extent, tile, k: even_spans(extent, tile, least, k), factor)
-    return TileLayout((even,), even)
+    return TileLayout.still(even)
 
 
 def _shifted(plan: TilePlan, overlap: float, factor: int) -> TileLayout:
@@ -107,6 +124,17 @@ LAYOUTS: dict[str, Callable[[TilePlan, float, int], TileLayout]] = {
 }
 
 
+def check_layout(name: str) -> None:
+    """Raises SettingError for an unknown layout."""
+    if name not in LAYOUTS:
+        raise SettingError(f"layout is {name!r}: expected one of {', '.join(LAYOUTS)}; choose one of them")
+
+
+def laid_out(tiles: TilePlan | TileLayout) -> TileLayout:
+    """A plan as the layout that keeps to it."""
+    return tiles if isinstance(tiles, TileLayout) else TileLayout.still(tiles)
+
+
 def lay_out(
     name: str,
     frames: int,
@@ -119,6 +147,5 @@ def lay_out(
 ) -> TileLayout:
     """The layout `name` of a latent video; all else as `plan_tiles` takes it. Raises SettingError, also for an unknown
     name."""
-    if name not in LAYOUTS:
-        raise SettingError(f"layout is {name!r}: expected one of {', '.join(LAYOUTS)}")
+    check_layout(name)
     return LAYOUTS[name](plan_tiles(frames, height, width, tile, overlap, cuts, factor), overlap, factor)

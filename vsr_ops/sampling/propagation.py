@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,9 +30,10 @@ from .attention import Fused, KeyValue, fused_attention, plain
 from .calls import Call, token_grid
 from .guidance import Branch
 from .layers import Layer, check_layers
+from .layouts import TileLayout
 from .saliency import Saliency
 from .schedule import Kind, Step, step_at
-from .tiling import TilePlan
+from .tiling import TilePlan, Window
 
 log = logging.getLogger(__name__)
 
@@ -103,11 +105,35 @@ def sharpest_frames(keys: Tensor, count: int) -> Tensor:
     return order[:count].sort().values
 
 
+def frames_within(own: Window, windows: Sequence[Window]) -> list[tuple[int, slice]]:
+    """Where a window's frames lie in others of the same scene: the other's number, and the frames counted from its
+    start, in the order of the window's frames. Of several each frame takes the one in whose middle it lies deepest; a
+    window that is there itself is taken whole."""
+    if (same := next((n for n, window in enumerate(windows) if window == own), None)) is not None:
+        return [(same, slice(0, own.span.length))]
+    found: list[tuple[int, slice]] = []
+    candidates = [(n, window.span) for n, window in enumerate(windows) if window.scene == own.scene]
+    for frame in range(own.span.start, own.span.stop):
+        depths = [(min(frame - span.start, span.stop - 1 - frame), -n, span.start) for n, span in candidates]
+        depth, negative, start = max(depths, default=(-1, 0, 0))
+        if depth < 0:
+            return []
+        n, place = -negative, frame - start
+        if found and found[-1][0] == n and found[-1][1].stop == place:
+            found[-1] = (n, slice(found[-1][1].start, place + 1))
+        else:
+            found.append((n, slice(place, place + 1)))
+    return found
+
+
 @dataclass
 class TileRun:
     """The banks of one run (in a host, of one branch and conditioning in it). SAP's lagged banks stand in host memory
     until the next step has used them; TAP's live from a window to its neighbour. Both are kept by (branch's name,
     window, layer's name) and in that by the tile's index in `plan.spatial`; the joined ones by layer alone.
+
+    `plan` is that of the pass under way: the step's of `layout`, where one is given. A lagged bank that was gathered on
+    other windows is put together frame by frame.
 
     A call may be evaluated again, whole or in parts, until `finish` has been told of it. `limit` is how many tiles fit
     in memory together, once that is known.
@@ -118,8 +144,11 @@ class TileRun:
     saliency: Saliency | None = None
     limit: int | None = None
     memory: Memory = field(default_factory=Memory)
+    layout: TileLayout | None = None
     _step: int = -1
     _pin: bool = False
+    #: The windows on which the lagged banks were gathered.
+    _lagged_windows: tuple[Window, ...] = ()
     _lagged: dict[tuple[str, int, str], dict[int, KeyValue]] = field(
         default_factory=dict[tuple[str, int, str], dict[int, KeyValue]]
     )
@@ -144,8 +173,11 @@ class TileRun:
         """Announces the next pass over the video. A new step makes what was gathered in the last one available."""
         if step.index != self._step:
             self._lagged = self._gathering if step.index == self._step + 1 else {}
+            self._lagged_windows = self.plan.windows
             self._gathering = {}
             self._step, self._pin = step.index, may_pin()
+        if self.layout is not None:
+            self.plan = self.layout.at(step.index)
         self._tap, self._joined, self._joined_at = {}, {}, None
         self.saliency = Saliency(self.plan) if branch.observe else None
 
@@ -219,17 +251,29 @@ class TileRun:
             bank[m] = KeyValue(*(to_host(subsample(x[own], grid, rate).contiguous(), self._pin) for x in (k, v)))
 
     def _lagged_bank(self, call: Call, layer: str, like: Tensor) -> KeyValue | None:
-        bank = self._lagged.get((call.branch.name, call.window, layer))
-        if not bank:
-            return None
         place = (call.step.index, call.branch.name, call.window)
         if self._joined_at != place:
             self._joined, self._joined_at = {}, place
         if layer not in self._joined:
-            # Joined on the device: in the machine's memory they may not have arrived yet.
-            tiles = [[to_device(x, like.device).to(like) for x in bank[m]] for m in sorted(bank)]
-            self._joined[layer] = KeyValue(*(torch.cat(parts, dim=2) for parts in zip(*tiles, strict=True)))
+            own = self.plan.windows[call.window]
+            parts = [
+                self._joined_tiles((call.branch.name, n, layer), frames, like)
+                for n, frames in frames_within(own, self._lagged_windows)
+            ]
+            there = [part for part in parts if part is not None]
+            if len(there) < max(len(parts), 1):
+                return None
+            self._joined[layer] = KeyValue(*(torch.cat(each) for each in zip(*there, strict=True)))
         return KeyValue(*(repeat(x, "t h n d -> (m t) h n d", m=len(call.tiles)) for x in self._joined[layer]))
+
+    def _joined_tiles(self, key: tuple[str, int, str], frames: slice, like: Tensor) -> KeyValue | None:
+        """Some frames of a lagged bank, its tiles in a row, on the device of `like`; nothing where there is none."""
+        bank = self._lagged.get(key)
+        if not bank:
+            return None
+        # Joined on the device: in the machine's memory they may not have arrived yet.
+        tiles = [[to_device(x, like.device).to(like)[frames] for x in bank[m]] for m in sorted(bank)]
+        return KeyValue(*(torch.cat(parts, dim=2) for parts in zip(*tiles, strict=True)))
 
     def _hand_over(self, call: Call, layer: str, grid: tuple[int, int], k: Tensor, v: Tensor) -> KeyValue | None:
         """Stores this window's sharpest frames for the next window, and returns what the last one left."""

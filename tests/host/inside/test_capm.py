@@ -197,7 +197,7 @@ def test_tiles_of_a_whole_window_share_their_weights(host: ModuleType, capm: Mod
     made = Running()
     made.plan = plan  # type: ignore[attr-defined]
     for tiles, shared in ((4, 4), (2, 1)):
-        options = {"cond_or_uncond": [0], run.KEY: {"run": made, "call": (slice(0, 4), tiles)}}
+        options = {"cond_or_uncond": [0], run.KEY: {"run": made, "call": (slice(0, 4), tiles, len(made.plan.spatial))}}
         assert hook._told(capm.HostCAPM(unets, None, 1.0), torch.zeros(tiles * 4, 8, 16, 16), options) == (None, shared)
 
 
