@@ -49,6 +49,6 @@ class Metrics(io.ComfyNode):
     @classmethod
     def execute(cls, image: Tensor, reference: Tensor, metrics: str, border: int, model: Any = None) -> io.NodeOutput:
         result, truth = to_frames(image), to_frames(reference, "reference")
-        plan = None if model is None else host.preview_plan(model, result, find_cuts(iter(truth)))
+        plan = None if model is None else host.preview_layout(model, result, find_cuts(iter(truth))).settled
         scores = score_pair(result, truth, metrics, plan, border, host.progress(len(result)))
         return io.NodeOutput(scores.table(), to_image(scores.plot()[None]))
