@@ -56,8 +56,8 @@ class TiledDiffusion(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="What the sampler starts from: no window crosses its scene cuts. Wire it where the prompt is a"
-                    " text, which knows of none; SVD Video Conditioning and Null Prompt do.",
+                    tooltip="What the sampler starts from: no window crosses its scene cuts. Wire it where the"
+                    " prompt is a text, which knows of none; SVD Video Conditioning and Null Prompt do.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model, sampling in tiles.")],

@@ -79,7 +79,8 @@ def place_public(base: Path) -> None:
     """Under the names that a graph asks for, small weights laid out as those of Stable Diffusion 2.1, DiffBIR and
     StableSR."""
     kinds = ("CheckpointLoaderSimple", "VSRLoadControl", "VSRLoadCFW")
-    loaders = {node["type"]: node["widgets_values"] for node in saved(EXAMPLES, "sdatc_public")["nodes"]}
+    nodes = saved(EXAMPLES, "sdatc_public")["nodes"]
+    loaders = {node["type"]: node["widgets_values"] for node in nodes if node["type"] in kinds}
     checkpoint, control, cfw = (loaders[kind][0] for kind in kinds)
     place_stock_sd(base / "models", checkpoint, control, cfw)
 

@@ -43,7 +43,7 @@ OUTPUTS: dict[str, list[tuple[int, int, int, int]]] = {
     "tile_and_propagation_study": [(FRAMES, 3, 1, 0), (FRAMES, 1, 1, HEIGHT)],
     "stock_svd_detailer": [(FRAMES, 1, 1, 0)],
     "sdatc_full": [(FRAMES, 3, 1, 0)],
-    "sdatc_public": [(FRAMES, 3, 1, 0)],
+    "sdatc_public": [(FRAMES, 2, 1, 0)],
     "flow_alignment_on_svd": [(FRAMES, 3, 1, 0), (FRAMES - 1, 1, 1, 0)],
     "compressed_clip_three_crfs": [(FRAMES, 2, 2, 0)],
     "own_swinir_as_dcm": [(FRAMES, 3, 1, 0), (FRAMES, 3, 1, 0)],
