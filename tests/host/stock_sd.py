@@ -75,7 +75,8 @@ def place_stock_sd(models: Path, checkpoint: str, control: str, cfw: str) -> Non
     torch.manual_seed(0)
     for folder in ("checkpoints", "controlnet", "vsr_cfw"):
         (models / folder).mkdir(parents=True, exist_ok=True)
-    text, holes = ({TEXT_PREFIX + key: value for key, value in part.items()} for part in (text_state(), text_shapes()))
+    text = {TEXT_PREFIX + key: value for key, value in text_state().items()}
+    holes = {TEXT_PREFIX + key: shape for key, shape in text_shapes().items()}
     write_with_holes(models / "checkpoints" / checkpoint, {**sd_state(), **text}, holes)
     with torch.device("meta"):
         seeing, wrapping = Control(UNET), CFW(WRAPPING)
