@@ -3,7 +3,7 @@
 Device: most bytes the model side holds at once beyond its weights. On a GPU over a whole stage; on the CPU, where the
 video lies beside it, the most that any single encoder, UNet or decoder call allocates.
 Host (CPU only, another process without the profiler): growth of the peak resident memory after a warm-up, what of it
-the video's own tensors and SAP's banks are, and the rest. Own tensors: SAMPLE_COPIES latent videos while sampling; all
+the video's own tensors and SAP's banks are, and the rest. Own tensors: VIDEO_COPIES latent videos while sampling; all
 latents and CHUNK_COPIES chunks of frames while decoding.
 
     python -m benchmarks.memory --size full --device cuda
@@ -16,42 +16,26 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import MIB, Options, build, heading, parser, peak_bytes, read, table
+from benchmarks.common import MIB, Options, build, heading, parser, peak_bytes, peak_resident, read, table
 from vsr_ops.backbones.svd import SVD
-from vsr_ops.pipeline.sampler import Settings, sample
+from vsr_ops.pipeline.sampler import VIDEO_COPIES, Settings, sample
 from vsr_ops.sampling.propagation import Propagation
 from vsr_ops.sampling.tiling import plan_tiles
 from vsr_ops.vae import latents
-from vsr_ops.vae.latents import CELL, decode_frames, encode_frames
+from vsr_ops.vae.latents import CELL, CHUNK_COPIES, decode_frames, encode_frames
 
 STEPS = 3  # SAP, TAP, and a SAP step that reads banks
-#: LR, its zeros, noise, x, two estimates, the blend under way with its weights, the update's temporaries.
-SAMPLE_COPIES = 9
-#: The chunk's blend and its weights, its result, the frames held from the last one.
-CHUNK_COPIES = 3
 
 
 def area(options: Options, times: int) -> tuple[int, int]:
     """Latent height and width: 1.5 tiles a side at area 1."""
     height, width = options.tile.height * 3 // 2, options.tile.width * 3 // 2
     return (height * (2 if times == 4 else 1), width * (2 if times > 1 else 1))
-
-
-def peak_resident() -> int:
-    """Most memory this process had, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # unlike getrusage's, not inherited from the parent
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line) * 1024
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def watch(model: SVD, method: str, peaks: dict[str, int], profiled: bool) -> None:
@@ -132,8 +116,8 @@ def row(options: Options, frames: int, times: int, lagged: bool) -> list[str]:
     host = measured(frames, times, lagged, False)
     video = frames * 4 * height * width * 4
     chunk = min(options.tile.frames, frames) * 3 * height * width * CELL**2 * 4
-    own = max(SAMPLE_COPIES * video, video + CHUNK_COPIES * chunk)
-    rest = host["host"] - max(own, SAMPLE_COPIES * video + host["banks"])
+    own = max(VIDEO_COPIES * video, video + CHUNK_COPIES * chunk)
+    rest = host["host"] - max(own, VIDEO_COPIES * video + host["banks"])
     return [*cells, *(f"{n / MIB:.1f}" for n in (host["host"], own, host["banks"], rest))]
 
 

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import SettingError
-from ..video.scenes import find_cuts
 from . import raft
 from .raft import Estimator
 from .warp import dis_flow, inside, visibility
@@ -107,6 +106,9 @@ def estimate_flow(
     Raises SettingError for an unknown estimator, a video of another shape or too small, and cuts outside the video;
     CheckpointError for RAFT weights that are not there.
     """
+    # The room of videos loads libraries of codecs, which following a flow does not need.
+    from ..video.scenes import find_cuts
+
     _check_video(video, estimator)
     frames, _, height, width = video.shape
     found = find_cuts(iter(video)) if cuts is None else _checked(cuts, frames)
