@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.host.graphs import place_swinir
+from tests.host.graphs import place_dcvsr, place_swinir
 from tests.host.hosts import HOW, Host, known_hosts
 from tests.host.page import HOW as HOW_PAGE
 from tests.host.page import Browser, Page, known_browser
@@ -186,6 +186,7 @@ def browser(comfyui: Host) -> Browser:
 def page(browser: Browser, server: Server) -> Iterator[Page]:
     """The host's page in a browser, with the files there that graphs ask for."""
     place_swinir(server.base)
+    place_dcvsr(server.base)
     # Else the first visit begins with a dialog; the map would lie over a screenshot's corner.
     assert server.request("/settings/Comfy.TutorialCompleted", True)[0] == 200
     assert server.request("/settings/Comfy.Minimap.Visible", False)[0] == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,18 @@ def place_swinir(base: Path) -> None:
     folder = base / "models" / "upscale_models"
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"params": module.state_dict()}, folder / name)
+
+
+def place_dcvsr(base: Path) -> None:
+    """Under the names that a graph asks for, the bundled SVD: its UNet alone, as diffusers writes it and DC-VSR's was
+    published, and the whole in the place of the SVD beside it."""
+    from tests.support.unet_files import save_unet
+    from vsr_ops.checkpoints.svd import LITE, read_svd
+
+    graph = saved(EXAMPLES, "dc_vsr")
+    (loader,) = [node for node in graph["nodes"] if node["type"] == "VSRLoadDCVSR"]
+    unet, svd = loader["widgets_values"]
+    models = base / "models"
+    assert save_unet((models / "vsr" / unet).parent, read_svd(LITE)) == models / "vsr" / unet
+    (models / "checkpoints").mkdir(parents=True, exist_ok=True)
+    shutil.copy(LITE, models / "checkpoints" / svd)

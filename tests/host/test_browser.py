@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from tests.host.graphs import EXAMPLES, FRAMES, KEPT, PACK, ROOT, make_quick, of_type, saved, scale_of
+from tests.host.graphs import EXAMPLES, FRAMES, KEPT, NAMES, PACK, ROOT, make_quick, of_type, saved, scale_of
 from tests.host.results import files_of
 from tests.host.stock_svd import place_stock_svd
 
@@ -34,7 +34,17 @@ OUTPUTS: dict[str, list[tuple[int, int, int, int]]] = {
     "flow_alignment_on_svd": [(FRAMES, 3, 1, 0), (FRAMES - 1, 1, 1, 0)],
     "compressed_clip_three_crfs": [(FRAMES, 2, 2, 0)],
     "own_swinir_as_dcm": [(FRAMES, 3, 1, 0), (FRAMES, 3, 1, 0)],
+    "dc_vsr": [(FRAMES, 3, 1, 0)],
+    "dc_vsr_guesses": [(FRAMES, 3, 2, 0), (FRAMES, 2, 1, 0)],
 }
+#: Each as it is now, and as version 0.1.0 had it, if it did. Side by side, so that the second finds in the host's cache
+#: what they have in common.
+RUNS = [
+    (name, version)
+    for name in OUTPUTS
+    for version, folder in (("now", EXAMPLES), ("0.1.0", KEPT))
+    if version == "now" or (folder / f"{name}.json").is_file()
+]
 #: Of the white lines between parts.
 LINES = 8
 
@@ -85,9 +95,12 @@ def own_errors(said: list[dict[str, str]]) -> list[dict[str, str]]:
     return [one for one in said if one["kind"] in ("error", "pageerror") and PACK in one["text"] + one["url"]]
 
 
-# Side by side, so that the second of the two finds in the host's cache what they have in common.
-@pytest.mark.parametrize("version", ["now", "0.1.0"])
-@pytest.mark.parametrize("name", OUTPUTS)
+def test_every_graph_is_run() -> None:
+    assert sorted(OUTPUTS) == NAMES
+    assert {name for name, version in RUNS if version != "now"} == {path.stem for path in KEPT.glob("*.json")}
+
+
+@pytest.mark.parametrize(("name", "version"), RUNS)
 def test_graph_runs_in_the_page(
     name: str, version: str, page: Page, server: Server, request: pytest.FixtureRequest
 ) -> None:
@@ -135,6 +148,18 @@ def test_saved_values_arrive_by_name(folder: Path, page: Page) -> None:
     # Hosts of 2026 have the codec inside of the format.
     inputs = prompt[save]["inputs"]
     assert {value for name, value in inputs.items() if name in ("format", "codec", "format.codec")} <= {"auto"}
+
+
+def test_the_guesses_differ_in_one_thing_each(page: Page) -> None:
+    """From the node's defaults, all from the same noise: else no difference could be laid to the guess."""
+    page.load(saved(EXAMPLES, "dc_vsr_guesses"), "guesses")
+    prompt = page.prompt()
+    first, *others = (prompt[key]["inputs"] for key in of_type(prompt, "VSRSVDConditioning"))
+    assert first["clip_vision"] and first["fps"] == 8 and first["augmentation"] == 0
+    differ = [{key: other.get(key) for key in first if other.get(key) != first[key]} for other in others]
+    assert differ == [{"fps": 7}, {"augmentation": 0.02}, {"clip_vision": None}]
+    noise = [prompt[key]["inputs"] for key in of_type(prompt, "VSRNoiseByFrame")]
+    assert len(noise) == 4 and all(each == noise[0] for each in noise)
 
 
 def test_trouble_is_seen(page: Page) -> None:
