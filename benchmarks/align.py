@@ -19,7 +19,7 @@ from vsr_ops.backbones.svd import SIGMA_MAX, SVD
 from vsr_ops.flow.field import Flow, streamed_flow
 from vsr_ops.flow.warp import inside
 from vsr_ops.pipeline.sampler import Settings, sample
-from vsr_ops.sampling.align import ROUNDS, SHARE, align
+from vsr_ops.sampling.align import ROUNDS, SHARE, align, bounded
 from vsr_ops.sampling.propagation import Propagation
 from vsr_ops.sampling.tiling import TilePlan, TileSize, plan_tiles
 from vsr_ops.vae.latents import CELL
@@ -57,7 +57,7 @@ def main() -> None:
     pair = torch.rand(2, 3, plan.height * CELL, plan.width * CELL)
     work: dict[str, Callable[[], object]] = {STEP: lambda: step(model, lr, plan, tile)}
     for name, (mode, strength) in ROWS.items():
-        work[name] = lambda m=mode, s=strength: align(x0, flow, s, SIGMA_MAX, m, ROUNDS)
+        work[name] = lambda m=mode, s=strength: align(x0, flow, s, bounded(SIGMA_MAX, 0.0), m, ROUNDS)
     work[FLOW] = lambda: streamed_flow(pair, 2, size, CELL, (), SHARE)
     times = interleaved(work, options)
     rows = [[STEP, f"{median(times[STEP]):.3f}", "1.000", ""]]

@@ -18,14 +18,13 @@ from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemp
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from training.tasks.svd import FRAMES, UNET_LITE
-from training.tasks.vae import temporal_vae
 from vsr_ops.backbones.svd import SVD, load_svd, pick_device, pick_dtype
 from vsr_ops.checkpoints.svd import LITE
 from vsr_ops.sampling.tiling import TileSize
 
-#: Tiles as the checkpoints of each size were trained; the lite VAE has 24 latents a side in its training clips.
-TILES = {"full": TileSize(64, 64, 14), "lite": TileSize(24, 24, FRAMES)}
+SIZES = ("full", "lite")
+#: The tile that stock SVD was trained on.
+FULL_TILE = TileSize(64, 64, 14)
 FULL_VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "block_out_channels": (128, 256, 512, 512),
@@ -33,6 +32,16 @@ FULL_VAE: dict[str, Any] = {
     "latent_channels": 4,
 }
 MIB = 2**20
+
+
+def own_tile(size: str) -> TileSize:
+    """As the checkpoints of each size were trained; the lite VAE has 24 latents a side in its training clips."""
+    if size == "full":
+        return FULL_TILE
+    # The recipes load the libraries of pictures and videos, which a full-size model does not need.
+    from training.tasks.svd import FRAMES
+
+    return TileSize(24, 24, FRAMES)
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Options:
 
 def parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--size", choices=tuple(TILES), default="lite", help="stock SVD's UNet, or the bundled one's")
+    made.add_argument("--size", choices=SIZES, default="lite", help="stock SVD's UNet, or the bundled one's")
     made.add_argument("--device", default="auto")
     made.add_argument("--dtype", default="auto", help="auto: float16 on a GPU; on the CPU bfloat16 full, float32 lite")
     made.add_argument("--repeats", type=int, default=repeats)
@@ -60,18 +69,22 @@ def read(arguments: argparse.Namespace) -> Options:
     device = pick_device(arguments.device)
     auto = "bfloat16" if arguments.size == "full" and device.type == "cpu" else "auto"
     dtype = pick_dtype(auto if arguments.dtype == "auto" else arguments.dtype, device)
-    tile = TileSize.parse(arguments.tile) if arguments.tile else TILES[arguments.size]
+    tile = TileSize.parse(arguments.tile) if arguments.tile else own_tile(arguments.size)
     return Options(arguments.size, device, dtype, arguments.repeats, tile)
 
 
 def heading(title: str, options: Options) -> None:
     """Says what ran, where."""
-    cuda = options.device.type == "cuda"
-    name = torch.cuda.get_device_name(options.device) if cuda else _processor()
     print(f"{title}: {options.size} size, tile {options.tile} latents, {str(options.dtype).removeprefix('torch.')}")
-    threads = "" if cuda else f", {torch.get_num_threads()} threads"
-    print(f"on {name}{threads}; torch {torch.__version__}; {options.repeats} interleaved rounds, medians")
+    print(f"on {machine(options.device)}; {options.repeats} interleaved rounds, medians")
     print(f"command: python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}\n", flush=True)
+
+
+def machine(device: torch.device) -> str:
+    """What computes: the card's name or the processor's with its threads, and torch's version."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}; torch {torch.__version__}"
+    return f"{_processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}"
 
 
 def _processor() -> str:
@@ -97,11 +110,12 @@ def randomize(model: nn.Module) -> None:
             p.fill_(1.0 if name.endswith("weight") else 0.0)
 
 
-def _filled(build: Callable[[], nn.Module], options: Options) -> Any:
+def filled(build: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Any:
+    """The module that `build` makes, with random weights, frozen; there is never a second copy of them."""
     with torch.device("meta"):
         model = build()
     # the base method: diffusers' own warns about precision that no weight here asks for
-    model = nn.Module.to(model, options.dtype).to_empty(device=options.device)
+    model = nn.Module.to(model, dtype).to_empty(device=device)
     randomize(model)
     return model.eval().requires_grad_(False)
 
@@ -114,17 +128,27 @@ def build(options: Options, with_vae: bool = False) -> SVD:
     if options.size == "lite" and LITE.exists():
         return load_svd("lite", options.device, options.dtype)
     torch.manual_seed(0)
-    # diffusers' defaults are stock SVD's UNet
-    unet_config = UNET_LITE if options.size == "lite" else {}
-    unet = _filled(lambda: UNetSpatioTemporalConditionModel(**unet_config), options)
+
+    def make_unet() -> nn.Module:
+        if options.size == "full":
+            return UNetSpatioTemporalConditionModel()  # diffusers' defaults are stock SVD's
+        from training.tasks.svd import UNET_LITE
+
+        return UNetSpatioTemporalConditionModel(**UNET_LITE)
 
     def make_vae() -> nn.Module:
-        return temporal_vae() if options.size == "lite" else AutoencoderKLTemporalDecoder(**FULL_VAE)
+        if options.size == "full":
+            return AutoencoderKLTemporalDecoder(**FULL_VAE)
+        from training.tasks.vae import temporal_vae
+
+        return temporal_vae()
+
+    unet = filled(make_unet, options.device, options.dtype)
 
     with torch.device("meta"):
         vae: Any = make_vae()
     if with_vae:
-        vae = _filled(make_vae, options)
+        vae = filled(make_vae, options.device, options.dtype)
     return SVD(unet, vae, None, options.tile, options.device, options.dtype)
 
 
@@ -191,6 +215,17 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         alive += event.nbytes()
         peak = max(peak, alive)
     return peak
+
+
+def peak_resident() -> int:
+    """Most memory this process had, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike getrusage's, not inherited from the parent
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

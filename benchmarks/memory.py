@@ -16,13 +16,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import MIB, Options, build, heading, parser, peak_bytes, read, table
+from benchmarks.common import MIB, Options, build, heading, parser, peak_bytes, peak_resident, read, table
 from vsr_ops.backbones.svd import SVD
 from vsr_ops.pipeline.sampler import VIDEO_COPIES, Settings, sample
 from vsr_ops.sampling.propagation import Propagation
@@ -37,17 +36,6 @@ def area(options: Options, times: int) -> tuple[int, int]:
     """Latent height and width: 1.5 tiles a side at area 1."""
     height, width = options.tile.height * 3 // 2, options.tile.width * 3 // 2
     return (height * (2 if times == 4 else 1), width * (2 if times > 1 else 1))
-
-
-def peak_resident() -> int:
-    """Most memory this process had, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # unlike getrusage's, not inherited from the parent
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line) * 1024
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def watch(model: SVD, method: str, peaks: dict[str, int], profiled: bool) -> None:

@@ -12,6 +12,7 @@ from .latent import Decode, NullPrompt, SVDConditioning
 from .load import DemoClip, LoadCFW, LoadControl, LoadDCM, LoadLite, LoadRefiner, LoadSTAM
 from .load_dcvsr import LoadDCVSR
 from .metrics import Metrics
+from .noise import NoiseByFrame
 from .patches import DSSAG, TiledDiffusion, TilePreview
 from .picture import ColorMatch, Compare, Refine, UpscaleLR
 from .sampler import TiledSVDSampler
@@ -47,6 +48,7 @@ NODES: list[type[io.ComfyNode]] = [
     CompressionEstimate,
     CompressionPrompts,
     LoadDCVSR,
+    NoiseByFrame,
 ]
 
 

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..vsr_ops.flow.field import ESTIMATORS
-from ..vsr_ops.sampling.align import MODES
+from ..vsr_ops.sampling.align import MODES, SCALES
 from ..vsr_ops.video.scenes import find_cuts
 from ..vsr_ops.views.flow import preview
 from . import host
@@ -121,13 +121,28 @@ class FlowGuidedLatents(io.ComfyNode):
                     "gradient: SDATC's, a step against the motion error, smaller as noise goes. propagate: frames hand"
                     " on what they show along the flow; stronger, softer.",
                 ),
+                choice(
+                    "scale",
+                    SCALES,
+                    "bounded",
+                    "What a gradient step is scaled by. bounded: the share of noise, from 1 down to 0. ddpm: the"
+                    " paper's, the variance of a DDPM step. propagate takes bounded alone.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model, aligned in time.")],
         )
 
     @classmethod
     def execute(
-        cls, model: Any, flow: Any, strength: float, start_percent: float, end_percent: float, mode: str
+        cls,
+        model: Any,
+        flow: Any,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        mode: str,
+        scale: str = "bounded",
     ) -> io.NodeOutput:
         check_choice("mode", mode, MODES)
-        return io.NodeOutput(host.patch_alignment(model, flow, strength, start_percent, end_percent, mode))
+        check_choice("scale", scale, SCALES)
+        return io.NodeOutput(host.patch_alignment(model, flow, strength, start_percent, end_percent, mode, scale))

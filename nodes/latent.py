@@ -51,7 +51,12 @@ class SVDConditioning(io.ComfyNode):
                 io.ClipVisionOutput.Input(
                     "clip_vision_output",
                     optional=True,
-                    tooltip="CLIP's view of a frame, for stock SVD; lite needs none.",
+                    tooltip="CLIP's view of a picture of your choice, for stock SVD; lite needs none.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="The MODEL's own, in clip_vision_output's place: sees the first frame of every scene.",
                 ),
             ],
             outputs=[
@@ -73,12 +78,13 @@ class SVDConditioning(io.ComfyNode):
         start: str,
         scene_cuts: str,
         clip_vision_output: Any = None,
+        clip_vision: Any = None,
     ) -> io.NodeOutput:
         host.require_svd(model, "SVD Video Conditioning")
         frames = to_frames(image)
         from_lr = STARTS[check_choice("start", start, STARTS)]
         cuts = find_cuts(iter(frames)) if CUTS[check_choice("scene_cuts", scene_cuts, CUTS)] else ()
-        context = host.context_tokens(model, clip_vision_output)
+        context = host.scene_contexts(model, clip_vision_output, clip_vision, frames, cuts)
         lr = encode_video(host.HostVAE(vae), with_augmentation(frames, augmentation), host.progress(len(frames)))
         micro = {"motion_bucket_id": motion_bucket_id, "fps": host.fps_key(fps), "augmentation_level": augmentation}
         scenes = {"vsr_cuts": cuts, "vsr_frames": len(frames)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..vsr_ops.image.color import COLOR
+from ..vsr_ops.modules.dcm import read_dcm
+from ..vsr_ops.pipeline.defaults import AUTO, Defaults
 from ..vsr_ops.sampling.propagation import PROPAGATION, SAP_MODES
 from . import host
 from .common import CATEGORY, REFINER, check_choice, choice, count, node_defaults, number
@@ -16,6 +19,8 @@ from .guiders import DSSAGGuider, PAGGuider, SAGGuider
 from .latent import Decode, SVDConditioning
 from .patches import DSSAG, TiledDiffusion
 from .picture import ColorMatch, Refine, UpscaleLR
+
+log = logging.getLogger(__name__)
 
 
 def _made(node: type[io.ComfyNode], **values: Any) -> Any:
@@ -47,6 +52,21 @@ GUIDERS: dict[str, Callable[[Any, Any, Any, float, float], Any]] = {
 }
 
 
+UPSCALERS = (AUTO, "bicubic", "dcm")
+
+
+def _upscale_model(own: Defaults, asked: str, wired: Any, scale: float) -> Any:
+    """The UPSCALE_MODEL that enlarges the input; nothing is bicubic. A video of the result's size already has been
+    enlarged. Logs what speaks against it."""
+    if wired is None and scale == 1 and asked == AUTO:
+        return None
+    # Which model is wired cannot be told, only that it is one.
+    name = "upscale_model" if wired is not None else own.enlarged_by(asked)
+    if (against := own.objection(name)) and not (wired is not None and own.upscaler != "bicubic"):
+        log.warning("Upscale Video with SVD (VSR): the input is enlarged by %s, but %s", name, against)
+    return wired if wired is not None or name == "bicubic" else host.managed(read_dcm("lite"))
+
+
 class TiledSVDSampler(io.ComfyNode):
     """Video in, larger video out."""
 
@@ -65,12 +85,18 @@ class TiledSVDSampler(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="SVD's VAE."),
                 io.Image.Input("image", tooltip="The low-resolution video, as a batch of frames."),
                 number("scale", 4.0, 0.01, 16.0, "How many times larger; 1 for a video that is upscaled already."),
-                count("steps", 10, 1, 1000, "Sampling steps."),
+                count("steps", 0, 0, 1000, "Sampling steps; 0: as many as suit the MODEL, 4 for lite, else 25."),
                 number(
                     "cfg", 1.0, 0.0, 100.0, "Classifier-free guidance; 1 is off. With dssag another value is 1 + s."
                 ),
                 count("seed", 0, 0, 0xFFFFFFFFFFFFFFFF, "The noise.", control_after_generate=True),
-                choice("guidance", GUIDERS, "dssag", "What steers away from weak estimates; none is fastest."),
+                choice(
+                    "guidance",
+                    (*GUIDERS, AUTO),
+                    AUTO,
+                    "What steers away from weak estimates; none is fastest. auto: none for lite, unless cfg is not 1,"
+                    " else dssag.",
+                ),
                 number("guidance_scale", 1.0, 0.0, 100.0, "Strength s of dssag (at cfg 1), pag and sag."),
                 choice("sampler_name", host.SAMPLERS, "euler", "The host's sampler."),
                 choice("scheduler", host.SCHEDULERS, "karras", "The host's schedule; karras is SVD's."),
@@ -81,19 +107,38 @@ class TiledSVDSampler(io.ComfyNode):
                 number("overlap", 0.5, 0.0, 0.75, "Share of a tile that its neighbour covers too."),
                 choice("propagation", PROPAGATION, "sap+tap", "What is carried between tiles."),
                 choice("sap_mode", SAP_MODES, "auto", "How SAP reaches all tiles; see Tiled Diffusion."),
-                choice("color", COLOR, "detail", "How colours are matched to the input; see Match Colour."),
+                choice(
+                    "color",
+                    (*COLOR, AUTO),
+                    AUTO,
+                    "How colours are matched to the input; see Match Colour. auto: detail for lite, unless refined,"
+                    " else none.",
+                ),
                 io.ClipVisionOutput.Input(
                     "clip_vision_output", optional=True, tooltip="CLIP's view of a frame, for stock SVD."
                 ),
                 io.UpscaleModel.Input(
                     "upscale_model",
                     optional=True,
-                    tooltip="Enlarges the input instead of bicubic resizing: Load DCM with Load Lite SVD.",
+                    tooltip="Enlarges the input in the upscaler's place: Load DCM, or any of Load Upscale Model.",
                 ),
                 REFINER.Input(
                     "refiner",
                     optional=True,
-                    tooltip="From Load Refiner: puts the result and the upscaled input together; set color to none.",
+                    tooltip="From Load Refiner: the result and the upscaled input in one; color auto is then none.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="The MODEL's own, in clip_vision_output's place: sees the first frame of every scene.",
+                ),
+                choice(
+                    "upscaler",
+                    UPSCALERS,
+                    AUTO,
+                    "What enlarges the input where no upscale_model is wired. auto: what the MODEL was trained with,"
+                    " the pack's DCM for lite, bicubic for DC-VSR; at scale 1 nothing does.",
+                    optional=True,
                 ),
             ],
             outputs=[
@@ -127,12 +172,17 @@ class TiledSVDSampler(io.ComfyNode):
         clip_vision_output: Any = None,
         upscale_model: Any = None,
         refiner: Any = None,
+        clip_vision: Any = None,
+        upscaler: str = AUTO,
     ) -> io.NodeOutput:
-        guide = GUIDERS[check_choice("guidance", guidance, GUIDERS)]
-        check_choice("color", color, COLOR)
+        own = host.defaults_of(model)
+        guide = GUIDERS[own.guided(check_choice("guidance", guidance, (*GUIDERS, AUTO)), strength=cfg != 1)]
+        color = own.colored(check_choice("color", color, (*COLOR, AUTO)), refined=refiner is not None)
+        check_choice("upscaler", upscaler, UPSCALERS)
         check_choice("sampler_name", sampler_name, host.SAMPLERS)
         check_choice("scheduler", scheduler, host.SCHEDULERS)
-        upscaled = _made(UpscaleLR, image=image, scale=scale, method="bicubic", upscale_model=upscale_model)
+        enlarging = _upscale_model(own, upscaler, upscale_model, scale)
+        upscaled = _made(UpscaleLR, image=image, scale=scale, method="bicubic", upscale_model=enlarging)
         tiled = _made(
             TiledDiffusion,
             model=model,
@@ -151,10 +201,11 @@ class TiledSVDSampler(io.ComfyNode):
                 "image": upscaled,
                 "start": "noise" if denoise == 1 else "LR latent",
                 "clip_vision_output": clip_vision_output,
+                "clip_vision": clip_vision,
             }
         ).args
         made = guide(tiled, positive, negative, cfg, guidance_scale)
-        sampled = host.sample(made, latent, seed, steps, sampler_name, scheduler, denoise)
+        sampled = host.sample(made, latent, seed, steps or own.steps, sampler_name, scheduler, denoise)
         decoded = _made(Decode, vae=vae, latent=sampled)
         if refiner is not None:
             decoded = _made(Refine, decoded=decoded, upscaled=upscaled, refiner=refiner)

@@ -21,7 +21,7 @@ README, CLI = TEXTS["README.md"], TEXTS["docs/cli.md"]
 
 #: Folders whose paths in a text must exist.
 HOUSES = "vsr_ops|nodes|training|tests|docs|benchmarks|web|example_workflows"
-COMMANDS = ("upscale", "plan", "demo", "evaluate")
+COMMANDS = ("upscale", "plan", "demo", "evaluate", "embed")
 
 
 def code(text: str) -> Iterator[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from vsr_ops.cli import demo_clip
+from vsr_ops.pipeline.defaults import AUTO
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST_FILES = sorted((ROOT / "nodes/host").glob("*.py"))
@@ -186,7 +187,7 @@ MAKERS = {
     for node in tree.body
     if isinstance(node, ast.FunctionDef) and node.name not in WIDGETS
 }
-NAMED = {"demo_clip.FRAMES": demo_clip.FRAMES}
+NAMED = {"demo_clip.FRAMES": demo_clip.FRAMES, "AUTO": AUTO}
 
 
 def made(node: ast.expr, given: dict[str, ast.expr] | None = None) -> Iterator[tuple[ast.Call, dict[str, ast.expr]]]:
@@ -250,7 +251,7 @@ NODES = {node.id: node for tree in TREES.values() for node in nodes_of(tree)}
 
 def test_every_node_of_the_host_derives_directly() -> None:
     """The host looks for nodes in the source: one class each, its id a literal."""
-    assert len(NODES) == 30 and all(name.startswith("VSR") for name in NODES)
+    assert len(NODES) == 31 and all(name.startswith("VSR") for name in NODES)
     assert {node.id: node.bases for node in NODES.values() if node.bases != ["io.ComfyNode"]} == {}
 
 

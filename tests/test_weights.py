@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import vsr_ops
+from vsr_ops.checkpoints.safefile import UPSCALER_KEY, open_safely
 from vsr_ops.weights import bundled
 
 ROOT = Path(vsr_ops.__file__).parent
@@ -30,3 +31,10 @@ def test_every_file_is_asked_for_and_by_one_function() -> None:
     assert {path.stem for path in (ROOT / "weights").glob("*.safetensors")} == calls()
     knows = [path.relative_to(ROOT) for path in ROOT.rglob("*.py") if "__file__" in path.read_text(encoding="utf-8")]
     assert knows == [Path("weights/__init__.py")]
+
+
+@pytest.mark.parametrize("name", ["svd_lite", "sd_lite", "control_lite"])
+def test_models_say_what_enlarged_their_inputs(name: str) -> None:
+    """All three learnt on what the bundled DCM makes."""
+    with open_safely(bundled(name)) as source:
+        assert source.metadata[UPSCALER_KEY] == "dcm"

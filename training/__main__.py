@@ -3,6 +3,7 @@ r"""Trains one of the pack's modules by a recipe, or goes on where the run in --
 python -m training training/recipes/dcm_lite.toml --data ../clips --out runs/dcm
 python -m training training/recipes/dcm_lite.toml --data ../clips --out runs/dcm --set train.steps=40000
 python -m training training/recipes/dcm_lite.toml --data ../clips --out runs/dcm --export dcm.safetensors
+python -m training splits --check reds4 DIR     # whether a folder has the clips that the papers test on
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ from vsr_ops.system.outputs import files_of, refuse_inputs
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 wrong input or a full disk (one line says what), 130 interrupted."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["splits"]:
+        from training.data import splits  # reads pictures: slow to import
+
+        return splits.main(given[1:])
     parser = argparse.ArgumentParser(
         prog="python -m training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -28,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cpu", action="store_true", help="the CPU, even where there is a GPU")
     parser.add_argument("--export", type=Path, help="only write the checkpoint's weights to this .safetensors file")
     parser.add_argument("--overwrite", action="store_true", help="let --export replace files")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     try:
         return _run(options)
     except VSRError as error:

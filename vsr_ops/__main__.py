@@ -1,4 +1,4 @@
-"""Command line: `python -m vsr_ops upscale | plan | demo | evaluate`.
+"""Command line: `python -m vsr_ops upscale | plan | demo | evaluate | embed`.
 
 Errors a user can cause are one line and exit code 2.
 """
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .backbones.svd import Backbone, pick_device
 from .cli.demo import check_demo, run_demo
 from .cli.options import add_sampling, files_read, model_of, parts_of, settings_of
+from .cli.text import add_embed, embed
 from .errors import SettingError, VSRError
 from .metrics.evaluate import evaluate
 from .metrics.published import PUBLISHED
@@ -60,7 +61,7 @@ class Bars:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m vsr_ops", description="Diffusion video super-resolution (DC-VSR).")
-    commands = parser.add_subparsers(required=True, metavar="upscale|plan|demo|evaluate")
+    commands = parser.add_subparsers(required=True, metavar="upscale|plan|demo|evaluate|embed")
     for name, run, text in (
         ("upscale", _upscale, "upscale a video, a folder of pictures or a picture"),
         ("plan", _plan, "show tiles, UNet passes, banks, memory and time before spending them"),
@@ -84,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--overwrite", action="store_true", help="replace the files of an earlier demo")
     add_sampling(demo)
     _add_evaluate(commands.add_parser("evaluate", help="measure results against the truth: table, CSV and curves"))
+    keeps = commands.add_parser("embed", help="keep what a text encoder makes of a text, for a model without one")
+    keeps.set_defaults(run=embed)
+    add_embed(keeps)
     return parser
 
 

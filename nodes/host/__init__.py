@@ -2,24 +2,25 @@
 
 from ..session.run import Tiles
 from .capm import patch_capm
+from .context import scene_contexts
 from .control import load_host_control
 from .cost import describe, latent_cuts, latent_picture, preview_plan
 from .device import intermediate_dtype
 from .hooks import patch_perturbed, patch_tiles
 from .load import load_lite, weights_file, weights_files
 from .load_unet import load_unet, unet_names
-from .model import require_svd
+from .model import defaults_of, require_svd
 from .motion import estimated_flow, patch_alignment
 from .picture import HostVAE, decoded, managed, progress, refined, sees_time, upscaler, with_capm
-from .sampling import SAMPLERS, SCHEDULERS, context_tokens, dssag_guider, fps_key, guider, null_prompt, sample
+from .sampling import SAMPLERS, SCHEDULERS, dssag_guider, fps_key, guider, null_prompt, sample
 
 __all__ = [
     "SAMPLERS",
     "SCHEDULERS",
     "HostVAE",
     "Tiles",
-    "context_tokens",
     "decoded",
+    "defaults_of",
     "describe",
     "dssag_guider",
     "estimated_flow",
@@ -42,6 +43,7 @@ __all__ = [
     "refined",
     "require_svd",
     "sample",
+    "scene_contexts",
     "sees_time",
     "unet_names",
     "upscaler",

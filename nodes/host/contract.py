@@ -161,6 +161,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     ),
     "test_flow.py::test_alignment_acts_once_on_tiles_put_together_and_off_is_off": (
         f"{_MEMORY}.free_memory(needed, device)",
+        "comfy.samplers ~ sample_sigmas",
         "comfy.model_sampling.EPS",
         "comfy.model_sampling.ModelSamplingDiscrete: sigma_min, sigma_max",
         "comfy.model_sampling.ModelSamplingDiscrete.percent_to_sigma(self, percent)",
@@ -194,6 +195,10 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "test_dcvsr.py::test_beside_a_checkpoint_that_the_host_takes_for_svd": (
         "folder_paths.get_folder_paths(folder)",
         "comfy.sd.load_checkpoint_guess_config(p, output_vae=v, output_clip=c, output_clipvision=e, output_model=m)",
+    ),
+    "test_defaults.py::test_every_scene_is_seen_by_itself": (
+        "comfy.clip_vision.ClipVisionModel.encode_image(self, image, crop=c)",
+        "comfy.clip_vision ~ image_embeds",
     ),
     "test_images.py::test_images_leave_as_the_host_hands_them_on": (f"?{_MEMORY}.intermediate_dtype()",),
 }

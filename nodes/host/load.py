@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...vsr_ops.checkpoints.keymap import UNET, VAE
 from ...vsr_ops.errors import SettingError
+from ...vsr_ops.pipeline.defaults import DEFAULTS
 from ...vsr_ops.sampling.tiling import TileSize
 from .device import make_patcher
 
@@ -46,6 +47,7 @@ def _model(path: Path, weights: Mapping[str, Tensor], config: dict[str, Any], di
     build = svd if "vae" in config else _stable_diffusion
     model = placed(*build(config), lambda unet, _: unet.load_state_dict(_below(weights, UNET)), disable_dynamic)
     model.set_attachments("vsr_tile", TileSize(*config["tile"]))
+    model.set_attachments("vsr_defaults", DEFAULTS["svd_lite" if "vae" in config else "sd_lite"])
     model.cached_patcher_init = (lite_model, (path,))
     return model
 

@@ -13,26 +13,14 @@ import folder_paths
 import torch
 
 from ...vsr_ops.checkpoints.keymap import UNET
+from ...vsr_ops.checkpoints.safefile import UPSCALER_KEY
 from ...vsr_ops.checkpoints.svd import LITE, svd_configs
 from ...vsr_ops.checkpoints.unet_alone import OpenUNet, list_unets, open_unet
 from ...vsr_ops.errors import CheckpointError, SettingError
+from ...vsr_ops.pipeline.defaults import DEFAULTS
 from ...vsr_ops.sampling.tiling import TileSize
+from .context import NoClipVision
 from .load import NO_FILE, lite_vae, placed, svd
-
-
-class NoClipVision:
-    """Stands where an SVD has no image encoder. A socket's None would break the node it is wired to without a word of
-    why; this says so as soon as a picture is asked of it."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def encode_image(self, *_: object, **__: object) -> Any:
-        """Raises SettingError."""
-        raise SettingError(
-            f"{self._name} has no CLIP vision: expected an SVD with an image encoder; leave clip_vision_output of SVD"
-            " Video Conditioning unwired, or choose svd.safetensors or svd_xt.safetensors in Load DC-VSR"
-        )
 
 
 def unets(folders: Sequence[str]) -> dict[str, Path]:
@@ -90,6 +78,8 @@ def _model(opened: OpenUNet, tile: TileSize | None, disable_dynamic: bool) -> An
     model = placed(kind, make, lambda unet, dtype: fill(unet, opened, dtype), disable_dynamic, count)
     if tile is not None:
         model.set_attachments("vsr_tile", tile)
+    trained_on = next((source.metadata.get(UPSCALER_KEY) for source in opened.owners.values()), None)
+    model.set_attachments("vsr_defaults", DEFAULTS["dc_vsr"].stored(trained_on))
     return model
 
 

@@ -11,6 +11,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from ...vsr_ops.errors import SettingError
+from ...vsr_ops.pipeline.defaults import DEFAULTS, Defaults
 from ...vsr_ops.sampling.layers import Layer, place_layers
 from ...vsr_ops.sampling.tiling import TilePlan, TileSize, plan_tiles
 from ..session.run import KEY, Tiles, resolve_tile
@@ -58,6 +59,11 @@ def own_tile(model: Any) -> TileSize:
     """The tile a checkpoint was trained on: its metadata's, else SVD's. For Stable Diffusion, which knows no time, its
     frames are the length of a window, between which TAP acts."""
     return model.get_attachment("vsr_tile") or STOCK_TILE
+
+
+def defaults_of(model: Any) -> Defaults:
+    """What a MODEL is sampled with where nothing else is asked for: as its loader says, else as its kind is."""
+    return model.get_attachment("vsr_defaults") or DEFAULTS["svd" if is_svd(model) else "sd"]
 
 
 def context_width(model: Any) -> int | None:

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
+from ...vsr_ops.image.upscale import of_factor
 from ...vsr_ops.modules.capm import HostCAPM
 from ...vsr_ops.modules.capm_hints import check_strength
 from ...vsr_ops.modules.refiner import Refiner, refine
@@ -93,7 +94,7 @@ def upscaler(upscale_model: Any) -> Callable[[Tensor], Tensor]:
         image = ImageUpscaleWithModel.execute(model, rearrange(frames, "t c h w -> t h w c")).args[0]
         return rearrange(image, "t h w c -> t c h w")
 
-    return enlarge
+    return of_factor(enlarge, model.scale)
 
 
 def refined(refiner: Refiner, decoded: Tensor, upscaled: Tensor, w: float, cuts: Sequence[int] = ()) -> Tensor:

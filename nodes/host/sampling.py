@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -12,33 +13,18 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
 from .device import intermediate_dtype
 from .hooks import patch_perturbed
-from .model import context_tokens_of, context_width
+from .model import CLIP_TOKENS, context_tokens_of, context_width
+
+log = logging.getLogger(__name__)
 
 #: Width of CLIP's pooled text where a UNet wants it beside the tokens, as SDXL's do.
 POOLED_WIDTH = 1280
 
 SAMPLERS, SCHEDULERS = list(comfy.samplers.SAMPLER_NAMES), list(comfy.samplers.SCHEDULER_NAMES)
-
-
-def context_tokens(model: Any, clip_vision_output: Any) -> Tensor:
-    """Cross-attention tokens `(1, 1, width)`: CLIP's embedding of a picture, or zeros. Raises SettingError for another
-    width than the MODEL's."""
-    width = context_width(model)
-    if clip_vision_output is None:
-        assert width is not None, "nodes ask this of an SVD, whose UNet has cross-attention"
-        return torch.zeros(1, 1, width)
-    embeds = clip_vision_output.image_embeds[:1].unsqueeze(1)
-    if embeds.shape[-1] != width:
-        raise SettingError(
-            f"clip_vision_output is {embeds.shape[-1]} wide, this MODEL takes {width}: expected the CLIP vision of the"
-            " MODEL's own checkpoint; for Load Lite SVD leave it unwired"
-        )
-    return embeds
 
 
 def null_prompt(model: Any, scenes: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
@@ -52,7 +38,14 @@ def null_prompt(model: Any, scenes: Mapping[str, Any] = MappingProxyType({})) ->
             f"Null Prompt (VSR) got a {type(model.model).__name__} MODEL: expected a UNet with cross-attention, as"
             " Stable Diffusion 1.5, 2.1 and XL have; encode an empty text with the MODEL's own CLIP"
         )
-    tokens = torch.zeros(1, context_tokens_of(model), width)
+    count = context_tokens_of(model)
+    if count == CLIP_TOKENS:
+        log.warning(
+            "Null Prompt (VSR) gives zeros to a MODEL of width %d, which was trained on its own CLIP's texts: expected"
+            " CLIP Text Encode with an empty text; zeros work, and are no text to it",
+            width,
+        )
+    tokens = torch.zeros(1, count, width)
     wanted = model.model.model_config.unet_config.get("adm_in_channels") is not None
     pooled = {"pooled_output": torch.zeros(1, POOLED_WIDTH)} if wanted else {}
     return [[tokens, {**pooled, **scenes}]]

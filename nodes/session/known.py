@@ -71,6 +71,17 @@ def size_of(latent: Mapping[str, Any]) -> tuple[int, int] | None:
     )
 
 
+def frames_of(latent: Mapping[str, Any]) -> list[int]:
+    """The numbers of the frames that a LATENT holds, in the video that was encoded; where nothing is known of that, as
+    the nodes that took them say, else from 0. Raises SettingError where they cannot be told."""
+    known: KnownVideo | None = latent.get(KNOWN)
+    if known is not None:
+        return _kept(latent, known)
+    count = latent["samples"].shape[0]
+    index: list[int] = latent.get("batch_index") or list(range(count))
+    return index if len(index) == count else list(range(count))
+
+
 def _kept(latent: Mapping[str, Any], known: KnownVideo) -> list[int]:
     """The numbers of the frames that a LATENT holds, in the video that was encoded."""
     count, total = latent["samples"].shape[0], known.latents[0]

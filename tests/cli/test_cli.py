@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.video_files import picture
-from vsr_ops.__main__ import _parser, main
+from vsr_ops.__main__ import main
 from vsr_ops.backbones.svd import SVD, load_svd
 from vsr_ops.checkpoints.svd import LITE, SVDWeights, write_svd
-from vsr_ops.cli.options import parts_of, settings_of
 from vsr_ops.image.upscale import upscale_frames
 from vsr_ops.modules.dcm import load_dcm
 from vsr_ops.modules.refiner import LITE_REFINER
@@ -85,22 +84,6 @@ def test_defaults_run_with_propagation_and_guidance(weights: Path, clip: Path, t
     assert (info.frames, info.height, info.width) == (2, 70, 100)
 
 
-@pytest.mark.parametrize(
-    ("given", "guidance", "steps"),
-    [
-        ([], "none", 4),
-        (["--guidance", "pag"], "pag", 4),
-        (["--guidance-scale", "1.5"], "dssag", 4),
-        (["--cfg", "2"], "dssag", 4),
-        (["--model", "svd.safetensors"], "dssag", 10),
-        (["--control", "lite"], "none", 10),
-    ],
-)
-def test_the_bundled_weights_run_as_they_were_trained(given: list[str], guidance: str, steps: int) -> None:
-    settings = settings_of(_parser().parse_args(["upscale", "in.mp4", "out.mp4", *given]))
-    assert (settings.guidance, settings.steps) == (guidance, steps)
-
-
 def test_same_seed_same_video_other_seed_other_video(weights: Path, clip: Path, tmp_path: Path) -> None:
     def result(name: str, seed: int) -> Tensor:
         assert run("upscale", clip, tmp_path / name, "--model", weights, "--seed", seed, *QUICK) == 0
@@ -143,7 +126,7 @@ def test_bicubic_and_no_refiner_are_the_bare_job(tiny: SVD, weights: Path, clip:
     # The file's weights, not the fixture's own: the file holds them in half precision.
     model = load_svd(str(weights), torch.device("cpu"), torch.float32)
     upscale(model, job, tmp_path / "b.mkv", settings, "ffv1", cuts=())
-    assert settings.color == "detail" and torch.equal(frames_of(tmp_path / "a.mkv"), frames_of(tmp_path / "b.mkv"))
+    assert settings.color == "none" and torch.equal(frames_of(tmp_path / "a.mkv"), frames_of(tmp_path / "b.mkv"))
 
 
 def test_the_upscaler_comes_before_and_the_refiner_after(weights: Path, clip: Path, tmp_path: Path) -> None:
@@ -159,20 +142,6 @@ def test_the_upscaler_comes_before_and_the_refiner_after(weights: Path, clip: Pa
     assert not torch.equal(results["dcm"], results["bicubic"])
     assert run("upscale", clip, tmp_path / "w0.mkv", "--model", weights, "--refiner", "lite", *QUICK) == 0
     assert not torch.equal(frames_of(tmp_path / "w0.mkv"), results["dcm"])
-
-
-def test_a_refiner_is_taken_with_the_bundled_weights_and_with_no_others(weights: Path) -> None:
-    """It was made for those; and after it colours are left alone, unless asked for."""
-
-    def chosen(*arguments: object) -> tuple[bool, str]:
-        args = _parser().parse_args([str(a) for a in ("upscale", "in.mp4", "out.mp4", *arguments)])
-        return parts_of(args).refiner is not None, settings_of(args).color
-
-    assert chosen() == (True, "none")
-    assert chosen("--model", weights) == (False, "detail")
-    assert chosen("--model", weights, "--refiner", LITE_REFINER) == (True, "none")
-    assert chosen("--refiner", "none") == (False, "detail")
-    assert chosen("--color", "adain") == (True, "adain")
 
 
 def test_parts_of_another_kind_are_refused(weights: Path, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,8 +309,3 @@ def test_a_failing_write_keeps_the_older_result(
     base = ("upscale", clip, clip.parent / "out.mp4", "--model", weights, "--overwrite", *QUICK)
     assert run(*base) == 130
     assert (clip.parent / "out.mp4").read_bytes() == b"older"
-
-
-def test_rho_reaches_the_settings() -> None:
-    asked = ["upscale", "in.mp4", "out.mp4", "--rho", "2"]
-    assert settings_of(_parser().parse_args(asked)).rho == 2 and settings_of(_parser().parse_args(asked[:3])).rho == 0.5

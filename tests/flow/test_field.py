@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from skimage.data import astronaut, chelsea
 from torch import Tensor
 
-from vsr_ops.errors import CheckpointError, SettingError
+from vsr_ops.errors import SettingError
 from vsr_ops.flow.field import ESTIMATORS, Flow, check_fits, estimate_flow, latent_flow, resized
 from vsr_ops.flow.warp import inside, warp
 
 DX, DY = 5, -3
-SMALL = "raft_small_C_T_V2-01064c6d.pth"
 
 
 @pytest.fixture(scope="module")
@@ -160,48 +157,6 @@ def test_what_cannot_work_is_refused(moving: Tensor) -> None:
     for cuts in ((0,), (6,), (3, 2), (2, 2)):
         with pytest.raises(SettingError, match="from 1 to 5"):
             estimate_flow(moving, cuts=cuts)
-
-
-def test_raft_is_torchvisions_on_padded_sides(photo: Tensor, tmp_path: Path) -> None:
-    from torchvision.models.optical_flow import raft_small
-
-    torch.manual_seed(3)
-    model = raft_small().eval()
-    torch.save(model.state_dict(), tmp_path / SMALL)
-    video = torch.stack([photo[:, :132, :135], photo[:, 4:136, 2:137]])
-    flow = estimate_flow(video, "raft_small", cuts=(), weights=tmp_path)
-    grown = F.pad(video, (0, 1, 0, 4), mode="replicate") * 2 - 1
-    with torch.no_grad():
-        back = model(grown[1:], grown[:1])[-1][..., :132, :135]
-    assert float(back.abs().max()) > 0.1, "an untrained RAFT moves something too"
-    assert torch.allclose(flow.backward, back, atol=1e-5) and not torch.allclose(flow.forward, back, atol=1e-2)
-    with pytest.raises(SettingError, match="127x132 pixels: expected at least 128"):
-        estimate_flow(video[..., :127], "raft_small", cuts=(), weights=tmp_path)
-
-
-def test_raft_without_weights_or_network_says_which_file_goes_where(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("https_proxy", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.setenv("no_proxy", "")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    with pytest.raises(CheckpointError, match=SMALL) as refused:
-        estimate_flow(torch.zeros(2, 3, 128, 128), "raft_small", cuts=())
-    assert str(tmp_path / "hub") in str(refused.value) and "\n" not in str(refused.value)
-    with pytest.raises(CheckpointError, match=r"raft_large_C_T_SKHT_V2-ff5fadd5[.]pth") as refused:
-        estimate_flow(torch.zeros(2, 3, 128, 128), "raft_large", cuts=(), weights=tmp_path)
-    assert f"in {tmp_path};" in str(refused.value)
-
-
-def test_another_file_under_rafts_name_is_refused(tmp_path: Path) -> None:
-    for content in (b"<html>", b""):
-        (tmp_path / SMALL).write_bytes(content)
-        with pytest.raises(CheckpointError, match="cannot be read as raft_small"):
-            estimate_flow(torch.zeros(2, 3, 128, 128), "raft_small", cuts=(), weights=tmp_path)
-    torch.save({"weight": torch.zeros(1)}, tmp_path / SMALL)
-    with pytest.raises(CheckpointError, match="cannot be read as raft_small"):
-        estimate_flow(torch.zeros(2, 3, 128, 128), "raft_small", cuts=(), weights=tmp_path)
 
 
 def test_estimators_are_a_table() -> None:

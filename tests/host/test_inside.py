@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,3 +36,12 @@ def test_inside(comfyui: Host) -> None:
     outputs = [process.communicate()[0] for process in running]
     print("\n".join(f"{comfyui.version}: {output.strip().splitlines()[-1]}" for output in outputs))
     assert all(process.returncode == 0 for process in running), "\n".join(output[-6000:] for output in outputs)
+
+
+def test_what_runs_inside_can_be_imported() -> None:
+    """Without a host, too: what they import of each other and of tests/support is there."""
+    arguments = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--collect-only", str(FILES[0].parent)]
+    environment = {**os.environ, "VSR_INSIDE_HOST": "1"}
+    found = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-3000:]
+    assert all(f"{file.name}:" in found.stdout for file in FILES)

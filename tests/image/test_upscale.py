@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vsr_ops.errors import SettingError
 from vsr_ops.image.resize import RESIZE, resize
-from vsr_ops.image.upscale import CHUNK, target_size, upscale_frames
+from vsr_ops.image.upscale import CHUNK, of_factor, target_size, upscale_frames
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,16 @@ def test_values_stay_pictures() -> None:
     step[..., 4:] = 1
     out = upscale_frames(step, (32, 32), "lanczos")
     assert float(out.min()) == 0 and float(out.max()) == 1
+
+
+def test_a_model_that_enlarges_nothing_cleans_what_is_enlarged() -> None:
+    """As DiffBIR runs its SwinIRs."""
+    frames, seen = torch.rand(5, 3, 6, 9, generator=torch.Generator().manual_seed(0)), list[Tensor]()
+
+    def cleaned(part: Tensor) -> Tensor:
+        seen.append(part)
+        return part / 2
+
+    enlarged = resize("bicubic", frames, (13, 20)).clamp(0, 1)
+    assert torch.equal(upscale_frames(frames, (13, 20), upscale_fn=of_factor(cleaned, 1)), enlarged / 2)
+    assert torch.equal(torch.cat(seen), enlarged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -14,7 +15,7 @@ from tests.support.tiny_capm import SHAPE, WIDTHS, filled
 from vsr_ops.backbones.svd import SVD
 from vsr_ops.errors import SettingError
 from vsr_ops.modules import capm as module
-from vsr_ops.modules.capm import CAPM, SVD_UNET, SVD_VAE, CAPMShape, attached, decoder_widths, shared_weights
+from vsr_ops.modules.capm import CAPM, SVD_UNET, SVD_VAE, WEIGHINGS, CAPMShape, attached, decoder_widths, shared_weights
 from vsr_ops.modules.capm_hints import check_hint, check_strength
 from vsr_ops.modules.windows import Place
 from vsr_ops.sampling.tiling import cores
@@ -100,6 +101,17 @@ def test_weights_are_linear_in_the_code() -> None:
     assert weights.shape == (3, 5)
     assert (model.weigh("up_blocks.0", 2 * code) - 2 * weights).abs().max() < 1e-6
     assert not model.weigh("up_blocks.0", 0 * code).any()
+
+
+def test_the_ablations_weights_sum_to_one_and_even_ones_read_nothing() -> None:
+    """SDATC, table V: "+Softmax" and "+Prompt"."""
+    code = torch.randn(6, 8, generator=torch.Generator().manual_seed(4))
+    plain, soft, even = (filled(replace(SHAPE, weighing=name)) for name in WEIGHINGS)
+    linear = plain.weigh("up_blocks.0", code)
+    assert torch.equal(soft.weigh("up_blocks.0", code), linear.softmax(-1))
+    assert torch.equal(even.weigh("up_blocks.0", code), torch.full_like(linear, 1 / SHAPE.components))
+    with pytest.raises(SettingError, match="CAPM's weighing is 'hard': expected one of linear, softmax, even"):
+        CAPM(replace(SHAPE, weighing="hard"))
 
 
 def test_a_hint_takes_the_codes_place() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.refusals import refused
-from tests.support.tensors import rand
+from tests.support.tensors import rand, relative
+from vsr_ops.image.resize import resize
+from vsr_ops.image.upscale import upscale_frames
 from vsr_ops.modules import dcm
 from vsr_ops.modules.dcm import LITE_DCM, load_dcm, read_dcm
 from vsr_ops.modules.refiner import LITE_REFINER
@@ -67,6 +70,18 @@ def test_a_file_of_the_published_definition_gives_what_its_module_gives(tmp_path
     out = load_dcm(saved(tmp_path / "x2.safetensors", module), CPU)(frames)
     assert out.shape == (2, 3, 32, 48) and out.std() > 0.01
     assert (out - expected).abs().max() < 1e-5
+
+
+def test_diffbirs_swinir_cleans_what_is_enlarged(tmp_path: Path) -> None:
+    """Its SwinIRs unshuffle by 8 what they enlarge by 8, with that in front of the first convolution."""
+    module = swinir(start_unshuffle=8, upscale=8, upsampler="nearest+conv", img_range=1.0)
+    state = {re.sub(r"^conv_first\.", "conv_first.1.", key): value for key, value in module.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "swinir.ckpt")
+    frames = rand(1, 3, 16, 16)
+    with torch.no_grad():
+        expected = module(resize("bicubic", frames, (64, 64)).clamp(0, 1)).clamp(0, 1)
+    found = upscale_frames(frames, (64, 64), upscale_fn=load_dcm(tmp_path / "swinir.ckpt", CPU))
+    assert relative(found, expected) < 1e-5
 
 
 # --- Tiles and sizes ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.support.tensors import relative
 from vsr_ops.__main__ import main
 from vsr_ops.backbones.svd import sigmas
 from vsr_ops.checkpoints.svd import SVDWeights, write_svd
@@ -23,8 +25,10 @@ from vsr_ops.flow.warp import inside
 from vsr_ops.pipeline.job import Job
 from vsr_ops.pipeline.sampler import Settings, sample
 from vsr_ops.pipeline.upscale import upscale
-from vsr_ops.sampling.align import MODES, ROUNDS, align, motion_error
+from vsr_ops.sampling.align import MODES, ROUNDS, SCALES, align, bounded, motion_error
+from vsr_ops.sampling.noise import frame_noise
 from vsr_ops.sampling.propagation import Propagation
+from vsr_ops.sampling.samplers import SAMPLERS
 from vsr_ops.sampling.tiling import TilePlan, TileSize, plan_tiles
 from vsr_ops.video import Frame, VideoInfo, made_info, open_writer, probe, read_frames
 
@@ -87,19 +91,27 @@ def test_it_acts_on_the_whole_videos_estimate_after_tiles_and_guidance(tiny: SVD
     settings = Settings(steps=1, guidance=guidance, cfg=2.0 if guidance == "cfg" else None)
     flow, lr, aligned = flow_of(FOUR), latents(FOUR), replace(settings, align=STRENGTH[mode], align_mode=mode)
     plain, found = sample(tiny, lr, FOUR, settings), sample(tiny, lr, FOUR, aligned, flow=flow)
-    assert torch.equal(found, align(plain, flow, STRENGTH[mode], sigmas(1)[0], mode, ROUNDS))
+    assert torch.equal(found, align(plain, flow, STRENGTH[mode], bounded(sigmas(1)[0], 0.0), mode, ROUNDS))
     assert motion_error(found, flow) < 0.95 * motion_error(plain, flow)
 
 
-def test_every_step_goes_on_from_what_was_aligned(tiny: SVD) -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_step_goes_on_from_what_was_aligned(tiny: SVD, scale: str, sampler: str) -> None:
+    """By hand, with the noise of each step drawn for the frames' numbers in their source."""
     lr, noise, flow, schedule = latents(ONE), latents(ONE, 1), flow_of(ONE), sigmas(3)
     x = noise * (schedule[0] ** 2 + 1) ** 0.5
     with torch.no_grad():
-        for sigma, following in pairwise(schedule):
-            x0 = align(tiny.denoise(x, sigma, lr, tiny.context(None), len(lr)), flow, 0.05, sigma, rounds=ROUNDS)
-            x = x0 + (x - x0) * (following / sigma)
-    settings = Settings(steps=3, guidance="none", propagation=Propagation(()), align=0.05)
-    assert torch.equal(sample(tiny, lr, ONE, settings, noise=noise, flow=flow), x)
+        for i, (sigma, following) in enumerate(pairwise(schedule)):
+            x0, v = tiny.denoise(x, sigma, lr, tiny.context(None), len(lr)), SCALES[scale](sigma, following)
+            x0 = align(x0, flow, 0.05, v, rounds=ROUNDS)
+            draw = partial(frame_noise, range(40, 43), lr.shape[1:], 9, i + 1)
+            x = SAMPLERS[sampler](x, x0, sigma, following, draw)
+    settings = Settings(steps=3, guidance="none", propagation=Propagation(()), align=0.05, seed=9)
+    settings = replace(settings, align_scale=scale, sampler=sampler)
+    assert torch.equal(sample(tiny, lr, ONE, settings, noise=noise, flow=flow, first_frame=40), x)
+    other = replace(settings, align_scale="bounded" if scale == "ddpm" else "ddpm")
+    assert relative(sample(tiny, lr, ONE, other, noise=noise, flow=flow, first_frame=40), x) > 1e-3
 
 
 def test_a_flow_that_does_not_fit_is_refused_before_anything_is_spent(tiny: SVD) -> None:

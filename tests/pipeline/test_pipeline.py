@@ -201,6 +201,32 @@ def test_the_seed_decides(tiny: SVD) -> None:
     assert torch.equal(a, b) and relative(c, a) > 0.01
 
 
+@pytest.mark.parametrize(("sampler", "steps"), [("euler", 1), ("euler", 3), ("ddpm", 3)])
+def test_any_cut_of_a_video_gets_the_same_noise(tiny: SVD, sampler: str, steps: int) -> None:
+    """Without propagation and overlap what a frame becomes depends on its window alone, at each step as at first."""
+    plan = plan_tiles(8, 8, 8, TILE, 0.0, factor=4)
+    settings = Settings(steps=steps, guidance="none", propagation=OFF, sampler=sampler)
+    lr = latents(plan)
+    whole = sample(tiny, lr, plan, settings, first_frame=3)
+    half = plan_tiles(4, 8, 8, TILE, 0.0, factor=4)
+    for part in (slice(0, 4), slice(4, 8)):
+        assert relative(sample(tiny, lr[part], half, settings, first_frame=3 + part.start), whole[part]) < 1e-5
+    assert relative(sample(tiny, lr, plan, settings), whole) > 0.01
+
+
+def test_each_scene_has_its_own_context(with_clip: SVD) -> None:
+    plan, settings = plan_tiles(7, 8, 8, TILE, cuts=(4,), factor=4), Settings(steps=2, guidance="none")
+    lr, noise, context = latents(plan), latents(plan, 1), randn(2, 1, 16)
+    together = sample(with_clip, lr, plan, settings, context, noise)
+    for scene, part in enumerate((slice(0, 4), slice(4, 7))):
+        alone = plan_tiles(len(lr[part]), 8, 8, TILE, factor=4)
+        own = sample(with_clip, lr[part], alone, settings, context[scene : scene + 1], noise[part])
+        assert torch.equal(together[part], own)
+    assert relative(sample(with_clip, lr, plan, settings, context[:1], noise), together) > 1e-3
+    with pytest.raises(SettingError, match=r"3 contexts.*each of 2 scene"):
+        sample(with_clip, lr, plan, settings, randn(3, 1, 16), noise)
+
+
 def test_a_scene_is_sampled_as_if_alone(tiny: SVD) -> None:
     plan = plan_tiles(7, 8, 8, TILE, cuts=(4,), factor=4)
     lr, noise = latents(plan), latents(plan, 1)

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from vsr_ops.sampling.guidance import gamma_at
-from vsr_ops.sampling.schedule import schedule_ends, step_at, step_index, steps_before
+from vsr_ops.sampling.schedule import following, schedule_ends, step_at, step_index, steps_before
 
 MOST, LEAST = 700.0, 0.002
 
@@ -80,6 +80,13 @@ def test_what_cannot_be_told_counts_from_the_runs_own_start(run: list[float]) ->
 )
 def test_ends_are_the_runs_own_where_it_has_them(run: list[float], ends: tuple[float, float]) -> None:
     assert schedule_ends(run, 700.0, 0.002) == ends
+
+
+def test_a_step_leads_to_the_next_level_from_wherever_it_is_asked() -> None:
+    """A second-order sampler asks between two levels, an ancestral one above the first by its own noise."""
+    levels = [14.0, 3.0, 0.5, 0.0]
+    asked = {15.0: 3.0, 14.0: 3.0, 8.0: 3.0, 3.0: 0.5, 3.0 * (1 - 1e-6): 0.5, 2.9: 0.5, 0.5: 0.0, 0.1: 0.0}
+    assert {sigma: following(levels, sigma) for sigma in asked} == asked
 
 
 def test_one_step_has_all_of_gamma() -> None:

@@ -47,12 +47,13 @@ def draw_crf(rng: torch.Generator) -> Codec:
     return Codec(crf=pick(rng, SDATC_CRF))
 
 
-def draw_bitrate(rng: torch.Generator, size: tuple[int, int]) -> float:
-    """Bits a frame of (h, w) = `size`: SDATC's random 10K to 100K a second (section IV) at 24 frames of 320x180.
+def draw_bitrate(rng: torch.Generator, size: tuple[int, int], rates: tuple[float, ...] = SDATC_BIT_RATES) -> float:
+    """Bits a frame of (h, w) = `size`: a random rate from the first to the second of `rates`, in bits a second of 24
+    frames of 320x180; SDATC's are 10K to 100K (section IV-A).
 
     A crop has its area's part of them. Left whole they would spoil full frames and spare small crops.
     """
-    frame = uniform(rng, *SDATC_BIT_RATES) / SDATC_FPS
+    frame = uniform(rng, rates[0], rates[1]) / SDATC_FPS
     return _HEADER_BITS + (frame - _HEADER_BITS) * size[0] * size[1] / SDATC_AREA
 
 

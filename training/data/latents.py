@@ -28,6 +28,9 @@ from vsr_ops.system.outputs import claimed, whole
 SHARD = 16
 SCALE = 4
 
+Pair = tuple[Tensor, Tensor, Batch]
+"""Clean and enlarged clips `(frames, 3, size, size)`, and tensors that go into the shard beside their latents."""
+
 
 @dataclass(frozen=True)
 class LatentSettings:
@@ -101,7 +104,8 @@ class Latents:
                 made: list[Batch] = []
                 for i in range(SHARD):
                     rng = generator_at(self.settings.seed, SHARD * number + i)
-                    made.append(self._encode(model, *self._pair(sources, upscale_fn, rng), rng))
+                    clean, upscaled, known = self._pair(sources, upscale_fn, rng)
+                    made.append({**self._encode(model, clean, upscaled, rng), **known})
                     bar.update()
                 self._write(number, made)
 
@@ -136,12 +140,12 @@ class Latents:
             self._shards[shard] = torch.load(self._path(shard), weights_only=True, mmap=True)
         return self._shards[shard], index
 
-    def _pair(self, sources: Folder, upscale_fn: UpscaleFn | None, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A clean clip, and its degraded one enlarged again: `(frames, 3, size, size)` twice."""
+    def _pair(self, sources: Folder, upscale_fn: UpscaleFn | None, rng: torch.Generator) -> Pair:
+        """A clean clip, its degraded one enlarged again, and what is known of how it was degraded."""
         settings = self.settings
         clean = sources.clip(settings.frames, settings.size, rng, settings.video_share)
         low = degraded(settings.degradation, clean, rng, SCALE, settings.clean_share)
-        return clean, upscale_frames(low, (settings.size, settings.size), upscale_fn=upscale_fn)
+        return clean, upscale_frames(low, (settings.size, settings.size), upscale_fn=upscale_fn), {}
 
     def _encode(self, model: Backbone, clean: Tensor, upscaled: Tensor, rng: torch.Generator) -> Batch:
         """One clip of a shard; `factor` is one number for all of it."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate.utils import get_int_from_env
 
 from training.loop.recipe import Recipe
-from training.loop.state import CHECKPOINT, REFINER, WEIGHTS
+from training.loop.state import CHECKPOINT, DCM_WEIGHTS, REFINER, SD_WEIGHTS, WEIGHTS
 from vsr_ops.errors import CheckpointError, SettingError
 from vsr_ops.system.outputs import claimed, files_of, give_name, new_part, refuse_inputs, refuse_taken, remove_part
 
@@ -17,7 +17,7 @@ from vsr_ops.system.outputs import claimed, files_of, give_name, new_part, refus
 _INPUTS = ("start", "vae", "picture", "dcm", "refiner", "capm", "control", "upscaler")
 _NAMES = ("", "none", "lite", "sd_lite", "bicubic")
 #: What a run writes under names of its own beside the checkpoint.
-_LEFT = ("loss.csv", "loss.png", "samples", WEIGHTS, REFINER, "dcm.safetensors")
+_LEFT = ("loss.csv", "loss.png", "samples", WEIGHTS, REFINER, DCM_WEIGHTS, SD_WEIGHTS)
 
 
 def inputs_of(recipe: Recipe) -> list[Path]:

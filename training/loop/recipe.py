@@ -106,7 +106,7 @@ class Recipe:
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe at `path`, with `overrides` such as "train.steps=100" on top. Raises SettingError."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = read_toml(path)
     except FileNotFoundError:
         known = ", ".join(sorted(file.name for file in BUNDLED.glob("*.toml")))
         raise SettingError(f"{path}: no such recipe; those of the pack, in {BUNDLED.name}/, are {known}") from None
@@ -115,6 +115,11 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for text in overrides:
         _override(tables, text)
     return to_recipe(tables)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's tables. Raises OSError, and ValueError for a file that is none."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def to_recipe(tables: Mapping[str, Any]) -> Recipe:

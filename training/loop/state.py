@@ -12,12 +12,17 @@ from typing import Any
 
 import torch
 
+from vsr_ops.checkpoints.safefile import UPSCALER_KEY
 from vsr_ops.errors import CheckpointError, SettingError, VSRError
 from vsr_ops.system.outputs import whole
 
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "weights.safetensors"
 REFINER = "weights_refiner.safetensors"
 """Beside the weights of a run that trains a refiner as well."""
+DCM_WEIGHTS = "dcm.safetensors"
+"""Beside those of a run that trains the DCM with a diffusion model."""
+SD_WEIGHTS = "weights_sd.safetensors"
+"""Beside the control of a run that fine-tunes the Stable Diffusion's decoder as well: the whole Stable Diffusion."""
 
 
 class DiskError(VSRError):
@@ -84,6 +89,13 @@ def weights_of(name: str | Path, kept_as: str = WEIGHTS) -> str:
     """The weights that the run in the folder `name` left; `name` itself where it is no run's folder."""
     file = Path(name) / kept_as
     return str(file) if file.is_file() else str(name)
+
+
+def upscaler_note(setting: str) -> dict[str, str]:
+    """What a model's file says of the upscaler that its recipe names: "bicubic", "dcm" for the bundled DCM, or the name
+    of the DCM's file."""
+    known = {"bicubic": "bicubic", "lite": "dcm"}
+    return {UPSCALER_KEY: known.get(setting) or Path(weights_of(setting)).name}
 
 
 def refuse_another(folder: Path, changed: Mapping[str, str]) -> None:

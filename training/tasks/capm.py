@@ -6,14 +6,14 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from training.data.degradation import h264, shrink
+from training.data.degradation import draw_bitrate, h264, shrink
 from training.data.folder import Folder
-from training.data.latents import SCALE, Latents, LatentSettings, LatentsTask
+from training.data.latents import SCALE, Latents, LatentSettings, LatentsTask, Pair
 from training.loop.draws import generator_at, integer, uniform
 from training.loop.recipe import Recipe, from_table
 from training.loop.state import weights_of
@@ -27,6 +27,7 @@ from vsr_ops.modules.capm import CAPM, SVD_UNET, CAPMShape, attached, decoder_wi
 from vsr_ops.modules.capm_file import CAPMs, load_capms, write_capms
 from vsr_ops.modules.compression import COARSEST, rank_correlation
 from vsr_ops.modules.dcm import UpscaleFn
+from vsr_ops.video.codec import at_bit_rate
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,21 @@ class CAPMModelSettings:
     code: int = CAPMShape.code
     prompt: int = CAPMShape.prompt
     size: int = CAPMShape.size
+    weighing: str = CAPMShape.weighing
 
 
 @dataclass(frozen=True)
 class CAPMDataSettings(LatentSettings):
     """LatentSettings, but for `degradation`: a `clean_share` stays clean, the others go through H.264 at any CRF from
-    `finest` to `coarsest`."""
+    `finest` to `coarsest`; or, where `bit_rate` has two, at any bit rate from the first to the second, in bits a second
+    of 24 frames of 320x180, of which a smaller clip has its area's part (SDATC, section IV-A: 10K to 100K)."""
 
     clips: int = 256
     clean_share: float = 0.1
     upscaler: str = "lite"
     finest: int = 15
     coarsest: int = 35
+    bit_rate: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,40 @@ class CAPMLossSettings:
     agree: float = 1.0
 
 
+class CAPMChoices(Protocol):
+    """What a recipe's [model] says of a new CAPM, as CAPMShape has it."""
+
+    @property
+    def components(self) -> int: ...
+    @property
+    def code(self) -> int: ...
+    @property
+    def prompt(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def weighing(self) -> str: ...
+
+
+def capm_shape(backbone: str, widths: Mapping[str, int], chosen: CAPMChoices) -> CAPMShape:
+    """The shape of a new CAPM beside a decoder of these widths."""
+    return CAPMShape(backbone, widths, chosen.components, chosen.code, chosen.prompt, chosen.size, chosen.weighing)
+
+
 def check_crfs(finest: int, coarsest: int) -> None:
     """Raises SettingError for a range of CRFs that there is not."""
     if not 0 <= finest <= coarsest <= COARSEST:
         raise SettingError(
             f"data.finest is {finest}, data.coarsest {coarsest}: expected 0 <= finest <= coarsest <= {COARSEST}"
+        )
+
+
+def check_bit_rate(rates: tuple[int, ...]) -> None:
+    """Raises SettingError for a range of bit rates that there is not; none at all is one."""
+    if rates and (len(rates) != 2 or not 0 < rates[0] <= rates[1]):
+        raise SettingError(
+            f"data.bit_rate is {list(rates)}: expected the lowest and the highest, above 0, in bits a second, such as"
+            " [10000, 100000]"
         )
 
 
@@ -91,9 +124,10 @@ class CAPMLatents(Latents):
         if settings.degradation != LatentSettings.degradation:
             raise SettingError(
                 f"data.degradation is '{settings.degradation}': this task's clips go through H.264 at a known CRF;"
-                " leave it out, and set data.finest and data.coarsest"
+                " leave it out, and set data.finest and data.coarsest, or data.bit_rate"
             )
         check_crfs(settings.finest, settings.coarsest)
+        check_bit_rate(settings.bit_rate)
 
     def draw(self, rng: torch.Generator) -> Batch:
         """What Latents draws, and the clip's level."""
@@ -103,21 +137,30 @@ class CAPMLatents(Latents):
         shard, index = self._clip(number)
         return {**super().draw(rng), "level": shard["level"][index].float()}
 
-    def crf(self, rng: torch.Generator) -> int | None:
-        """The constant rate factor of the clip that `rng` began with, None for a clean one; draws nothing from it."""
-        data = self._data
-        return drawn_crf(generator_at(rng.initial_seed(), 1), data.clean_share, data.finest, data.coarsest)
+    def crf(self, rng: torch.Generator, small: Tensor) -> int | None:
+        """The constant rate factor of the clip that `rng` began with, None for a clean one; draws nothing from it.
+        `small` is the clip before compression: where bit rates are drawn, the factor is what meets one on it."""
+        data, apart = self._data, generator_at(rng.initial_seed(), 1)
+        crf = drawn_crf(apart, data.clean_share, data.finest, data.coarsest)
+        if crf is None or not data.bit_rate:
+            return crf
+        height, width = small.shape[-2:]
+        return at_bit_rate(small, draw_bitrate(apart, (height, width), data.bit_rate)).crf
 
-    def _pair(self, sources: Folder, upscale_fn: UpscaleFn | None, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        data, crf = self._data, self.crf(rng)
+    def _made_from(self, model: Backbone) -> dict[str, Any]:
+        made = super()._made_from(model)
+        if not self._data.bit_rate:  # shards from before there were bit rates are of such settings
+            del made["settings"]["bit_rate"]
+        return made
+
+    def _pair(self, sources: Folder, upscale_fn: UpscaleFn | None, rng: torch.Generator) -> Pair:
+        data = self._data
         clean = sources.clip(data.frames, data.size, rng, data.video_share)
         small = shrink(clean, SCALE)
+        crf = self.crf(rng, small)
         low = small if crf is None else h264(small, crf)
-        return clean, upscale_frames(low, (data.size, data.size), upscale_fn=upscale_fn)
-
-    def _encode(self, model: Backbone, clean: Tensor, upscaled: Tensor, rng: torch.Generator) -> Batch:
-        level = torch.tensor((self.crf(rng) or 0) / COARSEST)
-        return {**super()._encode(model, clean, upscaled, rng), "level": level}
+        upscaled = upscale_frames(low, (data.size, data.size), upscale_fn=upscale_fn)
+        return clean, upscaled, {"level": torch.tensor((crf or 0) / COARSEST)}
 
 
 class CAPMTask(LatentsTask):
@@ -151,7 +194,7 @@ class CAPMTask(LatentsTask):
         shape = self.shape
         capm = self._before().unet
         if capm is None:
-            capm = CAPM(CAPMShape(SVD_UNET, widths, shape.components, shape.code, shape.prompt, shape.size))
+            capm = CAPM(capm_shape(SVD_UNET, widths, shape))
             if self._first is not None:
                 with settling(capm, cast(nn.Module, svd.unet)):
                     edm_loss(svd.unet, **of_edm(self._first))

@@ -18,8 +18,8 @@ from training.loop.recipe import Recipe, from_table
 from training.loop.state import weights_of
 from training.loop.task import Batch
 from training.tasks import control
-from training.tasks.capm import CAPMLossSettings, disagreement, one_batch, parts_of, settling, watched
-from training.tasks.control import ControlTask, controlled
+from training.tasks.capm import CAPMLossSettings, capm_shape, disagreement, one_batch, parts_of, settling, watched
+from training.tasks.control import ControlTask, by_frame, controlled, first_frames, sampled_by
 from training.tasks.sd import decoded_rows
 from vsr_ops.errors import SettingError
 from vsr_ops.modules.capm import CAPM, SD_UNET, CAPMShape, attached, decoder_widths
@@ -39,6 +39,7 @@ class CAPMSDModelSettings(control.ControlModelSettings):
     code: int = CAPMShape.code
     prompt: int = CAPMShape.prompt
     size: int = CAPMShape.size
+    weighing: str = CAPMShape.weighing
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class CAPMSDTask(ControlTask):
             out,
         )
         self.shape, self.weights = shape, weights
+        if shape.decoder:
+            raise SettingError("model.decoder is true: this task trains CAPM alone; train the decoder with the control")
         if not shape.control:
             raise SettingError(
                 "model.control is empty: expected the control that stays as it is (--set model.control=lite): without"
@@ -83,16 +86,18 @@ class CAPMSDTask(ControlTask):
         self._first = one_batch(self.sample)
 
     def build(self) -> nn.Module:
-        unet, controls = control.parts_of(super().build())
+        parts = cast(nn.ModuleDict, super().build())
+        unet, _ = control.parts_of(parts)
         widths = decoder_widths(cast(Any, unet).config["block_out_channels"])
         shape, capm = self.shape, self._before().unet
         if capm is None or capm.shape.backbone != SD_UNET:
-            capm = CAPM(CAPMShape(SD_UNET, widths, shape.components, shape.code, shape.prompt, shape.size))
+            capm = CAPM(capm_shape(SD_UNET, widths, shape))
             if self._first is not None:
                 with settling(capm, unet):
-                    super().loss(nn.ModuleDict({"unet": unet, "control": controls}), self._first)
+                    super().loss(parts, self._first)
         capm.check_fits(SD_UNET, widths)
-        return nn.ModuleDict({"unet": unet, "control": controls, "capm": capm})
+        parts["capm"] = capm
+        return parts
 
     def _before(self) -> CAPMs:
         return load_capms(weights_of(self.shape.capm)) if self.shape.capm else CAPMs()
@@ -110,10 +115,11 @@ class CAPMSDTask(ControlTask):
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         unet, capm = parts_of(model)
-        level = batch["level"]
-        with watched(capm, unet) as features, attached(capm, unet, batch["told"]):
+        frames = by_frame(batch)
+        level = frames["level"]
+        with watched(capm, unet) as features, attached(capm, unet, frames["told"]):
             found, _ = super().loss(model, batch)
-        kept = batch["hint"].flatten(1).any(1)  # without LR latents there is nothing to read
+        kept = frames["hint"].flatten(1).any(1)  # without LR latents there is nothing to read
         agree = (disagreement(capm, features, level) * kept).mean()
         readings = torch.stack([capm.reading(name, value) for name, value in features.items()]).mean(0)
         return found + self.weights.agree * agree, {
@@ -125,12 +131,13 @@ class CAPMSDTask(ControlTask):
     def picture(self, model: nn.Module, batch: Batch) -> Tensor:
         """Two places, sampled from one noise with the control alone, and with CAPM told the level."""
         unet, capm = parts_of(model)
-        clean, hint, noise, level = (batch[key][:2] for key in ("clean", "hint", "noise", "level"))
+        frames = first_frames(batch)
+        clean, hint, noise, level = (frames[key] for key in ("clean", "hint", "noise", "level"))
         found: dict[str, Tensor] = {}
         predict: Callable[[Tensor, Tensor], Tensor] = partial(controlled, model, hint)
         for name, beside in (("control", nullcontext()), ("CAPM", attached(capm, unet, level))):
             with beside:
-                found[name] = self._sampled(predict, noise)
+                found[name] = sampled_by(predict, noise, self._prediction)
         return decoded_rows(self.coder(torch.device("cpu")), {"LR": hint, **found, "truth": clean})
 
     def export(self, model: nn.Module, path: Path, trained_on: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from training.loop.state import weights_of
 from training.loop.task import Batch
-from training.tasks.capm import disagreement, settling, watched
+from training.tasks.capm import capm_shape, disagreement, settling, watched
 from vsr_ops.errors import SettingError
 from vsr_ops.modules.capm import CAPM, SVD_VAE, CAPMShape, attached
 from vsr_ops.modules.capm_file import CAPMs, load_capms, write_capms
@@ -63,6 +63,7 @@ class CAPMSettings(DecoderModuleModelSettings):
     code: int = CAPMShape.code
     prompt: int = CAPMShape.prompt
     size: int = CAPMShape.size
+    weighing: str = CAPMShape.weighing
 
 
 Further = Callable[[], Tensor]
@@ -173,7 +174,7 @@ def _build_capm(settings: CAPMSettings, parts: nn.Module) -> CAPM:
     if (capm := _before(settings).vae) is not None:
         capm.check_fits(SVD_VAE, widths)
         return capm
-    return CAPM(CAPMShape(SVD_VAE, widths, settings.components, settings.code, settings.prompt, settings.size))
+    return CAPM(capm_shape(SVD_VAE, widths, settings))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from training.data.folder import Folder, check_degradation, degraded
 from training.loop.curve import rows_of
 from training.loop.draws import pick, uniform
 from training.loop.recipe import Recipe, from_table
-from training.loop.state import REFINER, weights_of
+from training.loop.state import REFINER, upscaler_note, weights_of
 from training.loop.task import Batch
 from training.losses.losses import charbonnier, flicker, followed_change, motion_of, psnr, temporal_difference
 from training.losses.perceptual import haar_loss, neg_losses
@@ -238,9 +238,15 @@ class Joint:
                     columns[name].append(decode_refined(model, z[None], guide[None])[1][0, middle])
         return rows_of([(name, torch.stack(frames)) for name, frames in columns.items()])
 
+    @property
+    def _upscaler(self) -> str:
+        """The DCM that what is written was trained with."""
+        return self.shape.dcm
+
     def export(self, model: nn.Module, path: Path, trained_on: str) -> None:
         weights, parts = self.base(), cast(Any, model)
         encoder = {f"encoder.{name}": value for name, value in parts["encoder"].state_dict().items()}
         state = {**weights.vae, **encoder, **decoder_state(parts["decoder"], weights)}
-        write_svd(path, replace(weights, unet=parts["unet"].state_dict(), vae=state, metadata={}), trained_on)
+        unet, noted = parts["unet"].state_dict(), upscaler_note(self._upscaler)
+        write_svd(path, replace(weights, unet=unet, vae=state, metadata=noted), trained_on)
         write_refiner(beside(path), cast(Refiner, parts["refiner"]), trained_on)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from training.loop.state import weights_of
+from training.loop.state import DCM_WEIGHTS, weights_of
 from training.loop.task import Batch
 from training.losses.losses import charbonnier, psnr
 from training.tasks.dcm import KIND
@@ -35,7 +35,7 @@ class JointWithDCM(Joint):
 
     def build(self) -> nn.Module:
         parts = cast(nn.ModuleDict, super().build())
-        parts["dcm"] = read_dcm(weights_of(self.shape.dcm)).model
+        parts["dcm"] = read_own_dcm(self.shape.dcm)
         return parts.requires_grad_(True)
 
     def _guide(self, model: nn.Module, lr: Tensor) -> Tensor:
@@ -48,10 +48,27 @@ class JointWithDCM(Joint):
         numbers = {**numbers, "guide": psnr(guide, clip["truth"])}
         return loss + weights.guide * charbonnier(guide, clip["truth"]), numbers
 
+    @property
+    def _upscaler(self) -> str:
+        return DCM_WEIGHTS
+
     def export(self, model: nn.Module, path: Path, trained_on: str) -> None:
-        """The SVD, its refiner, and the DCM beside them as `dcm.safetensors`."""
+        """The SVD, its refiner, and the DCM beside them as DCM_WEIGHTS."""
         super().export(model, path, trained_on)
-        start = weights_of(self.shape.dcm)
-        stored = read_module(LITE_DCM if str(start) == "lite" else Path(start), KIND)
-        state = cast(Any, model)["dcm"].state_dict()
-        write_module(path.with_name("dcm.safetensors"), KIND, stored.config, state, trained_on)
+        write_own_dcm(path.with_name(DCM_WEIGHTS), self.shape.dcm, cast(Any, model)["dcm"], trained_on)
+
+
+def read_own_dcm(name: str) -> nn.Module:
+    """The network of a DCM that may go on learning: one of this pack's files, "lite", or a run. Raises CheckpointError,
+    for a foreign upscaler's file too, as it could not be written again."""
+    read_module(_file(name), KIND)
+    return read_dcm(_file(name)).model
+
+
+def write_own_dcm(path: Path, name: str, network: nn.Module, trained_on: str) -> None:
+    """Writes what `read_own_dcm` gave of `name`, trained on. Raises CheckpointError."""
+    write_module(path, KIND, read_module(_file(name), KIND).config, network.state_dict(), trained_on)
+
+
+def _file(name: str) -> Path:
+    return LITE_DCM if name == "lite" else Path(weights_of(name))

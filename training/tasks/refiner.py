@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from training.data.folder import Folder
 from training.loop.curve import rows_of
 from training.loop.recipe import Recipe, from_table
-from training.loop.state import REFINER, weights_of
+from training.loop.state import REFINER, upscaler_note, weights_of
 from training.loop.task import Batch
 from training.losses.losses import charbonnier, information, psnr, temporal_difference
 from training.losses.perceptual import haar_loss, neg_loss
@@ -120,7 +120,8 @@ class RefinerTask:
     def export(self, model: nn.Module, path: Path, trained_on: str) -> None:
         weights = self.base()
         vae = {**weights.vae, **decoder_state(cast(Any, model)["decoder"], weights)}
-        write_svd(path, replace(weights, vae=vae, metadata={}), trained_on)
+        noted = upscaler_note(self._latents.settings.upscaler)
+        write_svd(path, replace(weights, vae=vae, metadata=noted), trained_on)
         write_refiner(beside(path), cast(Refiner, cast(Any, model)["refiner"]), trained_on)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from training.data.folder import Folder
 from training.data.held_out import shrunk, truths
-from training.data.latents import Latents, LatentSettings, fingerprint
+from training.data.latents import Latents, LatentSettings, Pair, fingerprint
 from training.loop.draws import generator_at, integer, pick, uniform
 from training.loop.state import weights_of, write_beside
 from training.loop.task import Batch
@@ -88,9 +88,9 @@ class SampledLatents(Latents):
         unet = fingerprint(list(model.unet.state_dict().values()))
         return {**super()._made_from(model), "unet": unet, "precision": self._precision}
 
-    def _pair(self, sources: Folder, upscale_fn: UpscaleFn | None, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        clean, upscaled = super()._pair(sources, upscale_fn, rng)
-        return quantize8(clean), quantize8(upscaled)  # what the shard's bytes hold
+    def _pair(self, sources: Folder, upscale_fn: UpscaleFn | None, rng: torch.Generator) -> Pair:
+        clean, upscaled, known = super()._pair(sources, upscale_fn, rng)
+        return quantize8(clean), quantize8(upscaled), known  # what the shard's bytes hold
 
     def _encode(self, model: Backbone, clean: Tensor, upscaled: Tensor, rng: torch.Generator) -> Batch:
         encoded = super()._encode(model, clean, upscaled, rng)
@@ -136,10 +136,6 @@ class CompressedLatents(SampledLatents, CAPMLatents):
         shard, index = self._clip(number)
         return {**super().draw(rng), "level": shard["level"][index].float()}
 
-    def _encode(self, model: Backbone, clean: Tensor, upscaled: Tensor, rng: torch.Generator) -> Batch:
-        level = torch.tensor((self.crf(rng) or 0) / COARSEST)
-        return {**super()._encode(model, clean, upscaled, rng), "level": level}
-
     def held_out(self, root: Path, model: Backbone) -> dict[str, Batch]:
         """Clips that no training sees, as `draw` gives them, by name and CRF; made once. None where `root` has none.
 
@@ -158,7 +154,7 @@ class CompressedLatents(SampledLatents, CAPMLatents):
         for crf in self.CRFS:
             for clip in shrunk({name: _middle(truth, size) for name, truth in found.items()}, crf):
                 upscaled = quantize8(upscale_frames(clip.small, (size, size), upscale_fn=upscale_fn))
-                stored = SampledLatents._encode(self, model, clip.truth, upscaled, generator_at(0, crf))
+                stored = self._encode(model, clip.truth, upscaled, generator_at(0, crf))
                 made[f"{clip.name}, CRF {crf}"] = {
                     "z": stored["sampled"].float(),
                     "guide": upscaled,

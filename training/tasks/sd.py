@@ -20,7 +20,7 @@ from training.data.latents import LatentsTask
 from training.loop.curve import rows_of
 from training.loop.draws import integer
 from training.loop.recipe import Recipe, from_table
-from training.loop.state import weights_of
+from training.loop.state import SD_WEIGHTS, upscaler_note, weights_of
 from training.loop.task import Batch
 from training.tasks.capm import CAPMDataSettings, CAPMLatents
 from training.tasks.svd import read_start
@@ -77,10 +77,15 @@ class FrameLatents(CAPMLatents):
     def draw(self, rng: torch.Generator) -> Batch:
         """One frame's place: `clean` and `hint` (the LR latents) `(4, crop, crop)`, both times the VAE's factor, and
         the clip's `level`."""
+        frame = self.draw_frames(rng, 1)
+        return {"clean": frame["clean"][0], "hint": frame["hint"][0], "level": frame["level"]}
+
+    def draw_frames(self, rng: torch.Generator, count: int) -> Batch:
+        """The same of one place in `count` frames in a row: `clean` and `hint` `(count, 4, crop, crop)`."""
         data, crop = self.settings, self._crop
         shard, index = self._clip(integer(rng, data.clips))
-        frame, top, left = (integer(rng, n) for n in (data.frames, *[data.size // 8 - crop + 1] * 2))
-        place = (index, frame, slice(None), slice(top, top + crop), slice(left, left + crop))
+        first, top, left = (integer(rng, n) for n in (data.frames - count + 1, *[data.size // 8 - crop + 1] * 2))
+        place = (index, slice(first, first + count), slice(None), slice(top, top + crop), slice(left, left + crop))
         clean, hint = (shard[key][place].float() * shard["factor"] for key in ("clean", "lr"))
         return {"clean": clean, "hint": hint, "level": shard["level"][index].float()}
 
@@ -134,7 +139,8 @@ class SDTask(LatentsTask):
         config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
         kept = {key: config[key] for key in (*unet_shape(self.shape), "attention_head_dim") if key in config}
         tile = (size, size, self.data.frames)
-        write_sd(path, SDWeights(kept, "v_prediction", unet.state_dict(), tile), trained_on)
+        weights = SDWeights(kept, "v_prediction", unet.state_dict(), tile)
+        write_sd(path, weights, trained_on, notes=upscaler_note(self.data.upscaler))
 
 
 def unet_shape(shape: SDModelSettings) -> dict[str, Any]:
@@ -184,9 +190,10 @@ def nothing(unet: nn.Module, latents: Tensor) -> Tensor:
     return latents.new_zeros(len(latents), 1, cast(Any, unet).config["cross_attention_dim"])
 
 
-def velocity(unet: nn.Module, scaled: Tensor, timestep: Tensor, **more: Any) -> Tensor:
-    """The network's answer for latents as it takes them, with the empty context."""
-    return cast(Any, unet)(scaled, timestep, nothing(unet, scaled), **more).sample.float()
+def velocity(unet: nn.Module, scaled: Tensor, timestep: Tensor, tokens: Tensor | None = None, **more: Any) -> Tensor:
+    """The network's answer for latents as it takes them, with a context `(1, tokens, dim)`, by default zeros."""
+    context = nothing(unet, scaled) if tokens is None else tokens.to(scaled).expand(len(scaled), -1, -1)
+    return cast(Any, unet)(scaled, timestep, context, **more).sample.float()
 
 
 def sampled(velocity_at: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int = PICTURE_STEPS) -> Tensor:
@@ -202,9 +209,15 @@ def sampled(velocity_at: Callable[[Tensor, Tensor], Tensor], noise: Tensor, step
     return x
 
 
+def start_file(name: str) -> Path:
+    """The file of the SD that a recipe starts from: "lite", a file, or an earlier run, of a control with the SD's
+    decoder too."""
+    return LITE_SD if name == "lite" else Path(weights_of(weights_of(name, SD_WEIGHTS)))
+
+
 def read_start_sd(name: str) -> SDWeights:
-    """The SD that a recipe starts from: "lite", a file, or an earlier run. Raises CheckpointError."""
-    return read_sd(LITE_SD if name == "lite" else Path(weights_of(name)))
+    """What `start_file` has. Raises CheckpointError."""
+    return read_sd(start_file(name))
 
 
 def unet_of(weights: SDWeights) -> UNet2DConditionModel:

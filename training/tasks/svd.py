@@ -20,7 +20,7 @@ from training.data.latents import Latents, LatentSettings, LatentsTask
 from training.loop.curve import rows_of
 from training.loop.draws import uniform
 from training.loop.recipe import Recipe, from_table
-from training.loop.state import weights_of
+from training.loop.state import upscaler_note, weights_of
 from training.loop.task import Batch
 from training.tasks.vae import TEMPORAL, read_vae
 from vsr_ops.backbones.attention import OneTokenAttention
@@ -94,7 +94,7 @@ class SVDTask(LatentsTask):
         if not (self.shape.start or self.shape.vae):
             raise SettingError(
                 "model.start and model.vae are empty: expected an SVD to start from (--set"
-                " model.start=svd_xt.safetensors), or the run of a temporal VAE (--set model.vae=runs/vae)"
+                " model.start=svd.safetensors), or the run of a temporal VAE (--set model.vae=runs/vae)"
             )
         super().__init__(data, out, Latents, self.data)
 
@@ -162,7 +162,8 @@ class SVDTask(LatentsTask):
 
     def export(self, model: nn.Module, path: Path, trained_on: str) -> None:
         unet = cast(Any, model).merge_and_unload() if self.shape.lora_rank else model
-        write_svd(path, replace(self.base(), unet=unet.state_dict(), tile=self.tile, metadata={}), trained_on)
+        noted = upscaler_note(self.data.upscaler)
+        write_svd(path, replace(self.base(), unet=unet.state_dict(), tile=self.tile, metadata=noted), trained_on)
 
 
 def unet_shape(shape: SVDModelSettings, frames: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from training.tasks.capm_joint import JointCAPM
 from training.tasks.capm_sd import CAPMSDTask
 from training.tasks.compression import CompressionTask
 from training.tasks.control import ControlTask
+from training.tasks.control_dcm import ControlWithDCM
 from training.tasks.dcm import DCM
 from training.tasks.decoder_modules import DecoderModuleTask
 from training.tasks.joint import Joint
@@ -37,6 +38,7 @@ TASKS: dict[str, TaskMaker] = {
     "decoder": DecoderModuleTask,
     "sd": SDTask,
     "control": ControlTask,
+    "control_dcm": ControlWithDCM,
     "capm_sd": CAPMSDTask,
 }
 """Tasks by name; a module of its own is one more entry."""

@@ -17,48 +17,63 @@ from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import Autoen
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..checkpoints.sd import LITE_SD, SDWeights, read_sd
+from ..checkpoints.sd import BETAS, LITE_SD, TIMESTEPS, SDWeights, read_sd
 from ..checkpoints.svd import LITE, read_svd
+from ..checkpoints.text_file import Texts
+from ..errors import SettingError
 from ..modules.control import Control, check_strength
 from ..sampling.tiling import TileSize
 from ..system.memory import to_device
 from .attention import use_chunks
 from .svd import Backbone, build_vae, context_width
 
-TIMESTEPS = 1000
-BETAS = (0.00085, 0.012)
+#: What is left of the signal's variance at the last timestep of a schedule of zero terminal SNR: the host's number, for
+#: zero itself has no finite noise level.
+ZERO = 4.8973451890853435e-08
 
 
 @cache
-def model_sigmas() -> Tensor:
+def model_sigmas(zero_snr: bool = False) -> Tensor:
     """The noise levels `(1000,)` float64, rising, that Stable Diffusion learned: betas linear in their square root
-    (SDATC, equations 1 and 2)."""
+    (SDATC, equations 1 and 2).
+
+    With `zero_snr` the square root of the signal's variance is shifted and scaled so that it ends at 0 and begins where
+    it did (Lin et al., arXiv 2305.08891, algorithm 1); the last level is that of ZERO.
+    """
     first, last = (beta**0.5 for beta in BETAS)
     kept = (1 - torch.linspace(first, last, TIMESTEPS, dtype=torch.float64) ** 2).cumprod(0)
+    if zero_snr:
+        root = kept.sqrt()
+        kept = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        kept[-1] = ZERO
     return ((1 - kept) / kept).sqrt()
 
 
-def timestep_of(sigma: float) -> int:
+def timestep_of(sigma: float, zero_snr: bool = False) -> int:
     """The timestep whose noise level is nearest, by logarithm: what the UNet is told, as the host tells it."""
-    return int((model_sigmas().log() - torch.tensor(sigma, dtype=torch.float64).log()).abs().argmin())
+    levels = model_sigmas(zero_snr).log()
+    return int((levels - torch.tensor(sigma, dtype=torch.float64).log()).abs().argmin())
 
 
-def sigma_at(timestep: float) -> float:
+def sigma_at(timestep: float, zero_snr: bool = False) -> float:
     """The noise level of a timestep in [0, 999]; between two, by logarithm."""
     low = min(int(timestep), TIMESTEPS - 2)
-    levels = model_sigmas()[low : low + 2].log()
+    levels = model_sigmas(zero_snr)[low : low + 2].log()
     return float((levels[0] + (levels[1] - levels[0]) * (timestep - low)).exp())
 
 
 @dataclass
 class SD(Backbone):
     """Stable Diffusion with, where there is one, a `control` that sees the LR latents. At `control_strength` 0 it is as
-    without. Raises SettingError for a control of another UNet, or a strength outside [0, 10].
+    without. Raises SettingError for a control or texts of another UNet, or a strength outside [0, 10].
 
-    `prediction` is what the UNet was trained to find: "v_prediction" or "epsilon".
+    `prediction` is what the UNet was trained to find: "v_prediction" or "epsilon"; `zero_snr`: its last timestep was
+    noise alone. Without `texts` the prompt is one token of zeros, which the lite one was trained with.
     """
 
     prediction: str = field(default="v_prediction", kw_only=True)
+    zero_snr: bool = field(default=False, kw_only=True)
+    texts: Texts | None = field(default=None, kw_only=True)
     control: Control | None = field(default=None, kw_only=True)
     control_strength: float = field(default=1.0, kw_only=True)
 
@@ -68,27 +83,39 @@ class SD(Backbone):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_strength(self.control_strength)
+        width = context_width(self.unet)
+        if self.texts is not None and self.texts.width != width:
+            raise SettingError(
+                f"the text is {self.texts.width} wide, the UNet's cross-attention takes {width} (cross_attention_dim):"
+                " give one that the model's own text encoder made (768: SD 1.5, 1024: SD 2.1)"
+            )
         if self.control is not None:
             use_chunks(self.control)
             config = self.unet.config
             blocks = config["layers_per_block"]
             widths = list(config["block_out_channels"])
-            self.control.check_fits(
-                widths, context_width(self.unet), [blocks] * len(widths) if isinstance(blocks, int) else list(blocks)
-            )
+            self.control.check_fits(widths, width, [blocks] * len(widths) if isinstance(blocks, int) else list(blocks))
 
     @property
     def sigma_max(self) -> float:
-        return float(model_sigmas()[-1])
+        return float(model_sigmas(self.zero_snr)[-1])
 
     @property
     def sigma_min(self) -> float:
-        return float(model_sigmas()[0])
+        return float(model_sigmas(self.zero_snr)[0])
 
     def sigmas(self, steps: int) -> list[float]:
         """At timesteps spaced evenly from the last to the first: the host's scheduler "normal"."""
         times = torch.linspace(TIMESTEPS - 1, 0, steps, dtype=torch.float64)
-        return [*(sigma_at(float(time)) for time in times), 0.0]
+        return [*(sigma_at(float(time), self.zero_snr) for time in times), 0.0]
+
+    def context(self, image: Tensor | None) -> Tensor:
+        """The prompt's tokens `(1, tokens, dim)`; zeros without a text. An image tells it nothing."""
+        return super().context(None) if self.texts is None else self.texts.prompt
+
+    def negative_context(self) -> Tensor:
+        """The tokens `(1, tokens, dim)` of CFG's other branch: the negative text's, by default the empty one's."""
+        return self.context(None) if self.texts is None else self.texts.negative
 
     def denoise(self, x: Tensor, sigma: float, lr_latents: Tensor, context: Tensor, frames: int) -> Tensor:
         """Denoised estimate of tiles `(videos*frames, 4, h, w)` float32.
@@ -97,7 +124,7 @@ class SD(Backbone):
         `lr_latents` holds the LR latents (unscaled): the control's hint. `context` is `(1, tokens, dim)`.
         """
         scaled = (x.float() / (sigma**2 + 1) ** 0.5).to(self.device, self.dtype)
-        timestep = to_device(torch.tensor(timestep_of(sigma)), self.device)
+        timestep = to_device(torch.tensor(timestep_of(sigma, self.zero_snr)), self.device)
         tokens = context.to(self.device, self.dtype).expand(x.shape[0], -1, -1)
         skips, middle = self._controlled(scaled, timestep, tokens, lr_latents)
         found: Tensor = self.unet(
@@ -131,9 +158,10 @@ def build_sd(
     dtype: torch.dtype,
     control: Control | None = None,
     control_strength: float = 1.0,
+    texts: Texts | None = None,
 ) -> SD:
     """The models of `weights` (which are `dtype` already); the VAE is the bundled SVD's where they have none. The
-    control goes to `device` and `dtype`."""
+    control goes to `device` and `dtype`. Raises SettingError as SD does."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**weights.unet_config)
     unet.load_state_dict(weights.unet, assign=True)
@@ -151,6 +179,8 @@ def build_sd(
         device,
         dtype,
         prediction=weights.prediction,
+        zero_snr=weights.zero_snr,
+        texts=texts,
         control=None if control is None else control.to(device, dtype).eval(),
         control_strength=control_strength,
     )

@@ -18,7 +18,6 @@ from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import Autoen
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from einops import rearrange, repeat
-from kornia.geometry.transform import resize
 from torch import Tensor, nn
 
 from ..checkpoints.svd import LITE, SVDWeights, match_host_epsilon, read_svd
@@ -132,6 +131,10 @@ class Backbone(ABC):
             self.image_encoder(clip_pixels(image).to(self.device, self.dtype)).image_embeds, "b d -> b 1 d"
         )
 
+    def negative_context(self) -> Tensor:
+        """The cross-attention tokens of CFG's branch without the condition."""
+        return self.context(None)
+
     def encode(self, frames: Tensor) -> Tensor:
         """Unscaled latents `(n, 4, h/8, w/8)` float32 (the distribution's mode) of frames; h, w multiples of 8."""
         moments = self.vae.quant_conv(self.vae.encoder((frames * 2 - 1).to(self.device, dtype_of(self.vae.encoder))))
@@ -197,6 +200,8 @@ def context_width(unet: Any) -> int:
 
 def clip_pixels(image: Tensor) -> Tensor:
     """A frame as SVD's CLIP takes it: 224 x 224 by the resize it was trained with, CLIP's mean and deviation."""
+    from kornia.geometry.transform import resize  # slow to import
+
     small = resize(image.float() * 2 - 1, (224, 224), interpolation="bicubic", align_corners=True, antialias=True)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
     deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,9 @@ _BOOKKEEPING = {
     *("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"),
 }
 # Buffers that older transformers stored with the weights; they are rebuilt from the configuration.
-_REBUILT = {"vision_model.embeddings.position_ids"}
+_REBUILT = {"vision_model.embeddings.position_ids", "embeddings.position_ids"}
+# What diffusers called the projections of a VAE's attention when Stable Diffusion was published.
+_ONCE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def folder_config(folder: Path, part: Part, advice: str) -> dict[str, Any]:
@@ -28,7 +31,7 @@ def folder_config(folder: Path, part: Part, advice: str) -> dict[str, Any]:
     model."""
     file = folder / "config.json"
     if not file.is_file():
-        raise CheckpointError(f"{file}: no such file, expected in a diffusers folder of SVD; {advice}")
+        raise CheckpointError(f"{file}: no such file, expected in a diffusers folder; {advice}")
     config = json_object(file.read_text(encoding="utf-8", errors="replace"))
     if config is None:
         raise CheckpointError(f"{file}: not a JSON object, expected the configuration of a model; copy it again")
@@ -68,6 +71,17 @@ def config_kwargs(config: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments out of a stored configuration: bookkeeping left out, lists as tuples."""
     kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in _BOOKKEEPING}
     return {k: tuple(cast("list[Any]", v)) if isinstance(v, list) else v for k, v in kept.items()}
+
+
+def with_current_names(source: Source) -> Source:
+    """A file of diffusers' VAE under the names that diffusers has now."""
+
+    def current(key: str) -> str:
+        return re.sub(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{_ONCE[m[2]]}.", key)
+
+    stored = {current(key): key for key in source.shapes}
+    shapes = {new: source.shapes[old] for new, old in stored.items()}
+    return Source(source.path, source.metadata, shapes, lambda key: source.get(stored[key]))
 
 
 def read_named(

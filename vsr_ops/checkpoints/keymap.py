@@ -223,6 +223,15 @@ def vae_names(config: Config, decoder_resnet: Resnet, decoder_middle: int) -> Na
 # --- CLIP image encoder -------------------------------------------------------------------------------------
 
 
+#: Names in one layer of OpenCLIP's transformers, of pictures and of texts, and in transformers'.
+CLIP_LAYER: Names = {
+    "attn.in_proj_weight": "self_attn.*_proj.weight",
+    "attn.in_proj_bias": "self_attn.*_proj.bias",
+    **pairs({"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}),
+    **pairs({"ln_1": "layer_norm1", "ln_2": "layer_norm2"}),
+}
+
+
 def clip_map(config: Config) -> Names:
     """Original (open_clip) names, with prefix, to those of transformers' CLIPVisionModelWithProjection."""
     embeddings = "vision_model.embeddings"
@@ -233,14 +242,8 @@ def clip_map(config: Config) -> Names:
         "proj": "visual_projection.weight",
         **pairs({"ln_pre": "vision_model.pre_layrnorm", "ln_post": "vision_model.post_layernorm"}),
     }
-    layer_names = {
-        "attn.in_proj_weight": "self_attn.*_proj.weight",
-        "attn.in_proj_bias": "self_attn.*_proj.bias",
-        **pairs({"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}),
-        **pairs({"ln_1": "layer_norm1", "ln_2": "layer_norm2"}),
-    }
     for layer in range(config["num_hidden_layers"]):
-        names |= below(f"transformer.resblocks.{layer}", f"vision_model.encoder.layers.{layer}", layer_names)
+        names |= below(f"transformer.resblocks.{layer}", f"vision_model.encoder.layers.{layer}", CLIP_LAYER)
     return {CLIP + old: new for old, new in names.items()}
 
 

@@ -57,8 +57,10 @@ def write_module(
     tensors: Mapping[str, Tensor],
     trained_on: str,
     dtype: torch.dtype = torch.float16,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a module's file as `dtype` (whole numbers stay), whole or not at all. Raises CheckpointError."""
+    """Writes a module's file as `dtype` (whole numbers stay), whole or not at all; `notes` join its metadata. Raises
+    CheckpointError."""
     stored = {
         key: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
         for key, value in tensors.items()
@@ -69,6 +71,7 @@ def write_module(
         "vsr.version": VERSION,
         "vsr.config": json.dumps(dict(config), sort_keys=True),
         "vsr.trained_on": trained_on,
+        **(notes or {}),
     }
     write_whole(path, stored, metadata)
 

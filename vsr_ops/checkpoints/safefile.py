@@ -1,6 +1,6 @@
 """Safetensors files, opened with suspicion and written whole: the floor under this pack's weights.
 
-Pickles are refused, but for modules that were published as nothing else: of those, tensors alone are read.
+Pickles are refused, but for what was published as nothing else: of those, tensors alone are read.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 PICKLE = "a pickle, which can run code, expected safetensors; use the .safetensors file of the same model"
+#: Where a file says which upscaler's pictures its model was trained on: "bicubic", "dcm" (the bundled DCM), or the
+#: name of a file.
+UPSCALER_KEY = "vsr.upscaler"
 #: What trainers leave in their pickles beside the weights; nothing stands in for it.
 _LEFT_BEHIND = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
@@ -86,6 +90,16 @@ def open_safely(path: Path) -> Generator[Source, None, None]:
         yield Source(path, dict(opened.metadata() or {}), shapes, opened.get_tensor)
 
 
+def stored(path: Path, key: str) -> str | None:
+    """What a safetensors file's metadata says under `key`; None for other files, and where there is none: whoever loads
+    it says what is wrong."""
+    try:
+        with open_safely(path) as source:
+            return source.metadata.get(key)
+    except CheckpointError:
+        return None
+
+
 class _Nothing:
     """Takes whatever a pickle gives it and keeps none of it."""
 
@@ -107,9 +121,35 @@ def read_pickle(path: Path, wanted: re.Pattern[str], under: Sequence[str] = ("st
     is read with weights_only=True, always: nothing in it can run. Raises CheckpointError for a file that would need to
     run something, is damaged, holds no state dict, or whose wanted tensors are not finite.
     """
+    tensors: dict[str, Tensor] = {}
+    for key, value in _unpickled(path, under).items():
+        if wanted.search(key):
+            tensors[key] = value.float() if value.is_floating_point() else value
+            refuse_not_finite(path, key, tensors[key], value)
+    return tensors
+
+
+@contextlib.contextmanager
+def open_pickled(path: Path, under: Sequence[str] = ("state_dict",)) -> Generator[Source, None, None]:
+    """A pickled state dict opened as `open_safely` opens a safetensors file, mapped where its format can be.
+
+    It is read with weights_only=True, always: nothing in it can run. Raises CheckpointError for a file that would need
+    to run something, is damaged, or holds no state dict.
+    """
+    # What older PyTorch wrote is no zip archive, and cannot be mapped.
+    tensors = _unpickled(path, under, mapped=zipfile.is_zipfile(path))
+    yield Source(path, {}, {key: tuple(value.shape) for key, value in tensors.items()}, tensors.__getitem__)
+
+
+def open_weights(path: Path) -> contextlib.AbstractContextManager[Source]:
+    """A safetensors file or, by its suffix, a pickle of tensors alone. Raises CheckpointError as the two do."""
+    return open_pickled(path) if path.suffix.lower() in PICKLE_SUFFIXES else open_safely(path)
+
+
+def _unpickled(path: Path, under: Sequence[str], mapped: bool = False) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals(_stand_ins()):
-            stored: Any = torch.load(path, map_location="cpu", weights_only=True)
+            stored: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except _UNREADABLE as error:
         what = f"{path}: not a pickle of tensors alone: {first_line(error)}"
         raise CheckpointError(f"{what}; expected a state dict, get the file again, or as .safetensors") from error
@@ -119,12 +159,8 @@ def read_pickle(path: Path, wanted: re.Pattern[str], under: Sequence[str] = ("st
     if not isinstance(stored, dict):
         what = f"{path}: a pickled {type(stored).__name__}, expected a state dict"
         raise CheckpointError(f"{what}; give the file of the module")
-    tensors: dict[str, Tensor] = {}
-    for key, value in cast("dict[Any, Any]", stored).items():
-        if isinstance(key, str) and isinstance(value, Tensor) and wanted.search(key):
-            tensors[key] = value.float() if value.is_floating_point() else value
-            refuse_not_finite(path, key, tensors[key], value)
-    return tensors
+    found = cast("dict[Any, Any]", stored)
+    return {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
 def write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

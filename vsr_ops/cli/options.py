@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..backbones.sd import load_sd
+from ..backbones.sd import build_sd
 from ..backbones.svd import DTYPES, Backbone, load_svd, pick_device, pick_dtype
+from ..checkpoints.sd import LITE_SD, PREDICTIONS, read_sd
 from ..checkpoints.unet_alone import find_unet
 from ..errors import SettingError
 from ..image.color import COLOR
@@ -19,20 +20,26 @@ from ..modules.control import load_control
 from ..modules.dcm import load_dcm
 from ..modules.refiner import load_refiner
 from ..modules.stam import load_stam
+from ..pipeline.defaults import AUTO, DDPM_STEPS, DEFAULTS, PAPER_GUIDANCE
 from ..pipeline.parts import CAPMSettings, PipelineModules
 from ..pipeline.sampler import Settings
 from ..sampling.align import MODES as ALIGN_MODES
+from ..sampling.align import SCALES as ALIGN_SCALES
 from ..sampling.guidance import GUIDANCE
 from ..sampling.propagation import PROPAGATION, SAP_MODES, Propagation
+from ..sampling.samplers import SAMPLERS
 from ..sampling.tiling import TileSize
 from ..system.outputs import files_of
-
-#: What the bundled weights are sampled with: they learnt from the results of few steps without guidance.
-LITE_STEPS, LITE_GUIDANCE = 4, "none"
+from .chosen import color_of, guidance_of, refiner_of, steps_of, upscaler_of
+from .flow import add_flow, flow_of
+from .text import add_texts, refuse_texts, texts_of
 
 #: The options that may name a file of weights, and what stands there for no file of the user's.
-_WEIGHTS = ("model", "upscaler", "refiner", "control", "capm", "cfw", "stam")
+_WEIGHTS = ("model", "upscaler", "refiner", "control", "capm", "cfw", "stam", "flow_weights", "text")
 _NAMES = {"lite", "sd_lite", "none", "auto", "dcm", "bicubic"}
+
+#: Whether the terminal SNR is zero; None: as the model says.
+_ZSNR = {"auto": None, "on": True, "off": False}
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -50,9 +57,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         metavar="none|PATH",
         help="in the place of the model's own: a UNet alone in diffusers' layout, DC-VSR's say",
     )
-    add("--steps", type=int, help=f"{LITE_STEPS} with the bundled SVD, else {Settings.steps}; 0 is no diffusion")
-    auto = f"auto ({LITE_GUIDANCE} with the bundled weights unless a strength is given, else {Settings.guidance})"
-    add("--guidance", default="auto", help=", ".join([auto, *GUIDANCE]))
+    each = ", ".join(f"{known.steps} with {name}" for name, known in DEFAULTS.items())
+    add("--steps", type=int, help=f"{each}, {DDPM_STEPS} with the sampler ddpm; 0 is no diffusion")
+    auto = f"auto ({PAPER_GUIDANCE} with a full SVD, or where a strength is given, else none)"
+    add("--guidance", default=AUTO, help=", ".join([auto, *GUIDANCE]))
     add("--cfg", type=float, help="classifier-free guidance; 1 is off. With dssag it is DC-VSR equation 9's 1 + s")
     add("--guidance-scale", type=float, help="the s of dssag, pag and sag; 0 is off")
     add("--rho", type=float, default=Settings.rho, help="how fast dssag's blur fades over the steps; larger is sooner")
@@ -63,12 +71,25 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--sap-rate", type=int, help="every s-th token in y and x; by default 4, more where tiles are many")
     add("--tap-frames", type=int, default=4)
     add("--tap-rate", type=int, default=1, help="1 is the paper's setting, 4 is cheaper")
-    add("--upscaler", default="dcm", metavar="dcm|bicubic|PATH", help="enlarges the input; PATH: a SwinIR, say")
-    add("--refiner", default="auto", metavar="auto|none|PATH", help="auto: the bundled one with the bundled weights")
+    add(
+        "--upscaler",
+        default=AUTO,
+        metavar="auto|dcm|bicubic|PATH",
+        help="enlarges the input; auto: what the model was trained with; PATH: a SwinIR, say",
+    )
+    add("--refiner", default=AUTO, metavar="auto|none|PATH", help="auto: the bundled one with the bundled weights")
     add("--refiner-w", type=float, default=0.0, help="0: as refined, 1: the upscaled input as it is")
-    add("--color", default="auto", help=", ".join(["auto (none after a refiner, else detail)", *COLOR]))
+    auto = "auto (none after a refiner and with a full SVD, adain with a full Stable Diffusion, else detail)"
+    add("--color", default=AUTO, help=", ".join([auto, *COLOR]))
     add("--control", default="none", metavar="none|lite|PATH", help="a ControlNet on Stable Diffusion, in SVD's place")
     add("--control-strength", type=float, default=1.0)
+    add_texts(parser)
+    add("--prediction", default="auto", help=", ".join(["with --control: auto (as the model says)", *PREDICTIONS]))
+    add(
+        "--zsnr",
+        default="auto",
+        help="with --control: auto, on, off; on for a model of zero terminal SNR, DiffBIR 2.1's",
+    )
     add("--capm", default="none", metavar="none|lite|sd_lite|PATH", help="compression prompts in UNet and decoder")
     add("--capm-strength", type=float, default=1.0, help="0 is off, 1 what was trained")
     add("--crf", type=float, default=-1.0, help="what CAPM is told of the input, 0 to 51; below 0: it is estimated")
@@ -83,6 +104,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         help="along the input's motion; 0 is off, try 0.5 (propagate: 0.1)",
     )
     add("--align-mode", default="gradient", help=", ".join(ALIGN_MODES))
+    add("--align-scale", default="bounded", help=f"of gradient's step: {', '.join(ALIGN_SCALES)} (the paper's)")
+    add_flow(parser)
+    add("--sampler", default=Settings.sampler, help=f"{', '.join(SAMPLERS)}; SDATC takes ddpm")
     add("--seed", type=int, default=0)
     add("--denoise", type=float, default=1.0, help="below 1: start from the LR latent at partial noise")
     add("--batch", type=int, default=1, help="spatial tiles through the UNet together")
@@ -110,54 +134,23 @@ def settings_of(args: argparse.Namespace) -> Settings:
         tap_rate=args.tap_rate,
     )
     return Settings(
-        steps=_steps(args),
-        guidance=_guidance(args),
+        steps=steps_of(args),
+        guidance=guidance_of(args),
         cfg=args.cfg,
         guidance_scale=args.guidance_scale,
         rho=args.rho,
         tile=None if args.tile is None else TileSize.parse(args.tile),
         overlap=args.overlap,
         propagation=propagation,
-        color=_color(args),
+        color=color_of(args),
         seed=args.seed,
         denoise=args.denoise,
         batch=args.batch,
         align=args.align,
         align_mode=args.align_mode,
+        align_scale=args.align_scale,
+        sampler=args.sampler,
     )
-
-
-def _steps(args: argparse.Namespace) -> int:
-    if args.steps is not None:
-        return int(args.steps)
-    return LITE_STEPS if _bundled(args) and args.control == "none" else Settings.steps
-
-
-def _bundled(args: argparse.Namespace) -> bool:
-    """Whether the bundled UNet samples."""
-    return args.model == "lite" and args.unet == "none"
-
-
-def _guidance(args: argparse.Namespace) -> str:
-    """The guidance asked for; a strength alone asks for the paper's."""
-    if args.guidance != "auto":
-        return str(args.guidance)
-    plain = _bundled(args) and args.cfg is None and args.guidance_scale is None
-    return LITE_GUIDANCE if plain else Settings.guidance
-
-
-def _refiner_name(args: argparse.Namespace) -> str:
-    """The refiner asked for; auto is the bundled one with the bundled weights, which it was made for."""
-    if args.refiner == "auto":
-        return "lite" if args.model == "lite" else "none"
-    return str(args.refiner)
-
-
-def _color(args: argparse.Namespace) -> str:
-    """The colour correction asked for; a refiner has put the input's colours back already."""
-    if args.color != "auto":
-        return str(args.color)
-    return Settings.color if _refiner_name(args) == "none" else "none"
 
 
 def parts_of(args: argparse.Namespace) -> PipelineModules:
@@ -166,16 +159,16 @@ def parts_of(args: argparse.Namespace) -> PipelineModules:
         raise SettingError(f"refiner w is {args.refiner_w}: expected a share from 0 to 1")
     check_w(args.decode_w)
     device = pick_device(args.device)
-    upscaler = "lite" if args.upscaler == "dcm" else args.upscaler
-    refiner = _refiner_name(args)
+    upscaler, refiner = upscaler_of(args), refiner_of(args)
     return PipelineModules(
-        upscale_fn=None if upscaler == "bicubic" else load_dcm(upscaler, device),
+        upscale_fn=None if upscaler == "bicubic" else load_dcm("lite" if upscaler == "dcm" else upscaler, device),
         refiner=None if refiner == "none" else load_refiner(refiner, device),
         refiner_w=args.refiner_w,
         cfw=load_cfw(args.cfw).to(device) if args.decode_w > 0 else None,
         decode_w=args.decode_w,
         stam=None if args.stam == "none" else load_stam(args.stam).to(device),
         prompts=_prompts(args),
+        flow=flow_of(args, device),
     )
 
 
@@ -196,8 +189,14 @@ def model_of(args: argparse.Namespace) -> Backbone:
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if args.control == "none":
+        refuse_texts(args)
         return load_svd(args.model, device, dtype, None if args.unet == "none" else Path(args.unet))
     if args.unet != "none":
         raise SettingError(f"unet is {args.unet!r} and control {args.control!r}: expected one of them; leave one out")
     check_control_strength(args.control_strength)
-    return load_sd(args.model, device, dtype, load_control(args.control), args.control_strength)
+    if args.zsnr not in _ZSNR:
+        raise SettingError(f"zsnr is {args.zsnr!r}: expected one of {', '.join(_ZSNR)}")
+    control, texts = load_control(args.control), texts_of(args, device)
+    weights = read_sd(LITE_SD if args.model == "lite" else Path(args.model), dtype)
+    weights = weights.told(None if args.prediction == "auto" else args.prediction, _ZSNR[args.zsnr])
+    return build_sd(weights, device, dtype, control, args.control_strength, texts)

@@ -6,34 +6,25 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoints.safefile import first_line
-from ..errors import CheckpointError, SettingError
-from ..system.memory import ran_out
-from ..video.scenes import find_cuts
+from ..errors import SettingError
+from . import raft
+from .raft import Estimator
 from .warp import dis_flow, inside, visibility
 
 log = logging.getLogger(__name__)
 
 PAIRS = 4
 """Pairs of frames that are estimated together, so that DIS has work for several threads."""
-
-RAFT_SMALLEST = 128
-"""Fewest pixels a side that RAFT's pyramid can work on."""
-
-Estimator = Callable[[Tensor, Tensor], Tensor]
-"""Flow (k, 2, h, w) in pixels from each of k frames (k, 3, h, w) to the one of the second clip."""
 
 
 @dataclass(frozen=True)
@@ -87,85 +78,14 @@ def _dis(folder: Path | None, device: torch.device) -> Estimator:
 
 
 def _raft(name: str, folder: Path | None, device: torch.device) -> Estimator:
-    """RAFT (Teed and Deng, ECCV 2020) by torchvision, float32, one pair at a time: its memory grows with the area
-    squared. Raises CheckpointError for weights that are not there or not RAFT's, SettingError without torchvision."""
-    try:
-        from torchvision.models import optical_flow  # pyright: ignore[reportMissingTypeStubs]
-    except ImportError as error:
-        raise SettingError(
-            f"{name} needs torchvision ({first_line(error)}): expected the one that fits this torch; install it, or"
-            " choose the estimator dis"
-        ) from error
-    library: Any = optical_flow
-    weights: Any = {"raft_large": library.Raft_Large_Weights, "raft_small": library.Raft_Small_Weights}[name].DEFAULT
-    file = _raft_file(name, str(weights.url), folder)
-    model: torch.nn.Module = getattr(library, name)(weights=None, progress=False)
-    try:
-        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:
-        # An unpickler meets whatever is in the file, and fails in as many ways.
-        raise CheckpointError(
-            f"{file}: cannot be read as {name}'s weights ({first_line(error)}); expected torchvision's own file, get it"
-            f" again from {weights.url}"
-        ) from error
-    model.to(device).eval().requires_grad_(False)
-
-    def estimate(first: Tensor, second: Tensor) -> Tensor:
-        return torch.cat([_raft_pair(model, name, a[None], b[None]) for a, b in zip(first, second, strict=True)])
-
-    return estimate
-
-
-def _raft_pair(model: torch.nn.Module, name: str, first: Tensor, second: Tensor) -> Tensor:
-    """Flow (1, 2, h, w) of a pair (1, 3, h, w); sides grow to multiples of 8 at the bottom and right, by their edge."""
-    height, width = first.shape[-2:]
-    if min(height, width) < RAFT_SMALLEST:
-        raise SettingError(
-            f"{name} got frames of {width}x{height} pixels: expected at least {RAFT_SMALLEST} a side; estimate the flow"
-            " on the enlarged video, or choose the estimator dis"
-        )
-    grow = (0, -width % 8, 0, -height % 8)
-    scaled = [F.pad(x.float(), grow, mode="replicate") * 2 - 1 for x in (first, second)]
-    try:
-        return model(*scaled)[-1][..., :height, :width]
-    except Exception as error:
-        if not ran_out(error):
-            raise
-        raise SettingError(
-            f"{name} ran out of memory on frames of {width}x{height} pixels: expected about"
-            f" {raft_memory(height, width) / 2**30:.0f} GiB to be free; choose the estimator dis"
-        ) from error
-
-
-def raft_memory(height: int, width: int) -> float:
-    """Bytes that RAFT takes for a pair of frames, about: every cell of 8 pixels is compared with every other, on four
-    levels, beside its features."""
-    return 4 * 4 / 3 * (height * width / 64) ** 2 + 2000 * height * width
-
-
-def _raft_file(name: str, url: str, folder: Path | None) -> Path:
-    """The file of torchvision's weights at `url`: in `folder`, in torch.hub's, or fetched into the latter."""
-    hub = Path(torch.hub.get_dir()) / "checkpoints"
-    file = url.rsplit("/", 1)[-1]
-    for place in (folder, hub):
-        if place is not None and (place / file).is_file():
-            return place / file
-    check = re.search(r"-([0-9a-f]+)[.]", file)
-    try:
-        hub.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(hub / file), check.group(1) if check else None, progress=False)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{name}'s weights are not there and could not be downloaded ({first_line(error)}): expected {file} in"
-            f" {folder or hub}; put the file from {url} there, or choose the estimator dis"
-        ) from error
-    return hub / file
+    """RAFT of torchvision's file, in the folder or where torchvision looks for it. Raises CheckpointError for weights
+    that are not there or not RAFT's, SettingError without torchvision."""
+    return raft.load_raft(raft.fetched(name, folder), device, name)
 
 
 ESTIMATORS: dict[str, Callable[[Path | None, torch.device], Estimator]] = {
     "dis": _dis,
-    "raft_large": partial(_raft, "raft_large"),
-    "raft_small": partial(_raft, "raft_small"),
+    **{name: partial(_raft, name) for name in raft.CLASSES},
 }
 """By name: what makes an estimator, from a folder of weights and the device to work on. DIS needs no weights."""
 
@@ -186,6 +106,9 @@ def estimate_flow(
     Raises SettingError for an unknown estimator, a video of another shape or too small, and cuts outside the video;
     CheckpointError for RAFT weights that are not there.
     """
+    # The room of videos loads libraries of codecs, which following a flow does not need.
+    from ..video.scenes import find_cuts
+
     _check_video(video, estimator)
     frames, _, height, width = video.shape
     found = find_cuts(iter(video)) if cuts is None else _checked(cuts, frames)
@@ -218,8 +141,9 @@ def streamed_flow(
     cuts: Sequence[int],
     share: float = 1.0,
     tick: Callable[[int], None] = lambda done: None,
+    estimate: Estimator = dis_flow,
 ) -> Flow:
-    """`latent_flow` of what `estimate_flow` finds by DIS, two frames at a time: only the small flow is held.
+    """`latent_flow` of what `estimate_flow` finds, two frames at a time: only the small flow is held.
 
     `video` gives `frames` frames (3, h, w) RGB in [0, 1]; `size` is that of the latents, `factor` pixels each. The rest
     is as in those two. Raises SettingError for frames that are too small, and for cuts outside the video.
@@ -230,7 +154,7 @@ def streamed_flow(
     flow = Flow(flows[0], flows[1], masks[0], masks[1], found, frames)
     for i, (now, after) in zip(range(pairs), pairwise(frame[None] for frame in video), strict=True):
         if i + 1 not in found:
-            flow.put(i, latent_flow(_both_ways(dis_flow, now, after), *size, factor, share))
+            flow.put(i, latent_flow(_both_ways(estimate, now, after), *size, factor, share))
         tick(1)
     return flow
 

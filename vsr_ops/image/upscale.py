@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,21 @@ from .video_tensor import empty_video
 #: Frames that are enlarged together.
 CHUNK = 4
 LARGEST = 16384
+
+
+@dataclass(frozen=True)
+class Restorer:
+    """An upscale model of factor 1: it cleans pictures that are enlarged already, as DiffBIR's SwinIRs do."""
+
+    run: Callable[[Tensor], Tensor]
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        return self.run(frames)
+
+
+def of_factor(run: Callable[[Tensor], Tensor], factor: float) -> Callable[[Tensor], Tensor]:
+    """An upscale model as `upscale_frames` takes it: a Restorer where it enlarges nothing."""
+    return Restorer(run) if factor == 1 else run
 
 
 def target_size(size: tuple[int, int], scale: float = 4.0, width: int = 0, height: int = 0) -> tuple[int, int]:
@@ -51,12 +67,14 @@ def upscale_frames(
     """`(n, 3, h, w)` in [0, 1] at exactly `size` = (height, width), a few frames at a time, in the frames' precision or
     in `dtype`.
 
-    `upscale_fn`, an upscale model, goes first; `method` (a name in RESIZE) does the rest. `tick` is told of frames
-    done. Raises SettingError.
+    `upscale_fn`, an upscale model, goes first, a Restorer last; `method` (a name in RESIZE) does the rest. `tick` is
+    told of frames done. Raises SettingError.
     """
     out = empty_video(frames, frames.shape[0], size, dtype)
     for first in range(0, frames.shape[0], CHUNK):
         part = frames[first : first + CHUNK]
+        if isinstance(upscale_fn, Restorer):
+            part = resize(method, part.to(out), size).clamp(0, 1)
         larger = part if upscale_fn is None else upscale_fn(part)
         out[first : first + CHUNK] = resize(method, larger.to(frames), size).clamp(0, 1)
         tick(part.shape[0])

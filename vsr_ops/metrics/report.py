@@ -28,8 +28,8 @@ FILES = ("table.txt", "metrics.csv", "frames.csv", "metrics.png")
 _NOTE_BEST = "* best of its row. "
 _NOTE = "Values are means over frames, then over clips."
 _NOTE_PUBLISHED = (
-    "published: as the papers print them, on other clips with other degradations; PSNR and SSIM are on the Y channel"
-    " where the paper says so, tOF is on RAFT. They say what is usual and do not compare with the rows above."
+    "published: as the papers print them, on other clips with other degradations; the channels of PSNR and SSIM stand"
+    " beside them where they are known, tOF is on RAFT. They say what is usual and do not compare with the rows above."
 )
 
 

@@ -38,7 +38,7 @@ _GRID = 103
 @dataclass(frozen=True)
 class CAPMShape:
     """`backbone` and the `widths` of its decoder's levels by name; `components` prompts of `prompt` channels and
-    `size` x `size` places; `code` numbers in d."""
+    `size` x `size` places; `code` numbers in d; `weighing`, a name in WEIGHINGS, makes w of W d."""
 
     backbone: str
     widths: Mapping[str, int]
@@ -46,6 +46,17 @@ class CAPMShape:
     code: int = 32
     prompt: int = 32
     size: int = 8
+    weighing: str = "linear"
+
+
+WEIGHINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda w: w,
+    "softmax": lambda w: w.softmax(-1),
+    "even": lambda w: torch.full_like(w, 1 / w.shape[-1]),
+}
+"""What becomes of W d `(n, components)`. "linear" is CAPM's; the others are rows of an ablation (SDATC, table V):
+"softmax", where tiles of one frame may take the mean of theirs, and "even", prompts that are learnt and never chosen
+("+Prompt")."""
 
 
 class _Level(nn.Module):
@@ -99,6 +110,8 @@ class CAPM(nn.Module):
 
     def __init__(self, shape: CAPMShape) -> None:
         super().__init__()
+        if shape.weighing not in WEIGHINGS:
+            raise SettingError(f"CAPM's weighing is '{shape.weighing}': expected one of {', '.join(WEIGHINGS)}")
         self.shape = shape
         self.levels = nn.ModuleDict({_key(name): _Level(width, shape) for name, width in shape.widths.items()})
 
@@ -125,8 +138,8 @@ class CAPM(nn.Module):
         return block.hinted(to_device((4 * hint - 2).to(weight.dtype), weight.device)[:, None])
 
     def weigh(self, level: str, code: Tensor) -> Tensor:
-        """Weights `(n, components)` of the prompts for d: W d, with neither bias nor softmax."""
-        return self._block(level).weigh(code)
+        """Weights `(n, components)` of the prompts for d: W d without bias, weighed as the shape says."""
+        return WEIGHINGS[self.shape.weighing](self._block(level).weigh(code))
 
     def weights(self, level: str, features: Tensor, hint: Tensor | None = None) -> Tensor:
         """Weights `(n, components)` of the prompts for features `(n, width, h, w)`, or for a hint (as in `forward`).

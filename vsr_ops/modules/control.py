@@ -237,9 +237,10 @@ def load_control(path: Path | str, device: torch.device | str = "cpu") -> Contro
     return model.to(device).eval().requires_grad_(False)
 
 
-def write_control(path: Path, control: Control, trained_on: str) -> None:
-    """Writes a control as a file that `load_control` reads, float16. Raises CheckpointError."""
-    write_module(path, KIND, control.config, control.state_dict(), trained_on)
+def write_control(path: Path, control: Control, trained_on: str, notes: Mapping[str, str] | None = None) -> None:
+    """Writes a control as a file that `load_control` reads, float16; `notes` join its metadata. Raises
+    CheckpointError."""
+    write_module(path, KIND, control.config, control.state_dict(), trained_on, notes=notes)
 
 
 def _own(path: Path) -> Control:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ..checkpoints.safefile import PICKLE_SUFFIXES, Source, open_safely, read_pickle
 from ..errors import CheckpointError
+from ..image.upscale import of_factor
 from ..sampling.tiling import Merger, TileSize, cut_tile, plan_tiles
 from ..weights import bundled
 
 UpscaleFn = Callable[[Tensor], Tensor]
-"""Frames `(n, 3, h, w)` RGB in [0, 1] to `(n, 3, s*h, s*w)` in [0, 1]."""
+"""Frames `(n, 3, h, w)` RGB in [0, 1] to `(n, 3, s*h, s*w)` in [0, 1]; a Restorer where s is 1."""
 
 #: The weights that come with the pack: x4.
 LITE_DCM = bundled("dcm_lite")
@@ -93,4 +94,4 @@ def load_dcm(path: Path | str, device: torch.device, dtype: torch.dtype = torch.
             merger.add(0, m, part.float().to(frames.device))
         return merger.result().clamp(0, 1).to(frames.dtype)
 
-    return enlarge
+    return of_factor(enlarge, scale)

@@ -14,6 +14,8 @@ from torch import Tensor
 from ..backbones.sd import SD
 from ..backbones.svd import Backbone
 from ..errors import SettingError
+from ..flow.raft import Estimator
+from ..flow.warp import dis_flow
 from ..modules.capm import SD_UNET, SVD_UNET, attached, decoder_widths
 from ..modules.capm_file import CAPMs
 from ..modules.capm_hints import check_strength
@@ -60,7 +62,8 @@ class CAPMSettings:
 @dataclass(frozen=True)
 class PipelineModules:
     """What stands around the diffusion: before it `upscale_fn` (a DCM; None is bicubic); in UNet and decoder `prompts`;
-    in the decoder `cfw` with its `decode_w`, and `stam`; after it a `refiner` with its `refiner_w`."""
+    in the decoder `cfw` with its `decode_w`, and `stam`; after it a `refiner` with its `refiner_w`. `flow` is what the
+    alignment estimates motion by."""
 
     upscale_fn: UpscaleFn | None = None
     refiner: Refiner | None = None
@@ -69,6 +72,7 @@ class PipelineModules:
     decode_w: float = 0.75
     stam: STAM | None = None
     prompts: CAPMSettings | None = None
+    flow: Estimator = dis_flow
 
     def __post_init__(self) -> None:
         check_w(self.decode_w)

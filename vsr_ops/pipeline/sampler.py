@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,15 +15,21 @@ from ..backbones.svd import SIGMA_MAX, SIGMA_MIN, Backbone, sigmas
 from ..errors import SettingError
 from ..flow.field import Flow, check_fits
 from ..image.color import COLOR
-from ..sampling.align import ROUNDS, align, check_strength
+from ..sampling.align import ROUNDS, SCALES, align, check_strength
 from ..sampling.calls import Call, calls, gather_tiles
 from ..sampling.guidance import COND, Branch, GuidanceScale, gamma_at, guide, resolve_scale
+from ..sampling.noise import frame_noise
 from ..sampling.passes import run_pass
 from ..sampling.propagation import Propagation, TileRun
+from ..sampling.samplers import SAMPLERS, check_sampler
 from ..sampling.schedule import Step, schedule_ends, step_at, steps_before
 from ..sampling.tiling import TilePlan, TileSize, plan_tiles
 from ..system.memory import home_of
-from .job import Job
+from .defaults import DEFAULTS
+
+if TYPE_CHECKING:
+    # What is upscaled comes from a video: libraries of codecs, which sampling does not need.
+    from .job import Job
 
 #: Latent videos that live together while one is sampled: LR, its zeros, noise, x, two estimates, the blend under way
 #: with its weights, the update's temporaries.
@@ -34,11 +42,12 @@ class SamplingSettings:
 
     `steps` 0 decodes the LR latent as it is, to see what the diffusion adds. `denoise` below 1 starts from the LR
     latent at partial noise, keeping `steps`. `batch` is how many spatial tiles go through the UNet together where they
-    need not all. `align` is lambda of SDATC's alignment along the flow, 0 is off. Raises SettingError.
+    need not all. `align` is lambda of SDATC's alignment along the flow, 0 is off. `sampler` is one of SAMPLERS. Raises
+    SettingError.
     """
 
-    steps: int = 10
-    guidance: str = "dssag"
+    steps: int = DEFAULTS["dc_vsr"].steps
+    guidance: str = DEFAULTS["dc_vsr"].guidance
     cfg: float | None = None
     guidance_scale: float | None = None
     rho: float = 0.5
@@ -48,6 +57,8 @@ class SamplingSettings:
     batch: int = 1
     align: float = 0.0
     align_mode: str = "gradient"
+    align_scale: str = "bounded"
+    sampler: str = "euler"
 
     def __post_init__(self) -> None:
         if not 0 <= self.steps <= 1000:
@@ -59,7 +70,8 @@ class SamplingSettings:
         if self.batch < 1:
             raise SettingError(f"batch is {self.batch}: expected a whole number from 1")
         resolve_scale(self.guidance, self.cfg, self.guidance_scale)
-        check_strength(self.align, self.align_mode)
+        check_strength(self.align, self.align_mode, self.align_scale)
+        check_sampler(self.sampler)
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ class Settings(SamplingSettings):
 
     tile: TileSize | None = None
     overlap: float = 0.5
-    color: str = "detail"
+    color: str = DEFAULTS["dc_vsr"].color
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,14 +154,17 @@ def sample(
     noise: Tensor | None = None,
     tick: Callable[[Call], None] = lambda call: None,
     flow: Flow | None = None,
+    first_frame: int = 0,
 ) -> Tensor:
     """Scaled latents `(frames, 4, h, w)` of the result, from unscaled LR latents of the same shape (DC-VSR, section 3).
 
-    Euler steps (where SDATC's equation 3 has DDPM's) on tiles, with SAP and TAP in turn. Guidance, and the alignment
-    along `flow` (of the latents' size), act on the whole video, tiles merged. That is done on the model's device where
-    there is room, else in host memory: one batch of tiles, or scene to align, at a time goes to the device. `noise` has
-    deviation 1 (drawn from the seed when None), `tick` is called before each UNet call. Raises SamplingError for a
-    value that is not finite, SettingError for alignment without a flow that fits.
+    Steps of `settings.sampler` on tiles, with SAP and TAP in turn. Guidance, and the alignment along `flow` (of the
+    latents' size), act on the whole video, tiles merged: on the model's device where there is room, else in host
+    memory, from where one batch of tiles, or scene to align, at a time goes to the device. `context` is one for all
+    scenes `(1, tokens, dim)`, or one for each. `noise` has deviation 1; when None it is drawn by frame, as a DDPM
+    step's always is: from the seed and the frames' numbers in their source, where the video begins at `first_frame`.
+    `tick` is called before each UNet call. Raises SamplingError for a value that is not finite, SettingError for
+    contexts that are not one or one a scene, and for alignment without a flow that fits.
     """
     if settings.steps == 0:
         return lr * model.scaling_factor
@@ -159,22 +174,28 @@ def sample(
     where = model.device if model.device.type == "cuda" else lr.device
     levels = NoiseRange.of(model)
     chosen, schedule, powers = guide(settings.guidance), noise_schedule(settings, levels), strengths(settings, levels)
-    contexts = {True: model.context(None) if context is None else context, False: model.context(None)}
+    shown = model.context(None) if context is None else context
+    contexts = {True: _by_scene(plan, shown), False: model.negative_context()}
     lr_by_branch = {True: lr, False: lr if model.always_sees_lr else torch.zeros_like(lr)}
-    if noise is None:
-        noise = torch.randn(lr.shape, generator=torch.Generator().manual_seed(settings.seed))
-    noise = noise.to(lr.device)
+
+    def draw(stream: int) -> Tensor:
+        numbers = range(first_frame, first_frame + len(lr))
+        return frame_noise(numbers, lr.shape[1:], settings.seed, stream).to(lr.device)
+
+    noise = draw(0) if noise is None else noise.to(lr.device)
     first = schedule[0]
     x = noise * (first**2 + 1) ** 0.5 if settings.denoise == 1 else lr * model.scaling_factor + noise * first
     run = TileRun(plan, settings.propagation)
     steps = run_steps(settings, levels)
-    for (sigma, following), step, power in zip(pairwise(schedule), steps, powers, strict=True):
+    for i, ((sigma, following), step, power) in enumerate(zip(pairwise(schedule), steps, powers, strict=True)):
 
         def evaluate(x: Tensor, branch: Branch, call: Call, sigma: float = sigma) -> Tensor:
             tick(call)
             tiles, lr_latents = (gather_tiles(plan, call, z) for z in (x, lr_by_branch[branch.conditional]))
+            tokens = contexts[branch.conditional]
+            scene = plan.windows[call.window].scene if len(tokens) > 1 else 0
             with model.serving(run, call):
-                return model.denoise(tiles, sigma, lr_latents, contexts[branch.conditional], call.frames)
+                return model.denoise(tiles, sigma, lr_latents, tokens[scene : scene + 1], call.frames)
 
         def denoise(x: Tensor, branch: Branch, step: Step = step) -> tuple[Tensor, Tensor | None]:
             value = run_pass(run, step, branch, lambda call: evaluate(x, branch, call), settings.batch)
@@ -182,9 +203,17 @@ def sample(
 
         x0 = chosen.predict(denoise, x, power)
         if flow is not None:
-            x0 = align(x0, flow, settings.align, sigma, settings.align_mode, ROUNDS, where)
-        x = x0 + (x - x0) * (following / sigma)
+            v = SCALES[settings.align_scale](sigma, following)
+            x0 = align(x0, flow, settings.align, v, settings.align_mode, ROUNDS, where)
+        x = SAMPLERS[settings.sampler](x, x0, sigma, following, partial(draw, i + 1))
     return x.to(given)
+
+
+def _by_scene(plan: TilePlan, context: Tensor) -> Tensor:
+    scenes = plan.windows[-1].scene + 1
+    if len(context) not in (1, scenes):
+        raise SettingError(f"there are {len(context)} contexts: expected one, or one for each of {scenes} scene(s)")
+    return context
 
 
 def _fitting(flow: Flow | None, lr: Tensor, settings: SamplingSettings) -> Flow | None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..backbones.svd import Backbone
 from ..flow.field import Flow, streamed_flow
+from ..flow.raft import Estimator
 from ..image.color import correct
 from ..sampling.align import SHARE
 from ..sampling.tiling import TilePlan
@@ -56,14 +58,14 @@ def upscale(
     cuts = scene_cuts(job) if cuts is None else cuts
     plan = make_plan(job, settings, model.tile, model.factor, cuts)
     with claimed(output), closing(UpscaledFrames(job, parts.upscale_fn, output.parent)) as upscaled:
-        flow = _latent_flow(job, settings, plan, upscaled, cuts, progress)
+        flow = _latent_flow(job, settings, plan, upscaled, cuts, progress, parts.flow)
         lr = torch.empty(job.frames, 4, plan.height, plan.width)
         progress("encode", 0, job.frames)
         for i, z in enumerate(encode_frames(model, (frame.image for frame in upscaled()), plan.height, plan.width)):
             lr[i] = z
             progress("encode", i + 1, job.frames)
         levels = None if parts.prompts is None else parts.prompts.levels(job)
-        context = model.context(next(upscaled()).image[None]) if model.image_encoder is not None else None
+        context = _contexts(model, upscaled, cuts)
         calls_done, total = count(1), unet_calls(plan, settings, NoiseRange.of(model))
         with apply_capm(model, parts.prompts, levels):
             result = sample(
@@ -74,6 +76,7 @@ def upscale(
                 context,
                 tick=lambda _: progress("sample", next(calls_done), total),
                 flow=flow,
+                first_frame=job.start,
             )
         progress("decode", 0, job.frames)
         pictures = decoded(model, result / model.scaling_factor, parts, levels, upscaled, job.size, cuts)
@@ -88,8 +91,24 @@ def upscale(
                 progress("decode", i + 1, job.frames)
 
 
+def _contexts(model: Backbone, upscaled: UpscaledFrames, cuts: Sequence[int]) -> Tensor | None:
+    """What the model's image encoder sees in the first frame of each scene, `(scenes, tokens, dim)`; None without an
+    encoder."""
+    if model.image_encoder is None:
+        return None
+    firsts = [0, *cuts]
+    frames = enumerate(islice(upscaled(), firsts[-1] + 1))
+    return torch.cat([model.context(frame.image[None]) for i, frame in frames if i in firsts])
+
+
 def _latent_flow(
-    job: Job, settings: Settings, plan: TilePlan, upscaled: UpscaledFrames, cuts: Sequence[int], progress: Progress
+    job: Job,
+    settings: Settings,
+    plan: TilePlan,
+    upscaled: UpscaledFrames,
+    cuts: Sequence[int],
+    progress: Progress,
+    estimate: Estimator,
 ) -> Flow | None:
     """The flow of the upscaled input at the latents' size, where alignment asks for it."""
     if settings.align == 0 or settings.steps == 0:
@@ -108,4 +127,5 @@ def _latent_flow(
         cuts,
         SHARE,
         lambda _: progress("flow", next(done), pairs),
+        estimate,
     )

@@ -1,8 +1,8 @@
 """SDATC's flow-guided alignment: the denoised estimate of a video is made to move as the low-resolution video does.
 
-SDATC equations 12 and 13: the motion error E of latents along the flow, and a step against its gradient; or, instead,
-values carried along the flow from frame to frame. Either is taken only as far as E falls. Each scene is a video of its
-own.
+SDATC equations 12 and 13: the motion error E of latents along the flow, and a step against its gradient, scaled by one
+of SCALES; or, instead, values carried along the flow from frame to frame. Either is taken only as far as E falls. Each
+scene is a video of its own.
 """
 
 from __future__ import annotations
@@ -49,32 +49,32 @@ def align(
     z: Tensor,
     flow: Flow,
     strength: float,
-    sigma: float,
+    v: float,
     mode: str = "gradient",
     rounds: int = 1,
     device: torch.device | None = None,
 ) -> Tensor:
-    """The denoised estimate `z` (n, c, h, w) of a whole video at noise level `sigma`, aligned along `flow` of its size.
+    """The denoised estimate `z` (n, c, h, w) of a whole video, aligned along `flow` of its size.
 
-    `strength` is lambda, from 0. gradient: z - lambda v dE, v = sigma^2 / (1 + sigma^2). dE is that of the sum over
-    visible pixels, so that lambda is how far one difference moves a value, whatever the video's size; the step is
-    halved until E falls, else left out. propagate: lambda, up to 1, is the share that a visible pixel takes from the
-    frame before along the flow, frame after frame, then back from the frame after; equally halved. `rounds` is how many
-    such steps are taken, as long as E falls; the paper takes one. `device` is where a scene is worked on: z's for None.
-    E never rises. Lambda 0, one frame, nothing visible, or nothing to gain return `z` itself. Maths in float32, z's
-    dtype out. Raises SettingError for an unknown mode, a lambda that is negative or not finite, or a flow that does not
-    fit.
+    `strength` is lambda, from 0. gradient: z - lambda v dE, with `v` one of SCALES at this noise level. dE is that of
+    the sum over visible pixels, so that lambda is how far one difference moves a value, whatever the video's size; the
+    step is halved until E falls, else left out. propagate: lambda, up to 1, is the share that a visible pixel takes
+    from the frame before along the flow, frame after frame, then back from the frame after; equally halved, whatever
+    `v` is. `rounds` is how many such steps are taken, as long as E falls; the paper takes one. `device` is where a
+    scene is worked on: z's for None. E never rises. Lambda or v 0, one frame, nothing visible, or nothing to gain
+    return `z` itself. Maths in float32, z's dtype out. Raises SettingError for an unknown mode, a lambda that is
+    negative or not finite, or a flow that does not fit.
     """
     check_strength(strength, mode)
     check_fits(flow, z.shape[0], z.shape[-2], z.shape[-1], 1)
-    if strength == 0:
+    if strength == 0 or v == 0:
         return z
     where, out = device or z.device, z
     for start, stop in flow.scenes():
         scene, given = flow.part(start, stop).to(where), z[start:stop].to(where)
         aligned = given
         for _ in range(rounds):
-            moved = _fall(aligned, scene, MODES[mode](aligned.float(), scene, strength, sigma))
+            moved = _fall(aligned, scene, MODES[mode](aligned.float(), scene, strength, v))
             if moved is None:
                 break
             aligned = moved
@@ -84,14 +84,21 @@ def align(
     return out
 
 
-def check_strength(strength: float, mode: str) -> None:
-    """Raises SettingError for an unknown mode, or a lambda that it cannot take."""
+def check_strength(strength: float, mode: str, scale: str = "bounded") -> None:
+    """Raises SettingError for an unknown mode or scale, or a lambda or scale that the mode cannot take."""
     if mode not in MODES:
         raise SettingError(f"alignment mode is {mode!r}: expected one of {', '.join(MODES)}; choose one of them")
     if not (strength >= 0 and math.isfinite(strength)):
         raise SettingError(f"lambda is {strength}: expected a finite number from 0 (off) up; use a value such as 0.1")
     if mode == "propagate" and strength > 1:
         raise SettingError(f"lambda is {strength}: expected a share from 0 to 1 in mode propagate; lower it")
+    if scale not in SCALES:
+        raise SettingError(f"alignment scale is {scale!r}: expected one of {', '.join(SCALES)}; choose one of them")
+    if mode == "propagate" and scale != "bounded":
+        raise SettingError(
+            f"alignment scale is {scale!r} in mode propagate, whose share nothing scales: expected bounded there;"
+            " choose it, or mode gradient"
+        )
 
 
 def _fall(z: Tensor, flow: Flow, step: Tensor) -> Tensor | None:
@@ -122,7 +129,7 @@ def alignment_error(z: Tensor, flow: Flow) -> float:
     return float(total)
 
 
-def _gradient(z: Tensor, flow: Flow, strength: float, sigma: float) -> Tensor:
+def _gradient(z: Tensor, flow: Flow, strength: float, v: float) -> Tensor:
     """The step of SDATC equation 13."""
     gradient = torch.zeros_like(z)
     for here, there, moves, seen in _sides(z, flow):
@@ -130,10 +137,10 @@ def _gradient(z: Tensor, flow: Flow, strength: float, sigma: float) -> Tensor:
         sign = apart.sign() * (apart.abs() > _ROUNDING) * seen
         gradient[here] -= sign
         gradient[there] += splat(sign, moves)
-    return -strength * (sigma**2 / (1 + sigma**2)) * gradient
+    return -strength * v * gradient
 
 
-def _propagate(z: Tensor, flow: Flow, strength: float, sigma: float) -> Tensor:
+def _propagate(z: Tensor, flow: Flow, strength: float, v: float) -> Tensor:
     """To what a pass forward and one back along the flow leave, each frame taking from the one just done."""
     out = z.clone()
     for i in range(len(flow.backward)):
@@ -148,7 +155,28 @@ def _take(z: Tensor, here: int, there: int, moves: Tensor, share: Tensor) -> Non
 
 
 MODES: dict[str, Callable[[Tensor, Flow, float, float], Tensor]] = {"gradient": _gradient, "propagate": _propagate}
-"""What step a scene's latents (n, c, h, w) float32 take, by name: of its flow, lambda and sigma."""
+"""What step a scene's latents (n, c, h, w) float32 take, by name: of its flow, lambda and v."""
+
+
+def bounded(sigma: float, following: float) -> float:
+    """sigma^2 / (1 + sigma^2): the share of noise in the latent, from 1 down to 0, whatever the steps are."""
+    return sigma**2 / (1 + sigma**2)
+
+
+def ddpm(sigma: float, following: float) -> float:
+    """s'^2 / sqrt(1 + s'^2), s' the following sigma: what the estimate must move by so that a DDPM step's result moves
+    by the step's variance.
+
+    SDATC, equation 13, subtracts lambda v_t dE from the latent z that a DDPM step has led to, v_t the variance of the
+    step's noise. Of x = sqrt(1 + s'^2) z that step takes the share 1 - s'^2/s^2 of the estimate, and v_t is
+    s'^2 (1 - s'^2/s^2) / (1 + s'^2) (`samplers.step_variance`): their quotient is left, and sigma cancels. Like the
+    paper's it is 0 at a last step, which ends at no noise.
+    """
+    return following**2 / (1 + following**2) ** 0.5
+
+
+SCALES: dict[str, Callable[[float, float], float]] = {"bounded": bounded, "ddpm": ddpm}
+"""By name: v of SDATC's equation 13, of a step's sigma and the following one."""
 
 
 def splat(x: Tensor, flow: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
 from ..errors import SettingError
@@ -91,6 +90,8 @@ def add_guidance(guided: Tensor, strong: Tensor, weak: Tensor, scale: float) -> 
 
 def sag_degrade(estimate: Tensor, saliency: Tensor) -> Tensor:
     """The estimate, blurred where `saliency` `(frames, 1, h, w)` says that the model attends (SAG, section 4)."""
+    from kornia.filters import gaussian_blur2d  # slow to import
+
     base = estimate.float()
     blurred = gaussian_blur2d(base, (SAG_BLUR_SIZE, SAG_BLUR_SIZE), (SAG_BLUR_SIGMA, SAG_BLUR_SIGMA))
     return (base + saliency.to(base) * (blurred - base)).to(estimate.dtype)

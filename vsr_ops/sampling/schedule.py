@@ -40,6 +40,11 @@ def step_index(sigmas: Sequence[float], sigma: float) -> int:
     return max(bisect_right([-s for s in sigmas], -slack) - 1, 0)
 
 
+def following(sigmas: Sequence[float], sigma: float) -> float:
+    """The noise level that the step to which `sigma` belongs leads to."""
+    return sigmas[min(step_index(sigmas, sigma) + 1, len(sigmas) - 1)]
+
+
 def step_at(index: int, kinds: tuple[Kind, ...]) -> Step:
     """The kinds take turns; TAP steps alternate forward and backward."""
     if not kinds:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...support.tensors import randn
+from tests.support.tensors import randn
+
 from .conftest import NAME
 from .wiring import TILE, sampled, wrapped
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ...support.tensors import relative
+from tests.support.tensors import relative
+
 from .conftest import NAME, SIZE, part
 from .test_decode_host import filled, module
 from .test_flow import tiled
 from .test_parity import headless, pipeline
+from .wiring import host_noise
 
 __all__ = ["headless", "pipeline"]
 
@@ -131,7 +133,7 @@ def test_levels_go_with_the_frames_of_their_tiles(
     def in_diffusers(hint: Tensor) -> Tensor:
         current: list[Any] = []
         with capm.attached(unets, headless.unet, lambda: hint[plan.windows[current[-1].window].span.slice], 1.5):
-            out = pipeline.sample(headless, lr, plan, settings, tick=current.append)
+            out = pipeline.sample(headless, lr, plan, settings, noise=host_noise(lr), tick=current.append)
         return out / headless.scaling_factor
 
     expected = in_diffusers(LEVELS)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ...support.tensors import relative
+from tests.support.tensors import relative
+
 from .conftest import NAME
 
 FRAMES, HEIGHT, WIDTH, SEED, STEPS = 5, 16, 24, 3, 3

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.tensors import relative
+
 from .conftest import NAME, part
-from .wiring import dssag, refused, relative, sampled, tiled
+from .wiring import dssag, refused, sampled, tiled
 
 STEM = "diffusion_pytorch_model"
 

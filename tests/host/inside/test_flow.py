@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.support.tensors import relative
+
+from . import wiring
 from .conftest import NAME, SIZE
 
 SEED = 5
@@ -48,8 +53,9 @@ def guided(
     start: float = 0.0,
     end: float = 1.0,
     mode: str = "gradient",
+    scale: str = "bounded",
 ) -> Any:
-    return nodes["VSRFlowGuidedLatents"].execute(model, flow, strength, start, end, mode).args[0]
+    return nodes["VSRFlowGuidedLatents"].execute(model, flow, strength, start, end, mode, scale).args[0]
 
 
 def tiled(nodes: dict[str, Any], model: Any) -> Any:
@@ -114,6 +120,59 @@ def test_untiled_svd_under_the_hosts_own_sampler(
     aligned = ksampled(guided(nodes, lite[0], flow, strength, mode=mode), *wired)
     assert bool(torch.isfinite(aligned).all()) and not torch.equal(aligned, plain)
     assert torch.equal(ksampled(guided(nodes, lite[0], flow, 0.0, mode=mode), *wired), plain)
+
+
+@pytest.mark.parametrize("scale", ["bounded", "ddpm"])
+@pytest.mark.parametrize("sampler", ["euler", "dpm_2"])
+def test_every_call_is_scaled_as_its_step(
+    host: ModuleType, nodes: dict[str, Any], lite: Any, wired: Any, flow: Any, scale: str, sampler: str
+) -> None:
+    """Also those between two noise levels, which a second-order sampler makes."""
+    calls: list[tuple[float, Tensor]] = []
+    before: list[Tensor] = []
+
+    def note(executor: Any, x: Tensor, sigma: Tensor, *rest: Any, **more: Any) -> Tensor:
+        out = executor(x, sigma, *rest, **more)
+        calls.append((float(sigma.max()), out.clone()))
+        return out
+
+    def unaligned(args: dict[str, Any]) -> Tensor:
+        before.append(args["denoised"].clone())
+        return args["denoised"]
+
+    # A wrapper that was there first is outermost.
+    model = wiring.wrapped(lite[0], "predict_noise", note)
+    model.set_model_sampler_post_cfg_function(unaligned)
+    wiring.sampled(host, guided(nodes, model, flow, 0.02, scale=scale), wired, 1.0, 3, sampler)
+    sampling = lite[0].get_model_object("model_sampling")
+    levels = importlib.import_module("comfy.samplers").calculate_sigmas(sampling, "karras", 3).tolist()
+    assert len(calls) == len(before) == {"euler": 3, "dpm_2": 5}[sampler]
+    ops, small = module("sampling.align"), module("flow.field").latent_flow(flow, *SIZE[1:], 8, 0.5)
+    changed = 0
+    for (sigma, found), plain in zip(calls, before, strict=True):
+        following = max(level for level in levels if level < sigma * (1 - 1e-4))
+        expected = ops.align(plain, small, 0.02, ops.SCALES[scale](sigma, following), rounds=ops.ROUNDS)
+        assert torch.equal(found, expected)
+        changed += not torch.equal(found, plain)
+        assert scale == "bounded" or following > 0 or torch.equal(found, plain)
+    assert changed > 0
+
+
+def test_raft_in_the_hosts_folder_is_the_headless_one(nodes: dict[str, Any], video: Tensor) -> None:
+    from torchvision.models.optical_flow import raft_small
+
+    torch.manual_seed(3)
+    state = raft_small().state_dict()
+    folder = Path(importlib.import_module("folder_paths").models_dir) / "vsr_flow"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "raft_small_C_T_V2-01064c6d.pth"
+    torch.save(state, file)
+    found = nodes["VSREstimateFlow"].execute(video[:2], "raft_small", "one scene").args[0]
+    file.unlink()
+    save_file(state, folder / "raft.safetensors")
+    frames = video[:2].movedim(-1, 1)
+    expected = module("flow.raft").load_raft(folder / "raft.safetensors", torch.device("cpu"))(frames[:1], frames[1:])
+    assert float(expected.abs().max()) > 0.1 and relative(found.forward, expected) < 1e-5
 
 
 def test_stable_diffusion_is_aligned_too(nodes: dict[str, Any], flow: Any) -> None:

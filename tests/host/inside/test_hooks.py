@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ...support.tensors import relative
+from tests.support.tensors import relative
+
 from .conftest import BEFORE, NAME, comfy_now, part
 from .wiring import (
     SEED,

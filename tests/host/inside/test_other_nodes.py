@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ...support.tensors import relative
+from tests.support.tensors import relative
+
 from .conftest import part
 from .wiring import dssag, refused, sampled, tiled, wrapped
 

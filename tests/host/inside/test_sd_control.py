@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ...support.tensors import randn, relative
+from tests.support.tensors import randn, relative
+
 from .conftest import NAME
 from .small_sd import (
     ALONE,

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ...support.tensors import randn, relative
+from tests.support.tensors import randn, relative
+
 from .conftest import NAME
 from .small_sd import ALONE, CPU, SHAPE, WIDTH, apply_control, fill, own_control, plan_of, unet_config, video, wire
 from .wiring import TILE, overridden, sampled, tiled, wrapped
@@ -84,13 +85,18 @@ def test_null_prompt_carries_scene_cuts(host: ModuleType, nodes: dict[str, Any],
 
 
 @pytest.mark.parametrize(("family", "width", "tokens"), [("SD15", 768, 77), ("SD20", 1024, 77), ("SD20", 32, 1)])
-def test_null_prompt_of_published_widths(host: ModuleType, family: str, width: int, tokens: int) -> None:
+def test_null_prompt_of_published_widths(
+    host: ModuleType, caplog: pytest.LogCaptureFixture, family: str, width: int, tokens: int
+) -> None:
+    """It works, and says in one line that those models know a text of their own."""
     models, bases = (importlib.import_module(f"comfy.{name}") for name in ("supported_models", "model_base"))
     config = getattr(models, family)(unet_config(context_dim=width, disable_unet_model_creation=True))
     base = bases.BaseModel(config, device=CPU)
     patcher = importlib.import_module("comfy.model_patcher").ModelPatcher
     found = host.null_prompt(patcher(base, load_device=CPU, offload_device=CPU))[0][0]
     assert torch.equal(found, torch.zeros(1, tokens, width))
+    said = [record.getMessage() for record in caplog.records if record.name.startswith(NAME)]
+    assert len(said) == (tokens == 77) and all(f"a MODEL of width {width}, which" in line for line in said)
 
 
 def test_null_prompt_for_the_lite_svd(host: ModuleType, lite: Any) -> None:
@@ -159,8 +165,30 @@ def test_a_file_of_ours_is_the_same_model(
         assert torch.equal(ours, theirs)
 
 
+def zero_snr(model: Any) -> Any:
+    """As the host's own node has it."""
+    node = importlib.import_module("comfy_extras.nodes_model_advanced").ModelSamplingDiscrete
+    return node().patch(model, "v_prediction", True)[0]
+
+
+def test_zero_terminal_snr_is_the_hosts(sd21: Any) -> None:
+    """Levels, timesteps and schedule."""
+    sd, samplers = importlib.import_module(f"{NAME}.vsr_ops.backbones.sd"), importlib.import_module("comfy.samplers")
+    theirs, ours = zero_snr(sd21).get_model_object("model_sampling"), sd.model_sigmas(True)
+    assert ((theirs.sigmas.double() - ours).abs() / ours).max() < 1e-5
+    levels = torch.cat([ours[::37], torch.tensor([0.05, 3.3, 77.0, 900.0, 5000.0])])
+    assert theirs.timestep(levels.float()).tolist() == [sd.timestep_of(float(level), True) for level in levels]
+    found = samplers.calculate_sigmas(theirs, "normal", 12)
+    times = torch.linspace(999, 0, 12, dtype=torch.float64).tolist()
+    expected = torch.tensor([*(sd.sigma_at(time, True) for time in times), 0.0])
+    assert (found - expected).abs().div(expected.clamp(1e-9)).max() < 1e-4
+
+
 @pytest.mark.parametrize("controlled_too", [False, True], ids=["plain", "control"])
-@pytest.mark.parametrize(("propagation", "mode"), [("sap+tap", "lagged"), ("sap", "synchronous")])
+@pytest.mark.parametrize(
+    ("propagation", "mode", "zero"),
+    [("sap+tap", "lagged", False), ("sap", "synchronous", False), ("sap+tap", "lagged", True)],
+)
 def test_the_host_and_the_headless_path_agree(
     host: ModuleType,
     nodes: dict[str, Any],
@@ -168,6 +196,7 @@ def test_the_host_and_the_headless_path_agree(
     tmp_path: Path,
     propagation: str,
     mode: str,
+    zero: bool,
     controlled_too: bool,
 ) -> None:
     """On what the host asks at every step: the same file, tiles, banks and control without a host."""
@@ -180,6 +209,7 @@ def test_the_host_and_the_headless_path_agree(
     path = tmp_path / "sd_lite.safetensors"
     fill(control := controls.Control.of(lite_file(path, 4, "v_prediction")).requires_grad_(False), 7)
     model, vae = host.load_lite(path, checkpoint.LITE)
+    model = zero_snr(model) if zero else model
     shape = (6, 4, 24, 16)
     null = host.null_prompt(model)
     wired = (null, null, {"samples": randn(*shape, seed=1)})
@@ -198,6 +228,7 @@ def test_the_host_and_the_headless_path_agree(
     tiles = nodes["VSRTiledDiffusion"].execute(wrapped(model, "predict_noise", note), *values).args[0]
     sampled(host, tiles, wired, 1.0, 3)
     headless = sd.load_sd(path, CPU, torch.float32, control if controlled_too else None, 0.5)
+    headless.zero_snr = zero
     settings = carried.Propagation.named(propagation, sap_lagged=mode == "lagged")
     plan = importlib.import_module(f"{NAME}.vsr_ops.sampling.tiling").plan_tiles(
         6, 24, 16, headless.tile.__class__(16, 16, 4), 0.5
@@ -217,7 +248,7 @@ def test_the_host_and_the_headless_path_agree(
         if index == 1:
             plain = passes.run_pass(bare, schedule.Step(1), guidance.COND, lambda call: evaluate(call, bare))
             assert relative(plain, found) > 1e-4
-    assert len(asked) == 3
+    assert len(asked) == 3 and (asked[0][1] > 4000) == zero
 
 
 def test_a_missing_file(host: ModuleType, tmp_path: Path) -> None:

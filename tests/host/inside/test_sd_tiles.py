@@ -13,7 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ...support.tensors import relative
+from tests.support.tensors import relative
+
 from .conftest import NAME
 from .small_sd import ALONE, SHAPE, by_hand, one_step, plan_of, wire
 from .wiring import (

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ...support.tensors import relative
+from tests.support.tensors import relative
+
 from .conftest import NAME, part
 from .wiring import dssag, sampled, tiled, wrapped
 

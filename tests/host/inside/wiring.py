@@ -47,6 +47,11 @@ def custom_sampled(model: Any, guider: Any, latent: Any) -> Tensor:
     return custom.SamplerCustomAdvanced().sample(noise, guider, sampler, sigmas, latent)[0]["samples"]
 
 
+def host_noise(samples: Tensor, seed: int = SEED) -> Tensor:
+    """What the host starts from: one generator for the whole video, where the pack has one a frame."""
+    return importlib.import_module("comfy.sample").prepare_noise(samples, seed)
+
+
 def wrapped(model: Any, kind: str, wrapper: Callable[..., Any]) -> Any:
     """A MODEL with another pack's wrapper."""
     m = model.clone()

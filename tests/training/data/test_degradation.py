@@ -13,7 +13,7 @@ import pytest
 import torch
 from skimage.data import astronaut, coffee
 
-from training.data.degradation import DEGRADATIONS, degrade_by
+from training.data.degradation import DEGRADATIONS, degrade_by, draw_bitrate
 from training.data.kernels import KERNELS, Shape, kernel
 from training.data.realbasic import Blur, draw_plan
 from training.loop.draws import generator_at
@@ -72,6 +72,28 @@ def test_another_process_gives_the_same_bytes() -> None:
 def test_a_bit_rate_is_met_within_a_factor_of_two(rate: int) -> None:
     bits = 8 * sum(map(len, encode(panned(coffee(), 48, 180, 320), Codec(bit_rate=rate)))) / 2
     assert rate / 2 < bits < rate * 2
+
+
+def test_lower_rates_are_worse_and_each_is_met_on_a_moving_clip() -> None:
+    """SDATC's range at the size and rate that it belongs to, in the way that training meets one: by a factor that the
+    clip asks for."""
+    pixels = panned(coffee(), 72, 180, 320)
+    clip = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    errors: list[float] = []
+    for rate in (100_000, 40_000, 10_000):
+        drawn = draw_bitrate(generator_at(0, 0), (180, 320), (rate, rate))
+        assert drawn == pytest.approx(rate / 24, abs=1)
+        codec = at_bit_rate(clip, drawn)
+        stream = encode(pixels, codec)
+        assert rate / 2 < 8 * sum(map(len, stream)) / 3 < 2 * rate
+        errors.append(float(np.square(np.stack(list(decode(stream, codec))) / 255.0 - pixels / 255.0).mean()))
+    assert errors[0] < errors[1] < errors[2]
+
+
+def test_a_crops_bits_are_its_areas() -> None:
+    """But for what every frame's header takes."""
+    whole, quarter = (draw_bitrate(generator_at(0, 1), size) for size in ((180, 320), (90, 160)))
+    assert whole - 80 == pytest.approx(4 * (quarter - 80)) and 10_000 <= whole * 24 <= 100_000
 
 
 def test_crops_at_their_share_of_a_bit_rate_look_as_the_whole_frame_does() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from tests.support.tiny_training import descended
 from training.loop.draws import generator_at
 from training.loop.recipe import to_recipe
 from training.loop.trainer import freeze
-from training.tasks.capm import CAPMTask, one_batch, parts_of, watched
+from training.tasks.capm import CAPMDataSettings, CAPMLatents, CAPMTask, one_batch, parts_of, watched
 from vsr_ops.backbones.svd import SVD
 from vsr_ops.checkpoints.svd import SVDWeights, write_svd
 from vsr_ops.errors import SettingError
@@ -89,8 +90,38 @@ def test_a_run_that_goes_on_keeps_the_other_half(task: CAPMTask, tmp_path: Path)
 
 def test_the_level_of_a_clip_is_what_it_went_through(task: CAPMTask) -> None:
     levels = {round(float(task.sample(generator_at(0, number))["level"]) * 51, 3) for number in range(20)}
-    drawn = {float(task._latents.crf(generator_at(1000, number)) or 0) for number in range(4)}
+    drawn = {float(task._latents.crf(generator_at(1000, number), torch.empty(0)) or 0) for number in range(4)}
     assert levels == drawn and all(crf == 0 or 15 <= crf <= 35 for crf in drawn)
+
+
+def test_clips_of_lower_bit_rates_are_worse_and_told_coarser(task: CAPMTask, tmp_path: Path) -> None:
+    """What is told is the factor that met the rate; the same seed gives the same clips; some stay clean."""
+    found: list[tuple[float, float]] = []
+    base = CAPMDataSettings(size=64, frames=3, clips=2, upscaler="bicubic", clean_share=0.0)
+    for rate in (2_000_000, 200_000, 20_000):
+        latents = CAPMLatents(tmp_path, replace(base, bit_rate=(rate, rate)))
+        made = [latents._pair(task._folder, None, generator_at(5, 1)) for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(made[0][:2], made[1][:2], strict=True))
+        found.append((float(made[0][2]["level"]), float((made[0][1] - made[0][0]).square().mean())))
+    assert sorted(found) == found and len(set(found)) == 3
+    mixed = CAPMLatents(tmp_path, replace(base, clean_share=0.5, bit_rate=(10_000, 100_000)))
+    levels = [float(mixed._pair(task._folder, None, generator_at(5, seed))[2]["level"]) for seed in range(20)]
+    assert 4 < levels.count(0.0) < 16
+
+
+def test_shards_from_before_there_were_bit_rates_go_on(task: CAPMTask, tmp_path: Path) -> None:
+    coder = task.coder(torch.device("cpu"))
+    settings = CAPMDataSettings(size=64, frames=2, clips=4)
+    made = [CAPMLatents(tmp_path, each)._made_from(coder) for each in (settings, replace(settings, bit_rate=(1, 2)))]
+    assert "bit_rate" not in made[0]["settings"] and made[1]["settings"]["bit_rate"] == (1, 2)
+
+
+@pytest.mark.parametrize("weighing", ["softmax", "even"])
+def test_rows_of_the_papers_ablation_train_and_load(task: CAPMTask, weighing: str, tmp_path: Path) -> None:
+    task.shape = replace(task.shape, weighing=weighing)
+    task.export(task.build(), tmp_path / "capm.safetensors", "nothing")
+    written = load_capms(tmp_path / "capm.safetensors").unet
+    assert written is not None and written.shape.weighing == weighing
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from training.loop.recipe import BUNDLED, read_recipe
 from training.loop.trainer import Batches, freeze
 from training.tasks.capm import parts_of
 from training.tasks.capm_sd import CAPMSDTask
-from training.tasks.control import ControlTask, controlled
+from training.tasks.control import ControlTask, by_frame, controlled
 from training.tasks.sd import unet_of
 from training.tasks.tasks import make_task
 from vsr_ops.backbones.sd import load_sd
@@ -61,14 +61,15 @@ def test_a_new_one_leaves_the_controls_loss_as_it_is(photos: Path, start: Path, 
     task = task_of(photos, start, tmp_path)
     model = task.build().eval()
     batch = Batches(task, 0, 1)[0]
-    scaled = batch["noise"]
+    frames = by_frame(batch)
+    hint, scaled, timestep = (frames[key] for key in ("hint", "noise", "timestep"))
     with torch.no_grad():
-        plain = controlled(model, batch["hint"], scaled, batch["timestep"])
-        assert not torch.equal(plain, controlled(model, 0 * batch["hint"], scaled, batch["timestep"]))
+        plain = controlled(model, hint, scaled, timestep)
+        assert not torch.equal(plain, controlled(model, 0 * hint, scaled, timestep))
         unet, capm = parts_of(model)
-        for told in (batch["level"], torch.full_like(batch["level"], torch.nan)):
+        for told in (frames["level"], torch.full_like(frames["level"], torch.nan)):
             with attached(capm, unet, told):
-                assert torch.equal(controlled(model, batch["hint"], scaled, batch["timestep"]), plain)
+                assert torch.equal(controlled(model, hint, scaled, timestep), plain)
         alone, _ = ControlTask.loss(task, model, batch)
         _, numbers = task.loss(model, batch)
     assert numbers["found"] == pytest.approx(float(alone))
@@ -95,7 +96,7 @@ def test_what_a_sample_is_told_is_its_clips_level(photos: Path, start: Path, tmp
     task = task_of(photos, start, tmp_path, "data.clips=4", "data.clean_share=0.5", "loss.drop=0.5")
     samples = [task.sample(generator_at(0, number)) for number in range(40)]
     assert {round(float(sample["level"]) * 51, 3) for sample in samples} == {
-        float(task._latents.crf(generator_at(1000, number)) or 0) for number in range(4)
+        float(task._latents.crf(generator_at(1000, number), torch.empty(0)) or 0) for number in range(4)
     }
     untold = sum(bool(sample["told"].isnan()) for sample in samples)
     assert 10 < untold < 30

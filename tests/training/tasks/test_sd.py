@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from tests.support.tiny_training import settings_of, train_tiny
 from training.loop.draws import generator_at
 from training.loop.recipe import BUNDLED, read_recipe
-from training.tasks.control import ControlTask, as_velocity, controlled, parts_of
+from training.tasks.control import ControlTask, as_velocity, by_frame, controlled, parts_of
 from training.tasks.sd import FrameLatents, SDDataSettings, SDModelSettings, SDTask, noised, nothing, unet_shape
 from training.tasks.tasks import make_task
 from vsr_ops.backbones.sd import load_sd
@@ -73,11 +73,12 @@ def test_a_new_control_leaves_the_loss_as_it_is(photos: Path, vaes: tuple[Path, 
     unet, _ = parts_of(model)
     samples = [task.sample(generator_at(0, number)) for number in range(3)]
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
-    assert batch["hint"].any()
+    frames = by_frame(batch)
+    assert frames["hint"].any()
     with torch.no_grad():
-        scaled, target = noised(batch["clean"], batch["noise"], batch["timestep"])
-        plain = unet(scaled, batch["timestep"], nothing(unet, scaled)).sample
-        assert torch.equal(controlled(model, batch["hint"], scaled, batch["timestep"]), plain)
+        scaled, target = noised(frames["clean"], frames["noise"], frames["timestep"])
+        plain = unet(scaled, frames["timestep"], nothing(unet, scaled)).sample
+        assert torch.equal(controlled(model, frames["hint"], scaled, frames["timestep"]), plain)
         loss, _ = task.loss(model, batch)
     assert float(loss) == pytest.approx(float((plain - target).square().mean()))
 
@@ -120,12 +121,13 @@ def test_a_control_learns_noise_where_its_sd_predicts_that(
     task = task_of("control", photos, vaes, tmp_path, f"model.start={path}")
     model = task.build().eval()
     batch = {key: value[None].expand(2, *value.shape) for key, value in task.sample(generator_at(0, 0)).items()}
+    frames = by_frame(batch)
     with torch.no_grad():
-        scaled, target = noised(batch["clean"], batch["noise"], batch["timestep"])
-        found = controlled(model, batch["hint"], scaled, batch["timestep"])
+        scaled, target = noised(frames["clean"], frames["noise"], frames["timestep"])
+        found = controlled(model, frames["hint"], scaled, frames["timestep"])
         loss, _ = task.loss(model, batch)
-    assert float(loss) == pytest.approx(float((found - batch["noise"]).square().mean()))
-    torch.testing.assert_close(as_velocity(batch["noise"], scaled, batch["timestep"]), target, rtol=1e-3, atol=1e-3)
+    assert float(loss) == pytest.approx(float((found - frames["noise"]).square().mean()))
+    torch.testing.assert_close(as_velocity(frames["noise"], scaled, frames["timestep"]), target, rtol=1e-3, atol=1e-3)
 
 
 def test_a_control_may_use_its_sds_own_vae(photos: Path, vaes: tuple[Path, Path], tmp_path: Path) -> None:

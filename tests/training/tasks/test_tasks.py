@@ -26,6 +26,7 @@ from training.tasks.tasks import make_task
 from training.tasks.upscalers import ARCHITECTURES, upscaler_of
 from training.tasks.vae import TEMPORAL, encoded, read_vae
 from vsr_ops.backbones.svd import load_svd
+from vsr_ops.checkpoints.safefile import UPSCALER_KEY, open_safely
 from vsr_ops.errors import SettingError
 from vsr_ops.modules.dcm import load_dcm
 from vsr_ops.modules.refiner import Refiner, RefinerShape, load_refiner, refine
@@ -62,6 +63,45 @@ def test_bundled_recipes_fit_their_tasks(path: Path, tmp_path: Path) -> None:
     make_task(recipe, tmp_path, tmp_path)
     assert recipe.flat()["train.steps"] >= 1000
     assert recipe.run.trained_on or "lite" not in path.stem
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "sets", "said"),
+    [
+        ("svd", "lite_4_svd", [], "bicubic"),
+        ("svd", "lite_4_svd", ["data.upscaler=lite"], "dcm"),
+        ("svd", "lite_4_svd", ["data.upscaler=models/SwinIR_x4.pth"], "SwinIR_x4.pth"),
+        ("refiner", "lite_5_refiner", ["data.upscaler=lite"], "dcm"),
+        ("whole", "lite_6_whole", [], "dcm"),
+        ("whole_dcm", "whole_dcm_lite", [], "dcm.safetensors"),
+        ("sd", "sd_lite", ["data.upscaler=lite"], "dcm"),
+        ("control", "control_lite", [], "bicubic"),
+    ],
+)
+def test_a_model_says_what_enlarged_the_videos_that_it_learnt_from(
+    name: str, recipe: str, sets: list[str], said: str, photos: Path, vaes: tuple[Path, Path], tmp_path: Path
+) -> None:
+    task = make_task(read_recipe(BUNDLED / f"{recipe}.toml", [*settings_of(name, vaes), *sets]), photos, tmp_path)
+    task.export(task.build(), tmp_path / "model.safetensors", "nothing")
+    with open_safely(tmp_path / "model.safetensors") as source:
+        assert source.metadata[UPSCALER_KEY] == said
+
+
+def test_full_size_recipes_are_the_papers() -> None:
+    """DC-VSR starts from the SVD of 14 frames and enlarges bicubically (section 4.1); SDATC trains at bit rates of 10K
+    to 100K, on clips of 5, patches of 512, batch 4, Adam at 5e-5 (section IV-A)."""
+    for name in ("svd_stage1", "svd_stage2", "svd_8bit", "svd_lora"):
+        data = read_recipe(BUNDLED / f"{name}.toml").data
+        assert (data["frames"], data["upscaler"]) == (14, "bicubic")
+    for name in ("control", "control_dcm", "capm_vae", "cfw", "stam"):
+        recipe = read_recipe(BUNDLED / f"{name}.toml")
+        data = recipe.data
+        assert data.get("bit_rate") == [10_000, 100_000] or data["degradation"] == "bitrate"
+        assert (data["frames"], data["size"], data["clean_share"]) == (5, 512, 0.0)
+        assert recipe.train.batch * recipe.train.accumulation == 4 and recipe.optimizer.lr == 5e-5
+    assert read_recipe(BUNDLED / "dcm.toml").data["degradation"] == "bitrate"
+    texts = {path.name: path.read_text(encoding="utf-8") for path in BUNDLED.glob("*.toml")}
+    assert [name for name, text in texts.items() if "svd_xt" in text] == []
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
