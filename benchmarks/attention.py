@@ -20,7 +20,8 @@ from torch import Tensor
 
 from benchmarks.common import MIB, Options, heading, interleaved, parser, peak_bytes, randomize, ratio, read, table
 from training.tasks.svd import UNET_LITE
-from vsr_ops.backbones.svd import SVD, PatchedAttention
+from vsr_ops.backbones.attention import PatchedAttention
+from vsr_ops.backbones.svd import SVD
 from vsr_ops.sampling.attention import SelfAttention, Tempered, plain
 from vsr_ops.sampling.calls import Call
 from vsr_ops.sampling.guidance import Branch

@@ -3,7 +3,7 @@
 Device: most bytes the model side holds at once beyond its weights. On a GPU over a whole stage; on the CPU, where the
 video lies beside it, the most that any single encoder, UNet or decoder call allocates.
 Host (CPU only, another process without the profiler): growth of the peak resident memory after a warm-up, what of it
-the video's own tensors and SAP's banks are, and the rest. Own tensors: SAMPLE_COPIES latent videos while sampling; all
+the video's own tensors and SAP's banks are, and the rest. Own tensors: VIDEO_COPIES latent videos while sampling; all
 latents and CHUNK_COPIES chunks of frames while decoding.
 
     python -m benchmarks.memory --size full --device cuda
@@ -23,17 +23,13 @@ from torch import Tensor
 
 from benchmarks.common import MIB, Options, build, heading, parser, peak_bytes, peak_resident, read, table
 from vsr_ops.backbones.svd import SVD
-from vsr_ops.pipeline.sampler import Settings, sample
+from vsr_ops.pipeline.sampler import VIDEO_COPIES, Settings, sample
 from vsr_ops.sampling.propagation import Propagation
 from vsr_ops.sampling.tiling import plan_tiles
 from vsr_ops.vae import latents
-from vsr_ops.vae.latents import CELL, decode_frames, encode_frames
+from vsr_ops.vae.latents import CELL, CHUNK_COPIES, decode_frames, encode_frames
 
 STEPS = 3  # SAP, TAP, and a SAP step that reads banks
-#: LR, its zeros, noise, x, two estimates, the blend under way with its weights, the update's temporaries.
-SAMPLE_COPIES = 9
-#: The chunk's blend and its weights, its result, the frames held from the last one.
-CHUNK_COPIES = 3
 
 
 def area(options: Options, times: int) -> tuple[int, int]:
@@ -120,8 +116,8 @@ def row(options: Options, frames: int, times: int, lagged: bool) -> list[str]:
     host = measured(frames, times, lagged, False)
     video = frames * 4 * height * width * 4
     chunk = min(options.tile.frames, frames) * 3 * height * width * CELL**2 * 4
-    own = max(SAMPLE_COPIES * video, video + CHUNK_COPIES * chunk)
-    rest = host["host"] - max(own, SAMPLE_COPIES * video + host["banks"])
+    own = max(VIDEO_COPIES * video, video + CHUNK_COPIES * chunk)
+    rest = host["host"] - max(own, VIDEO_COPIES * video + host["banks"])
     return [*cells, *(f"{n / MIB:.1f}" for n in (host["host"], own, host["banks"], rest))]
 
 

@@ -33,19 +33,21 @@ def to_frames(image: Tensor, name: str = "image") -> Tensor:
         raise SettingError(
             f"{name} has {image.shape[-1]} channels: expected 3 (RGB); take its alpha off with Split Image with Alpha"
         )
-    frames = rearrange(image, "t h w c -> t c h w").float()
-    low, high = (float(end) for end in torch.aminmax(frames))
+    # Of the picture as it lies in memory: of another order, torch would make a copy.
+    low, high = (float(end) for end in torch.aminmax(image))
     # So written that NaN, which is on neither side, is refused.
     if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):
         raise SettingError(
             f"{name} holds values from {low:.3g} to {high:.3g}: expected 0 to 1; check the node that made it, and"
             " tone-map high dynamic range first"
         )
+    frames = rearrange(image, "t h w c -> t c h w").float()
     return frames if low >= 0 and high <= 1 else frames.clamp(0, 1)
 
 
 def to_image(frames: Tensor) -> Tensor:
-    """The IMAGE of `(frames, 3, height, width)`, in the precision that the host hands on between nodes."""
+    """The IMAGE of `(frames, 3, height, width)`, in the precision that the host hands on between nodes: a view where
+    its memory has the channels last (`empty_video`)."""
     return rearrange(frames, "t c h w -> t h w c").to(host.intermediate_dtype()).contiguous()
 
 

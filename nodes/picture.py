@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..vsr_ops.image.color import COLOR, correct
+from ..vsr_ops.image.color import COLOR, correct_clamped
 from ..vsr_ops.image.resize import RESIZE
 from ..vsr_ops.image.upscale import target_size, upscale_frames
 from ..vsr_ops.video.scenes import find_cuts
@@ -54,7 +54,11 @@ class UpscaleLR(io.ComfyNode):
         size = target_size((frames.shape[-2], frames.shape[-1]), scale, width, height)
         upscale_fn = None if upscale_model is None else host.upscaler(upscale_model)
         check_choice("method", method, RESIZE)
-        return io.NodeOutput(to_image(upscale_frames(frames, size, method, upscale_fn, host.progress(len(frames)))))
+        return io.NodeOutput(
+            to_image(
+                upscale_frames(frames, size, method, upscale_fn, host.progress(len(frames)), host.intermediate_dtype())
+            )
+        )
 
 
 class Refine(io.ComfyNode):
@@ -128,7 +132,7 @@ class ColorMatch(io.ComfyNode):
         x, target = to_frames(image), to_frames(reference, "reference")
         check_choice("method", method, COLOR)
         cuts = find_cuts(iter(target)) if smoothing else ()
-        return io.NodeOutput(to_image(correct(method, x, target, strength, smoothing, cuts).clamp(0, 1)))
+        return io.NodeOutput(to_image(correct_clamped(method, x, target, strength, smoothing, cuts)))
 
 
 class Compare(io.ComfyNode):

@@ -116,7 +116,7 @@ def rounds(bench: Bench, case: Case, limits: Limits, others: list[Line]) -> dict
         begun = time.monotonic()
         for name in names if turn % 2 == 0 else names[::-1]:
             row, start = ROWS[name], time.monotonic()
-            if turn == 0 and not limits.allows(a_pass * row.passes * row.steps):
+            if turn == 0 and name != PLAIN and not limits.allows(a_pass * row.passes * row.steps):
                 others.append(report.left_out(f"{case.label}: {row.title}"))
                 continue
             taken = attempt(bench, name, counting and turn == 0, case.label, others)

@@ -128,4 +128,5 @@ def _told(prompted: HostCAPM, x: Tensor, options: dict[str, Any]) -> tuple[Tenso
     count = x.shape[0] // len(options.get("cond_or_uncond") or (0,)) if run is None else run.plan.frames
     hint = prompted.hint(count)
     whole = run is not None and tiles == len(run.plan.spatial)
-    return (None if hint is None else hint[frames].to(x.device)), tiles if whole else 1
+    # Left on the CPU: whether all levels are known is read there, without waiting for the device.
+    return (None if hint is None else hint[frames]), tiles if whole else 1

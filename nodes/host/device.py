@@ -11,7 +11,7 @@ import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ...vsr_ops.system.memory import Memory
+from ...vsr_ops.system.memory import Memory, ran_out
 
 
 def make_patcher(
@@ -30,8 +30,9 @@ def _ran_out(error: BaseException) -> bool:
     manage = comfy.model_management
     if hasattr(manage, "is_oom"):
         return bool(manage.is_oom(error))
-    # Without an accelerator's class, older hosts take any error for one.
-    return manage.OOM_EXCEPTION is not Exception and isinstance(error, manage.OOM_EXCEPTION)
+    # Older hosts know fewer kinds, and without an accelerator's class take any error for one.
+    own = manage.OOM_EXCEPTION is not Exception and isinstance(error, manage.OOM_EXCEPTION)
+    return own or ran_out(error)
 
 
 #: How the host tells that memory ran out, and frees it.

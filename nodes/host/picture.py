@@ -18,18 +18,14 @@ from ...vsr_ops.modules.capm import HostCAPM
 from ...vsr_ops.modules.capm_hints import check_strength
 from ...vsr_ops.modules.refiner import Refiner, refine
 from ...vsr_ops.modules.stam import STAM
+from ...vsr_ops.vae.budget import fitting_tile, modules_bytes, tile_side
 from ...vsr_ops.vae.decoder_modules import DecoderModules
 from ...vsr_ops.vae.latents import CELL, VAE_TILE, collect, decode_video
 from ...vsr_ops.vae.layout import cell_of, is_temporal
 from ...vsr_ops.vae.stream import Streaming, stream_decode
 from ...vsr_ops.vae.tiles import ComputedIn
-from .device import make_patcher
+from .device import intermediate_dtype, make_patcher
 from .model import STOCK_TILE
-
-#: How many latents around a streamed tile its convolutions reach, SD's and SVD's decoder.
-STREAM_MARGIN = 8
-#: How many more CAPM's windows do.
-CAPM_MARGIN = 6
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,11 @@ class HostVAE:
     """The host's VAE as `vsr_ops.vae.latents` wants one. Chunks are decoded whole, however much memory is free."""
 
     vae: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where the host computes with it."""
+        return self.vae.device
 
     @property
     def chunk(self) -> int:
@@ -54,7 +55,7 @@ class HostVAE:
         comfy.model_management.load_models_gpu([vae.patcher], memory_required=needed)
         comfy.model_management.throw_exception_if_processing_interrupted()
         out = vae.first_stage_model.decode(latents.to(vae.vae_dtype).to(vae.device))
-        return vae.process_output(out.to(vae.output_device).float())
+        return vae.process_output(out.to(latents.device).float())
 
 
 def progress(total: int) -> Callable[[int], None]:
@@ -101,7 +102,7 @@ def refined(refiner: Refiner, decoded: Tensor, upscaled: Tensor, w: float, cuts:
     manage = comfy.model_management
     try:
         refiner.to(manage.get_torch_device())
-        return refine(refiner, decoded, upscaled, w, cuts, progress(len(decoded)))
+        return refine(refiner, decoded, upscaled, w, cuts, progress(len(decoded)), intermediate_dtype())
     finally:
         refiner.to(manage.unet_offload_device())
 
@@ -149,32 +150,42 @@ def decoded(
     adapter, manage = HostVAE(vae), comfy.model_management
     tick = progress(len(latents))
     if tile == 0 and not modules.found:
-        return decode_video(adapter, latents, chunk or adapter.chunk, cuts, size, tick)
+        return decode_video(adapter, latents, chunk or adapter.chunk, cuts, size, tick, intermediate_dtype())
+    chunk = chunk or adapter.chunk
     how = Streaming(
-        chunk or adapter.chunk,
-        tile or VAE_TILE,
+        chunk,
+        tile or _fitting_tile(vae, latents, modules, chunk),
         check_interrupted=manage.throw_exception_if_processing_interrupted,
         computed_in=ComputedIn(vae.device, vae.vae_dtype),
     )
     # Whole: the streaming decoder calls the VAE's layers one by one, tile after tile.
-    manage.load_models_gpu([vae.patcher], memory_required=_needed(vae, latents, modules, how), force_full_load=True)
+    manage.load_models_gpu(
+        [vae.patcher], memory_required=_needed(vae, latents, modules, chunk, how.tile), force_full_load=True
+    )
     try:
         for module in modules.found:
             module.to(vae.device)
         latents = latents.to(vae.output_device)
         frames = stream_decode(vae.first_stage_model, latents, cuts, modules, reference, levels, how)
-        return collect(frames, latents, cell_of(vae.first_stage_model), size, tick)
+        return collect(frames, latents, cell_of(vae.first_stage_model), size, tick, intermediate_dtype())
     finally:
         for module in modules.found:
             module.to(manage.vae_offload_device())
 
 
-def _needed(vae: Any, latents: Tensor, modules: DecoderModules, how: Streaming) -> float:
+def _fitting_tile(vae: Any, latents: Tensor, modules: DecoderModules, chunk: int) -> int:
+    """The side in latents of the tiles that are decoded: VAE_TILE, or less where the device has no room for that, all
+    else unloaded."""
+    free = comfy.model_management.get_total_memory(vae.device) - vae.patcher.model_size()
+    return fitting_tile(VAE_TILE, lambda tile: _needed(vae, latents, modules, chunk, tile), free)
+
+
+def _needed(vae: Any, latents: Tensor, modules: DecoderModules, chunk: int, tile: int) -> float:
     """Bytes that a streamed decoding takes beside the VAE's weights."""
-    margin = STREAM_MARGIN + (0 if modules.capm is None else CAPM_MARGIN)
-    sides = [min(side, how.tile + 2 * margin) for side in latents.shape[-2:]]
-    at_once = min(len(latents), how.chunk) if sees_time(vae, modules.stam) else 1
+    sides = [min(side, tile_side(tile, modules)) for side in latents.shape[-2:]]
+    at_once = min(len(latents), chunk) if sees_time(vae, modules.stam) else 1
     needed = at_once * vae.memory_used_decode((1, 4, *sides), vae.vae_dtype)
     if modules.cfw is not None:
         needed += at_once * vae.memory_used_encode((1, 3, *(side * CELL for side in sides)), vae.vae_dtype)
+    needed += modules_bytes(vae.first_stage_model, modules, at_once, sides, vae.vae_dtype.itemsize)
     return needed + sum(comfy.model_management.module_size(module) for module in modules.found)

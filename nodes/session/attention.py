@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from einops import rearrange
 from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
-from ...vsr_ops.sampling.attention import identity
+from ...vsr_ops.sampling.attention import batch_limit, identity, in_chunks
 from ...vsr_ops.sampling.calls import Call
 from ...vsr_ops.sampling.layers import Layer
 from ...vsr_ops.sampling.propagation import TileRun
@@ -23,7 +24,7 @@ def attention_override(
 
     def override(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         def proceed(*args: Any) -> Tensor:
-            return func(*args, **kwargs) if inner is None else inner(func, *args, **kwargs)
+            return in_limits(func if inner is None else partial(inner, func), args, kwargs)
 
         layer = _layer(layers, seen, kwargs.get("transformer_options") or {}, args)
         if layer is None or not run.acts(call, layer):
@@ -42,6 +43,20 @@ def attention_override(
         return rearrange(out, "b h n d -> b n (h d)")
 
     return override
+
+
+def in_limits(attention: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The host's attention (q, k, v, heads, mask) in no more sequences at once than CUDA takes: not all of the host's
+    backends see to that, and temporal layers of a window's tiles have one for every position."""
+    q, k, v, heads, *rest = args
+    size = batch_limit(heads)
+    if q.shape[0] <= size:
+        return attention(*args, **kwargs)
+    named = dict(kwargs)
+    mask = rest[0] if rest else named.pop("mask", None)
+    if mask is None or mask.ndim < 3 or mask.shape[0] == 1:
+        return in_chunks(lambda q, k, v: attention(q, k, v, heads, mask, *rest[1:], **named), size, q, k, v)
+    return in_chunks(lambda q, k, v, mask: attention(q, k, v, heads, mask, *rest[1:], **named), size, q, k, v, mask)
 
 
 def _layer(

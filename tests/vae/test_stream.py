@@ -136,6 +136,8 @@ def test_half_precision_stays_close() -> None:
 class Plain:
     """What `decode_frames` wants of a VAE."""
 
+    device = torch.device("cpu")
+
     def __init__(self, vae: Any) -> None:
         self.vae = vae
 

@@ -23,7 +23,8 @@ from training.loop.recipe import Recipe, from_table
 from training.loop.state import upscaler_note, weights_of
 from training.loop.task import Batch
 from training.tasks.vae import TEMPORAL, read_vae
-from vsr_ops.backbones.svd import MICRO_CONDITIONS, SVD, Backbone, OneTokenAttention, build_svd, sigmas
+from vsr_ops.backbones.attention import OneTokenAttention
+from vsr_ops.backbones.svd import MICRO_CONDITIONS, SVD, Backbone, build_svd, sigmas
 from vsr_ops.checkpoints.svd import LITE, SVDWeights, match_host_epsilon, read_svd, write_svd
 from vsr_ops.errors import SettingError
 

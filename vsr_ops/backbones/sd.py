@@ -23,6 +23,8 @@ from ..checkpoints.text_file import Texts
 from ..errors import SettingError
 from ..modules.control import Control, check_strength
 from ..sampling.tiling import TileSize
+from ..system.memory import to_device
+from .attention import use_chunks
 from .svd import Backbone, build_vae, context_width
 
 #: What is left of the signal's variance at the last timestep of a schedule of zero terminal SNR: the host's number, for
@@ -88,6 +90,7 @@ class SD(Backbone):
                 " give one that the model's own text encoder made (768: SD 1.5, 1024: SD 2.1)"
             )
         if self.control is not None:
+            use_chunks(self.control)
             config = self.unet.config
             blocks = config["layers_per_block"]
             widths = list(config["block_out_channels"])
@@ -121,7 +124,7 @@ class SD(Backbone):
         `lr_latents` holds the LR latents (unscaled): the control's hint. `context` is `(1, tokens, dim)`.
         """
         scaled = (x.float() / (sigma**2 + 1) ** 0.5).to(self.device, self.dtype)
-        timestep = torch.tensor(timestep_of(sigma, self.zero_snr), device=self.device)
+        timestep = to_device(torch.tensor(timestep_of(sigma, self.zero_snr)), self.device)
         tokens = context.to(self.device, self.dtype).expand(x.shape[0], -1, -1)
         skips, middle = self._controlled(scaled, timestep, tokens, lr_latents)
         found: Tensor = self.unet(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import AutoencoderKLTemporalDecoder
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
@@ -23,11 +22,13 @@ from torch import Tensor, nn
 
 from ..checkpoints.svd import LITE, SVDWeights, match_host_epsilon, read_svd
 from ..errors import DeviceError
-from ..sampling.attention import plain
 from ..sampling.calls import Call
 from ..sampling.layers import Layer, place_layers
 from ..sampling.propagation import TileRun
 from ..sampling.tiling import TileSize
+from ..system.memory import to_device
+from ..system.precision import decoded_within, dtype_of, narrow
+from .attention import ChunkedAttention, OneTokenAttention, PatchedAttention
 
 #: What the UNet is told beside the picture: frame rate (the paper's 8, as the UNet sees it), motion bucket, noise.
 MICRO_CONDITIONS = (8.0, 127.0, 0.0)
@@ -55,46 +56,6 @@ def find_layers(unet: nn.Module) -> dict[str, Layer]:
     return place_layers(names, [name for name in names if name.startswith("mid_block.")])
 
 
-class PatchedAttention:
-    """diffusers' attention processor for one spatial self-attention layer: projections, then `attend`."""
-
-    def __init__(self, model: Backbone, layer: Layer) -> None:
-        self._model = model
-        self._layer = layer
-
-    def __call__(self, attn: Any, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
-        q, k, v = (
-            rearrange(project(hidden_states), "b n (h d) -> b h n d", h=attn.heads)
-            for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        if attn.upcast_attention:  # SD 2.1's logits overflow float16
-            q, k, v = q.float(), k.float(), v.float()
-        active = self._model.active
-        if active is None:
-            out = plain(q, k, v, None, 1)
-        else:
-            run, call = active
-            out = run.attend(call, self._layer, q, k, v)
-        return attn.to_out[1](attn.to_out[0](rearrange(out, "b h n d -> b n (h d)").to(hidden_states.dtype)))
-
-
-class OneTokenAttention:
-    """diffusers' attention processor for cross-attention to one token: a softmax over one key is 1, so every query gets
-    that token's value. The usual attention where the context has more tokens."""
-
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *rest: Any, **named: Any
-    ) -> Tensor:
-        context = encoder_hidden_states
-        if context.shape[1] != 1:
-            return AttnProcessor2_0()(attn, hidden_states, context, *rest, **named)
-        if context.stride(0) == 0:
-            # The temporal blocks' expanded view: as it is, a linear layer copies its weight for every row on the CPU.
-            context = context[:1]
-        value = attn.to_out[1](attn.to_out[0](attn.to_v(context)))
-        return value.expand(*hidden_states.shape[:2], -1)
-
-
 @dataclass
 class Backbone(ABC):
     """A loaded UNet and VAE. `active` is the run and call that the attention layers serve; None outside `serving`.
@@ -120,6 +81,8 @@ class Backbone(ABC):
         for name, module in cast("Iterable[tuple[str, nn.Module]]", self.unet.named_modules()):
             if name.endswith(".attn2"):
                 cast(Any, module).set_processor(OneTokenAttention())
+            elif name.endswith(".attn1") and name not in layers:
+                cast(Any, module).set_processor(ChunkedAttention())
 
     @property
     def scaling_factor(self) -> float:
@@ -174,12 +137,15 @@ class Backbone(ABC):
 
     def encode(self, frames: Tensor) -> Tensor:
         """Unscaled latents `(n, 4, h/8, w/8)` float32 (the distribution's mode) of frames; h, w multiples of 8."""
-        moments = self.vae.quant_conv(self.vae.encoder((frames * 2 - 1).to(self.device, self.vae.dtype)))
+        moments = self.vae.quant_conv(self.vae.encoder((frames * 2 - 1).to(self.device, dtype_of(self.vae.encoder))))
         return moments[:, :4].float().to(frames.device)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Frames of one chunk of unscaled latents; not clamped."""
-        z = latents.to(self.device, self.vae.dtype)
+        """Frames of one chunk of unscaled latents; not clamped. A float16 decoder that overflows is widened."""
+        return decoded_within(self.vae, lambda: self._decode(latents))
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        z = latents.to(self.device, dtype_of(self.vae.decoder))
         if isinstance(self.vae, AutoencoderKLTemporalDecoder):
             indicator = torch.zeros(1, z.shape[0], device=z.device, dtype=z.dtype)
             out = self.vae.decoder(z, num_frames=z.shape[0], image_only_indicator=indicator)
@@ -212,8 +178,9 @@ class SVD(Backbone):
         videos = x.shape[0] // frames
         scaled = (x.float() / (sigma**2 + 1) ** 0.5).to(self.device, self.dtype)
         model_input = torch.cat([scaled, lr_latents.to(self.device, self.dtype)], dim=1)
-        timestep = torch.tensor(sigma, dtype=torch.float64).log().mul(0.25).to(self.device, torch.float32)
-        conditions = torch.tensor([MICRO_CONDITIONS], device=self.device, dtype=self.dtype)
+        noise = torch.tensor(sigma, dtype=torch.float64).log().mul(0.25)
+        timestep = to_device(noise.float(), self.device)
+        conditions = to_device(torch.tensor([MICRO_CONDITIONS], dtype=self.dtype), self.device)
         v = self.unet(
             rearrange(model_input, "(b t) c h w -> b t c h w", t=frames),
             timestep,
@@ -307,13 +274,11 @@ def build_vae(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Any:
-    """A VAE of diffusers' class `kind`, frozen; wider than `dtype` where it must be."""
+    """A VAE of diffusers' class `kind`, frozen; its encoder wider than `dtype` where it must be."""
     with torch.device("meta"):
         vae = kind(**config)
     vae.load_state_dict(state, assign=True)
-    if dtype == torch.float16:
-        # SVD's encoder overflows float16; diffusers widens it too.
-        vae.float()
+    narrow(vae, dtype)
     return vae.to(device).eval().requires_grad_(False)
 
 

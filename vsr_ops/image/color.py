@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingError
+from .video_tensor import empty_video
 
 
 class ColorFunction(Protocol):
@@ -51,7 +52,7 @@ def adain(x: Tensor, reference: Tensor, strength: float = 1.0, smooth: float = 0
         mean_ref = gain * mean + offset
     gain = 1 + strength * (gain - 1)
     target = mean + strength * (mean_ref - mean)
-    out = torch.empty_like(x)
+    out = empty_video(x, x.shape[0], (x.shape[-2], x.shape[-1]))
     for i in range(x.shape[0]):
         out[i] = (x[i].float() - mean[i]) * gain[i] + target[i]
     return out
@@ -85,7 +86,7 @@ def wavelet(
     scenes = _scenes(x.shape[0], smooth, cuts)
     if strength == 0:
         return x
-    out = torch.empty_like(x)
+    out = empty_video(x, x.shape[0], (x.shape[-2], x.shape[-1]))
     for i, correction in enumerate(_corrections(x, reference, levels, smooth, scenes)):
         out[i] = x[i].float() + strength * correction
     return out
@@ -123,6 +124,19 @@ def correct(
     if name not in COLOR:
         raise SettingError(f"unknown colour correction {name!r}: expected one of {', '.join(COLOR)}")
     return COLOR[name](x, reference, strength, smooth=smooth, cuts=cuts)
+
+
+def correct_clamped(
+    name: str,
+    x: Tensor,
+    reference: Tensor,
+    strength: float = 1.0,
+    smooth: float = 0.0,
+    cuts: Sequence[int] = (),
+) -> Tensor:
+    """`correct` of an `x` in [0, 1], clamped to that without another copy; `x` itself where nothing is corrected."""
+    out = correct(name, x, reference, strength, smooth, cuts)
+    return out if out is x else out.clamp_(0, 1)
 
 
 def _untouched(

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import SettingError
 from .resize import resize
+from .video_tensor import empty_video
 
 #: Frames that are enlarged together.
 CHUNK = 4
@@ -60,18 +62,20 @@ def upscale_frames(
     method: str = "bicubic",
     upscale_fn: Callable[[Tensor], Tensor] | None = None,
     tick: Callable[[int], None] = lambda done: None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`(n, 3, h, w)` in [0, 1] at exactly `size` = (height, width), a few frames at a time.
+    """`(n, 3, h, w)` in [0, 1] at exactly `size` = (height, width), a few frames at a time, in the frames' precision or
+    in `dtype`.
 
     `upscale_fn`, an upscale model, goes first, a Restorer last; `method` (a name in RESIZE) does the rest. `tick` is
     told of frames done. Raises SettingError.
     """
-    out = frames.new_empty((*frames.shape[:2], *size))
+    out = empty_video(frames, frames.shape[0], size, dtype)
     for first in range(0, frames.shape[0], CHUNK):
         part = frames[first : first + CHUNK]
         if isinstance(upscale_fn, Restorer):
             part = resize(method, part.to(out), size).clamp(0, 1)
         larger = part if upscale_fn is None else upscale_fn(part)
-        out[first : first + CHUNK] = resize(method, larger.to(out), size).clamp(0, 1)
+        out[first : first + CHUNK] = resize(method, larger.to(frames), size).clamp(0, 1)
         tick(part.shape[0])
     return out

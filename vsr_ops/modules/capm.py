@@ -23,6 +23,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from ..errors import SettingError
+from ..system.memory import to_device
 from .capm_hints import check_hint, check_strength, spread
 from .windows import HEAD, WINDOW, FeedForward, Place, WindowAttention
 
@@ -92,7 +93,7 @@ class _Level(nn.Module):
         prompt = self.enter_prompt(torch.einsum("n k, k c y x -> n c y x", weights, self.prompts))
         size = features.shape[-2:]
         rows, cols = (
-            _enlarging(prompt.shape[-1], whole, start, length).to(prompt)
+            to_device(_enlarging(prompt.shape[-1], whole, start, length), prompt.device).to(prompt)
             for whole, start, length in ((place.height, place.top, size[0]), (place.width, place.left, size[1]))
         )
         # The scale goes with the few weights rather than with the features.
@@ -133,7 +134,8 @@ class CAPM(nn.Module):
         """What stands in for d `(n, code)` where the compression level `(n,)` is known."""
         block = self._block(level)
         # Spread out, so that neighbouring levels differ from the start.
-        return block.hinted((4 * hint - 2).to(block.enter.weight)[:, None])
+        weight = block.enter.weight
+        return block.hinted(to_device((4 * hint - 2).to(weight.dtype), weight.device)[:, None])
 
     def weigh(self, level: str, code: Tensor) -> Tensor:
         """Weights `(n, components)` of the prompts for d: W d without bias, weighed as the shape says."""
@@ -152,14 +154,15 @@ class CAPM(nn.Module):
     def told(self, level: str, hint: Tensor | None, code: Callable[[], Tensor]) -> Tensor:
         """d `(n, code)` of frames whose compression levels are `hint` `(n,)`, NaN where unknown (None: all are).
 
-        The level's embedding where it is known, else what `code` reads in the features, called only then.
+        The level's embedding where it is known, else what `code` reads in the features, called only then. A hint is
+        best left on the CPU: whether all are known is read here.
         """
         if hint is None:
             return code()
         if not (unknown := hint.isnan()).any():
             return self.embedded(level, hint)
         seen = code()
-        return torch.where(unknown.to(seen.device)[:, None], seen, self.embedded(level, hint.nan_to_num()))
+        return torch.where(to_device(unknown, seen.device)[:, None], seen, self.embedded(level, hint.nan_to_num()))
 
     @torch.no_grad()
     def settle(self, features: Mapping[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..checkpoints.module_file import fill, read_module, write_module
 from ..errors import CheckpointError, SettingError
 from ..flow.warp import SMALLEST, dis_flow, visibility, warp
+from ..image.video_tensor import empty_video
 from ..sampling.tiling import cores
 from ..weights import bundled
 from .blocks import ResidualBlock
@@ -195,8 +196,10 @@ def refine(
     w: float = 0.0,
     cuts: Sequence[int] = (),
     tick: Callable[[int], None] = lambda done: None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`refine_frames` of videos `(frames, 3, h, w)` RGB in [0, 1]; `w` = 1 returns `upscaled` itself.
+    """`refine_frames` of videos `(frames, 3, h, w)` RGB in [0, 1], in their precision or in `dtype`; `w` = 1 returns
+    `upscaled` itself.
 
     `tick` is told of every frame done. Raises SettingError for `w` outside [0, 1] and for videos of two sizes.
     """
@@ -208,7 +211,7 @@ def refine(
         )
     if w == 1:
         return upscaled
-    out = torch.empty_like(upscaled)
+    out = empty_video(upscaled, len(upscaled), (upscaled.shape[-2], upscaled.shape[-1]), dtype)
     for index, frame in enumerate(refine_frames(model, zip(decoded, upscaled, strict=True), w, cuts)):
         out[index] = frame
         tick(1)

@@ -15,17 +15,18 @@ from typing import Any, cast
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..checkpoints.module_file import fill, read_module, write_module
 from ..errors import CheckpointError, SettingError
+from ..sampling.attention import fused_attention, in_chunks
+from ..sampling.tiling import Core, cores
 from ..weights import bundled
 
 KIND = "stam"
 #: The weights that come with the pack, made for its lite SVD's VAE.
 LITE_STAM = bundled("stam_lite")
-#: Positions that attend at once: CUDA's kernels take no more than 65535 sequences, and memory stays flat.
-POSITIONS = 8192
+#: Positions of a strip of rows, which goes through by itself: what is made of it stays small beside the features.
+POSITIONS = 16000
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,22 @@ class STAMBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Frames `(t, c, h, w)` that may all see each other, to the same, in their dtype."""
         given, x = x, x.to(self.conv.weight)
-        convolved = rearrange(self.conv(rearrange(x, "t c h w -> 1 c t h w")), "1 c t h w -> (h w) t c")
-        added = torch.cat([self._attend(part) for part in convolved.split(POSITIONS)])
-        over_time = rearrange(added, "(h w) t c -> t c h w", h=x.shape[-2])
+        strips = cores(x.shape[-2], max(1, POSITIONS // x.shape[-1]), 1)
+        return torch.cat([self._strip(x, rows) for rows in strips], -2).to(given)
+
+    def _strip(self, x: Tensor, rows: Core) -> Tensor:
+        """Some rows of the result."""
+        seen = rearrange(x[..., rows.outer, :], "t c h w -> 1 c t h w")
+        convolved = rearrange(self.conv(seen)[..., rows.inner, :], "1 c t h w -> (h w) t c")
+        added = in_chunks(self._attend, POSITIONS, convolved)
+        over_time = rearrange(added, "(h w) t c -> t c h w", w=x.shape[-1])
         # a F_s + b (F_s + TAB), in an order that keeps F_s to the last bit where a + b is 1 and TAB is 0.
-        return ((self.a + self.b) * x + self.b * over_time).to(given)
+        return (self.a + self.b) * x[..., rows.core, :] + self.b * over_time
 
     def _attend(self, x: Tensor) -> Tensor:
         """TAB: `(positions, t, c)` to what it adds there."""
         q, k, v = rearrange(self.qkv(self.norm(x)), "p t (three h d) -> three p h t d", three=3, h=self.heads)
-        return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "p h t d -> p t (h d)"))
+        return self.out(rearrange(fused_attention(q, k, v), "p h t d -> p t (h d)"))
 
 
 class STAM(nn.Module):

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from ..sampling.attention import fused_attention
+
 #: Side of the windows that attention is confined to, in the level's own pixels.
 WINDOW = 8
 #: Channels of an attention head.
@@ -48,11 +50,11 @@ class WindowAttention(nn.Module):
         count = (tokens.shape[1] // WINDOW, tokens.shape[2] // WINDOW)
         split = "n (y i) (x j) (three g d) -> three (n y x) g (i j) d"
         q, k, v = rearrange(tokens, split, three=3, i=WINDOW, j=WINDOW, d=HEAD)
-        mask = None
+        mask: list[Tensor] = []
         if top or left or bottom or right:
             there = F.pad(x.new_ones(height, width), (left, right, top, bottom)).bool()
-            mask = repeat(there, "(y i) (x j) -> (n y x) 1 1 (i j)", n=x.shape[0], i=WINDOW, j=WINDOW)
-        out = F.scaled_dot_product_attention(q, k, v, mask)
+            mask = [repeat(there, "(y i) (x j) -> (n y x) 1 1 (i j)", n=x.shape[0], i=WINDOW, j=WINDOW)]
+        out = fused_attention(q, k, v, *mask)
         join = "(n y x) g (i j) d -> n (y i) (x j) (g d)"
         out = rearrange(out, join, y=count[0], x=count[1], i=WINDOW, j=WINDOW)
         return self.out(out[:, top : top + height, left : left + width])

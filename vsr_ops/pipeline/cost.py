@@ -9,7 +9,6 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import psutil
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +18,7 @@ from ..backbones.svd import Backbone, find_layers, spatial_self_attention
 from ..sampling.calls import calls
 from ..sampling.guidance import COND, guide
 from ..sampling.tiling import TilePlan, TileSize
+from ..system.memory import free_bytes
 from ..units import readable
 from .job import Job
 from .plan_cost import EFFICIENCY, Bank, lagged_bytes, matmul_speed, tap_bytes
@@ -65,11 +65,6 @@ def activation_bytes(model: Backbone, tile: TileSize, tiles: int) -> int:
     """Roughly what one UNet call of `tiles` tiles needs beside the weights."""
     width = model.unet.config["block_out_channels"][0]
     return ACTIVATION_COPIES * tiles * tile.frames * tile.height * tile.width * width * model.dtype.itemsize
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory free now, on the GPU or in the machine."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def resolve_sap(model: Backbone, plan: TilePlan, settings: Settings, mode: str) -> Settings:

@@ -24,8 +24,12 @@ from ..modules.compression import CompressionHead, estimate_levels, level_of
 from ..modules.dcm import UpscaleFn
 from ..modules.refiner import Refiner, refine_frames
 from ..modules.stam import STAM
+from ..system.memory import free_bytes
+from ..system.precision import dtype_of
+from ..vae.budget import decoder_bytes, fitting_tile, modules_bytes, tile_side
 from ..vae.decoder_modules import DecoderModules
-from ..vae.latents import decode_frames
+from ..vae.latents import VAE_TILE, decode_frames
+from ..vae.layout import is_temporal
 from ..vae.stream import Streaming, stream_decode
 from ..video import Frame
 from .job import Job
@@ -146,7 +150,21 @@ def decoded(
     reference: Rolling | None = None
     if modules.cfw is not None:
         reference = Rolling((frame.image for frame in references()), latents.shape[0], size)
-    return stream_decode(model.vae, latents, cuts, modules, reference, levels, Streaming(chunk=model.tile.frames))
+    how = Streaming(chunk=model.tile.frames, tile=decode_tile(model, latents, modules))
+    return stream_decode(model.vae, latents, cuts, modules, reference, levels, how)
+
+
+def decode_tile(model: Backbone, latents: Tensor, modules: DecoderModules) -> int:
+    """The side in latents of the tiles that are decoded: VAE_TILE, or less where the device has no room for that."""
+    size, together = dtype_of(model.vae.decoder).itemsize, modules.stam is not None or is_temporal(model.vae.decoder)
+    frames = min(latents.shape[0], model.tile.frames) if together else 1
+
+    def needed(tile: int) -> float:
+        sides = [min(side, tile_side(tile, modules)) for side in latents.shape[-2:]]
+        beside = modules_bytes(model.vae, modules, frames, sides, size)
+        return decoder_bytes(model.vae, frames, sides, size) + beside
+
+    return fitting_tile(VAE_TILE, needed, free_bytes(model.device))
 
 
 def refined(

@@ -24,11 +24,16 @@ from ..sampling.propagation import Propagation, TileRun
 from ..sampling.samplers import SAMPLERS, check_sampler
 from ..sampling.schedule import Step, schedule_ends, step_at, steps_before
 from ..sampling.tiling import TilePlan, TileSize, plan_tiles
+from ..system.memory import home_of
 from .defaults import DEFAULTS
 
 if TYPE_CHECKING:
     # What is upscaled comes from a video: libraries of codecs, which sampling does not need.
     from .job import Job
+
+#: Latent videos that live together while one is sampled: LR, its zeros, noise, x, two estimates, the blend under way
+#: with its weights, the update's temporaries.
+VIDEO_COPIES = 9
 
 
 @dataclass(frozen=True)
@@ -154,16 +159,17 @@ def sample(
     """Scaled latents `(frames, 4, h, w)` of the result, from unscaled LR latents of the same shape (DC-VSR, section 3).
 
     Steps of `settings.sampler` on tiles, with SAP and TAP in turn. Guidance, and the alignment along `flow` (of the
-    latents' size), act on the whole video, tiles merged. Latents stay where `lr` is; one batch of tiles, or scene to
-    align, at a time goes to the model's device. `context` is one for all scenes `(1, tokens, dim)`, or one for each.
-    `noise` has deviation 1; when None it is drawn by frame, as a DDPM step's always is: from the seed and the frames'
-    numbers in their source, where the video begins at `first_frame`. `tick` is called before each UNet call. Raises
-    SamplingError for a value that is not finite, SettingError for contexts that are not one or one a scene, and for
-    alignment without a flow that fits.
+    latents' size), act on the whole video, tiles merged: on the model's device where there is room, else in host
+    memory, from where one batch of tiles, or scene to align, at a time goes to the device. `context` is one for all
+    scenes `(1, tokens, dim)`, or one for each. `noise` has deviation 1; when None it is drawn by frame, as a DDPM
+    step's always is: from the seed and the frames' numbers in their source, where the video begins at `first_frame`.
+    `tick` is called before each UNet call. Raises SamplingError for a value that is not finite, SettingError for
+    contexts that are not one or one a scene, and for alignment without a flow that fits.
     """
     if settings.steps == 0:
         return lr * model.scaling_factor
     flow = _fitting(flow, lr, settings)
+    given, lr = lr.device, lr.to(home_of(model.device, VIDEO_COPIES * lr.nbytes))
     # Older MPS cannot repeat a border in `grid_sample`.
     where = model.device if model.device.type == "cuda" else lr.device
     levels = NoiseRange.of(model)
@@ -176,7 +182,7 @@ def sample(
         numbers = range(first_frame, first_frame + len(lr))
         return frame_noise(numbers, lr.shape[1:], settings.seed, stream).to(lr.device)
 
-    noise = draw(0) if noise is None else noise
+    noise = draw(0) if noise is None else noise.to(lr.device)
     first = schedule[0]
     x = noise * (first**2 + 1) ** 0.5 if settings.denoise == 1 else lr * model.scaling_factor + noise * first
     run = TileRun(plan, settings.propagation)
@@ -200,7 +206,7 @@ def sample(
             v = SCALES[settings.align_scale](sigma, following)
             x0 = align(x0, flow, settings.align, v, settings.align_mode, ROUNDS, where)
         x = SAMPLERS[settings.sampler](x, x0, sigma, following, partial(draw, i + 1))
-    return x
+    return x.to(given)
 
 
 def _by_scene(plan: TilePlan, context: Tensor) -> Tensor:

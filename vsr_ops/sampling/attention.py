@@ -1,6 +1,7 @@
 """One self-attention with extended keys and values and a temperature, and the perturbed forms guidance swaps in.
 
-Tensors are `(videos*frames, heads, tokens, dim)`. Everything goes through one fused attention: torch's, or a host's.
+Tensors are `(videos*frames, heads, tokens, dim)`. Everything goes through one fused attention, torch's or a host's, in
+no more sequences at a time than CUDA takes.
 """
 
 from __future__ import annotations
@@ -25,10 +26,27 @@ class KeyValue(NamedTuple):
 #: softmax(Q K^T / sqrt(d)) V, by torch or by a host.
 Fused = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+#: Sequences, heads counted each, of one fused attention. Memory-efficient and flash attention put the batch on an axis
+#: of CUDA's grid that ends here (pytorch#146704, #142228), and some kernels put batch times heads there.
+SEQUENCES = 65535
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's own."""
-    return F.scaled_dot_product_attention(q, k, v)
+
+def in_chunks(function: Callable[..., Tensor], size: int, *inputs: Tensor) -> Tensor:
+    """`function(*inputs)` of at most `size` rows at a time, its parts joined; the inputs have as many rows each."""
+    rows = inputs[0].shape[0]
+    if rows <= size:
+        return function(*inputs)
+    return torch.cat([function(*(x[first : first + size] for x in inputs)) for first in range(0, rows, size)])
+
+
+def batch_limit(heads: int) -> int:
+    """The largest batch that one fused attention of so many heads may have."""
+    return max(1, SEQUENCES // heads)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
+    """torch's own; a `mask`, if there is one, has the batch's length."""
+    return in_chunks(F.scaled_dot_product_attention, batch_limit(q.shape[1]), q, k, v, *mask)
 
 
 class SelfAttention(Protocol):

@@ -44,15 +44,19 @@ def run_pass(run: TileRun, step: Step, branch: Branch, evaluate: Callable[[Call]
     """
     run.begin(step, branch)
     merger = Merger(run.plan)
+    finite: list[tuple[Call, Tensor]] = []
     for call in calls(run.plan, step, branch, batch, synchronous=not run.settings.sap_lagged):
         value = evaluate_within(run, call, evaluate)
-        if not bool(torch.isfinite(value).all()):
-            raise SamplingError(
-                f"step {step.index + 1}, window {call.window + 1} of {len(run.plan.windows)}, tile"
-                f" {', '.join(str(m + 1) for m in call.tiles)} of {len(run.plan.spatial)}, branch {branch.name}: the"
-                " model gave NaN or infinity; try float32, or check the weights"
-            )
+        finite.append((call, torch.isfinite(value).all()))
         run.finish(call)
         for i, m in enumerate(call.tiles):
             merger.add(call.window, m, value[i * call.frames : (i + 1) * call.frames])
+    # Read once a pass: each reading waits until the device has done all that it was given.
+    if not bool(torch.stack([each for _, each in finite]).all()):
+        call = next(call for call, each in finite if not bool(each))
+        raise SamplingError(
+            f"step {step.index + 1}, window {call.window + 1} of {len(run.plan.windows)}, tile"
+            f" {', '.join(str(m + 1) for m in call.tiles)} of {len(run.plan.spatial)}, branch {branch.name}: the"
+            " model gave NaN or infinity; try float32, or check the weights"
+        )
     return merger.result()

@@ -22,7 +22,7 @@ class Saliency:
         """Takes the queries and keys of a middle self-attention layer; the last layer's count."""
         rows, cols = token_grid(k.shape[2], call.height, call.width)
         mask = rearrange((attention_received(q, k) > 1).float(), "b (y x) -> b 1 y x", y=rows, x=cols)
-        full = torch.nn.functional.interpolate(mask, size=(call.height, call.width), mode="nearest").cpu()
+        full = torch.nn.functional.interpolate(mask, size=(call.height, call.width), mode="nearest")
         for i, m in enumerate(call.tiles):
             self._pending[call.window, m] = full[i * call.frames : (i + 1) * call.frames]
 

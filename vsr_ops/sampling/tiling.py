@@ -6,6 +6,7 @@ A plan holds numbers only, no tensors; equal settings give equal plans.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,6 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..errors import SettingError
+from ..system.memory import to_device
 
 
 @dataclass(frozen=True)
@@ -180,17 +182,20 @@ def _profile(span: Span, extent: int) -> tuple[float, ...]:
     if span.length == extent:
         return (1.0,) * span.length
     centre, deviation = (span.length - 1) / 2, max(span.length / 4, 0.5)
-    steps = (torch.arange(span.length, dtype=torch.float64) - centre) / deviation
-    return tuple(float(weight) for weight in torch.exp(-0.5 * steps.square()))
+    return tuple(math.exp(-0.5 * ((step - centre) / deviation) ** 2) for step in range(span.length))
+
+
+def _alone(plan: TilePlan, window: int) -> bool:
+    """Whether a window is its scene's only one."""
+    scene = plan.windows[window].scene
+    return sum(w.scene == scene for w in plan.windows) == 1
 
 
 def blend_weight(plan: TilePlan, window: int, tile: int) -> Tensor:
     """Separable Gaussian weight of one tile, `(frames, 1, h, w)` float32; largest at the centre."""
     row, col = plan.spatial[tile]
-    span, scene = plan.windows[window].span, plan.windows[window].scene
-    length = sum(w.span.stop - w.span.start for w in plan.windows if w.scene == scene)
-    alone = length == span.length
-    time = (1.0,) * span.length if alone else _profile(span, plan.frames + 1)
+    span = plan.windows[window].span
+    time = (1.0,) * span.length if _alone(plan, window) else _profile(span, plan.frames + 1)
     axes = (time, _profile(row, plan.height), _profile(col, plan.width))
     t, y, x = (torch.tensor(axis, dtype=torch.float64) for axis in axes)
     return rearrange(torch.einsum("t,y,x->tyx", t, y, x), "t y x -> t 1 y x").float()
@@ -219,6 +224,7 @@ class Merger:
         self._total: Tensor | None = None
         self._weight: Tensor | None = None
         self._dtype = torch.float32
+        self._blend: dict[tuple[int, bool], Tensor] = {}
 
     def add(self, window: int, tile: int, value: Tensor) -> None:
         """Adds one tile's `(frames, c, h, w)`."""
@@ -232,9 +238,16 @@ class Merger:
         if plan.tiles == 1:
             self._total.copy_(value)
             return
-        weight = blend_weight(plan, window, tile).to(value.device)
+        weight = self._blend_weight(window, tile, value.device)
         cut_tile(plan, window, tile, self._total).add_(value.float() * weight)
         cut_tile(plan, window, tile, self._weight).add_(weight)
+
+    def _blend_weight(self, window: int, tile: int, device: torch.device) -> Tensor:
+        """As `blend_weight`, kept: tiles of one plan have one height and width, so only windows make a difference."""
+        key = (self._plan.windows[window].span.length, _alone(self._plan, window))
+        if key not in self._blend:
+            self._blend[key] = to_device(blend_weight(self._plan, window, tile), device)
+        return self._blend[key]
 
     def result(self) -> Tensor:
         """The blended video `(frames, c, height, width)` in the tiles' dtype, once every tile has been added."""

@@ -1,11 +1,13 @@
-"""A device's memory running out: how that is told from other errors, and what is freed before the next try."""
+"""A device's memory: how running out is told from other errors, and how tensors cross over without waiting for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import psutil
 import torch
+from torch import Tensor
 
 #: CUDA's number for its own out-of-memory, in errors that torch does not sort (cudaErrorMemoryAllocation).
 _CUDA_NO_MEMORY = 2
@@ -27,6 +29,42 @@ def free_cached() -> None:
     """Gives back what torch's allocator keeps for later."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory free now, on the GPU (what torch's allocator keeps for later included) or in the machine."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """`x` there, in the order of that device's work but without waiting for it: CUDA takes what it copies from ordinary
+    memory at once, and reads pinned memory in its turn."""
+    return x.to(device, non_blocking=device.type == "cuda")
+
+
+def home_of(device: torch.device, nbytes: int) -> torch.device:
+    """Where a video of so many bytes is put together: on the device where it takes at most an eighth of what is free,
+    else in the machine's memory."""
+    return device if device.type == "cuda" and nbytes <= free_bytes(device) / 8 else torch.device("cpu")
+
+
+def may_pin() -> bool:
+    """Whether more of the machine's memory may be pinned: while half of it is free, for torch gives none back."""
+    memory = psutil.virtual_memory()
+    return memory.available > memory.total / 2
+
+
+def to_host(x: Tensor, pin: bool = True) -> Tensor:
+    """A copy of `x` in the machine's memory. Pinned, which only CUDA's is, it may not have arrived when this returns:
+    give it to `to_device`, which comes after it in the device's order, or wait for the device before it is read."""
+    if x.device.type != "cuda" or not pin:
+        return x.to("cpu", copy=True)
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    return host
 
 
 @dataclass(frozen=True)

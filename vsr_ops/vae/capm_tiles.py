@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..modules.capm import CAPM, CODE_STRIDE
 from ..modules.windows import WINDOW, Place
+from .group_norm import exact
 from .layout import Box, DecoderOp
 
 
@@ -38,7 +39,6 @@ class TiledCAPM:
     def _run(self, name: str, x: Tensor, place: Place | None, own: Box | None, hint: Tensor | None) -> Tensor:
         """Features `x` at `place` of their picture (None: all of it); `own` is the part of the picture to gather,
         `hint` the frames' compression levels, NaN where unknown; None where all are."""
-        hint = None if hint is None else hint.to(x.device)
         if own is None or place is None:
             weights = self.model.weights(name, x, hint)
         else:
@@ -52,7 +52,7 @@ class TiledCAPM:
             slice(-(-(span.start - start) // CODE_STRIDE), -(-(span.stop - start) // CODE_STRIDE))
             for span, start in zip(own, (place.top, place.left), strict=True)
         )
-        inner = codes[..., rows, cols].cpu().double()
+        inner = exact(codes[..., rows, cols])
         if self.sketching:
             self.sketch[name] = inner.mean((2, 3))
             self.used[name] = self.sketch[name] + self.offset.get(name, 0)
@@ -61,13 +61,14 @@ class TiledCAPM:
             self.seen[name] = (total + inner.sum((2, 3)), count + inner[0, 0].numel())
         return self.used[name].to(codes)
 
-    def settle(self) -> float:
-        """Ends a pass over the tiles; returns by how much the d they took was off what they saw, as a share."""
-        moved = 0.0
+    def settle(self) -> list[Tensor]:
+        """Ends a pass over the tiles; returns by how much the d they took was off what they saw, as a share, level by
+        level."""
+        moved: list[Tensor] = []
         for name, (total, count) in self.seen.items():
             mean = total / count
             apart = (self.used[name] - mean).abs().amax()
-            moved = max(moved, float(apart / mean.square().mean().sqrt().clamp(min=1e-6)))
+            moved.append(apart / mean.square().mean().sqrt().clamp(min=1e-6))
             self.offset[name] = mean - self.sketch[name]
             self.used[name] = mean
         self.seen = {}

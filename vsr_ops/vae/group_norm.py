@@ -14,9 +14,14 @@ from torch import Tensor, nn
 from .layout import DecoderOp
 
 
+def exact(x: Tensor) -> Tensor:
+    """In float64, where a device has it; Apple's has not."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
 @dataclass(frozen=True)
 class Moments:
-    """Mean and variance `(n, groups)` of `count` values each, float64 on the CPU: not every device has it."""
+    """Mean and variance `(n, groups)` of `count` values each, on the activations' device, `exact`."""
 
     count: int
     mean: Tensor
@@ -30,11 +35,11 @@ class Moments:
         variance = torch.lerp(self.variance, more.variance, share) + apart.square() * (share * (1 - share))
         return Moments(total, self.mean + apart * share, variance)
 
-    def distance(self, other: Moments, eps: float) -> float:
-        """The largest difference of a mean or deviation, in the other's deviations."""
+    def distance(self, other: Moments, eps: float) -> Tensor:
+        """The largest difference of a mean or deviation, in the other's deviations; a number that nobody waits for."""
         deviation = (other.variance + eps).sqrt()
         apart = torch.maximum((self.mean - other.mean).abs(), ((self.variance + eps).sqrt() - deviation).abs())
-        return float((apart / deviation).max())
+        return (apart / deviation).max()
 
 
 @dataclass
@@ -83,7 +88,7 @@ class Statistics:
         scale = (moments.variance + norm.eps).rsqrt()
         each = norm.num_channels // norm.num_groups
         scale, shift = (
-            side.float().to(x.device).repeat_interleave(each, -1).reshape(-1, norm.num_channels, *tail)
+            side.float().repeat_interleave(each, -1).reshape(-1, norm.num_channels, *tail)
             for side in (scale, -moments.mean * scale)
         )
         if norm.affine:
@@ -94,7 +99,7 @@ class Statistics:
     def _gather(self, norm: nn.GroupNorm, own: Tensor) -> None:
         values = own.reshape(own.shape[0], norm.num_groups, -1).float()
         variance, mean = torch.var_mean(values, -1, correction=0)
-        moments = Moments(values.shape[-1], mean.cpu().double(), variance.cpu().double())
+        moments = Moments(values.shape[-1], exact(mean), exact(variance))
         if not self.sketching:
             self.seen[norm] = self.seen[norm].with_more(moments) if norm in self.seen else moments
             return
@@ -104,11 +109,12 @@ class Statistics:
             variance = ((moments.variance + norm.eps) * factor - norm.eps).clamp(min=0)
             self.used[norm] = Moments(moments.count, moments.mean + difference, variance)
 
-    def settle(self) -> float:
-        """Ends a pass over the tiles; returns by how much what they took was off what they saw, in deviations."""
-        moved = 0.0
+    def settle(self) -> list[Tensor]:
+        """Ends a pass over the tiles; returns by how much what they took was off what they saw, in deviations, norm by
+        norm."""
+        moved: list[Tensor] = []
         for norm, seen in self.seen.items():
-            moved = max(moved, self.used[norm].distance(seen, norm.eps))
+            moved.append(self.used[norm].distance(seen, norm.eps))
             sketch = self.sketch[norm]
             factor = (seen.variance + norm.eps) / (sketch.variance + norm.eps)
             self.offset[norm] = (seen.mean - sketch.mean, factor)

@@ -10,23 +10,30 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingError
+from ..image.video_tensor import empty_video
 from ..sampling.tiling import Merger, TilePlan, TileSize, cut_tile, plan_tiles, spans
+from ..system.memory import home_of
 
 #: Picture pixels of one latent pixel along each side.
 CELL = 8
 #: The VAE works on spatial tiles of this many latents.
 VAE_TILE, VAE_OVERLAP = 64, 0.25
+#: Chunks of frames that live together: the blend under way and its weights, its result, the frames held from before.
+CHUNK_COPIES = 3
 
 
 class VAE(Protocol):
-    """SVD's autoencoder, headless or a host's."""
+    """SVD's autoencoder, headless or a host's; `device` is where it computes."""
+
+    @property
+    def device(self) -> torch.device: ...
 
     def encode(self, frames: Tensor) -> Tensor:
         """Unscaled latents `(n, 4, h, w)` float32 of frames `(n, 3, 8h, 8w)` in [0, 1]."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Frames `(n, 3, 8h, 8w)` of one chunk of unscaled latents `(n, 4, h, w)`."""
+        """Frames `(n, 3, 8h, 8w)` of one chunk of unscaled latents `(n, 4, h, w)`, where these are."""
         ...
 
 
@@ -35,6 +42,12 @@ def pad_to(frame: Tensor, height: int, width: int) -> Tensor:
     rows = torch.arange(height).clamp(max=frame.shape[-2] - 1)
     cols = torch.arange(width).clamp(max=frame.shape[-1] - 1)
     return frame[:, rows][:, :, cols]
+
+
+def chunk_bytes(latents: Tensor, cell: int) -> int:
+    """What a chunk of latents `(n, c, h, w)` takes while its frames are blended; a latent is `cell` pixels a side."""
+    frames, _, height, width = latents.shape
+    return CHUNK_COPIES * frames * 3 * height * width * cell**2 * 4
 
 
 def _vae_plan(frames: int, height: int, width: int) -> TilePlan:
@@ -64,16 +77,17 @@ def decode_frames(vae: VAE, latents: Tensor, chunk: int, cuts: Sequence[int] = (
         windows = spans(stop - start, chunk, VAE_OVERLAP)
         held: Tensor | None = None
         for n, window in enumerate(windows):
-            out = _decode_chunk(vae, latents[start + window.start : start + window.stop])
+            z = latents[start + window.start : start + window.stop]
+            out = _decode_chunk(vae, z.to(home_of(vae.device, chunk_bytes(z, CELL))))
             if held is not None:
                 # Linear cross-fade over the frames both chunks hold.
                 shared = held.shape[0]
-                weight = torch.linspace(0, 1, shared + 2)[1:-1].view(-1, 1, 1, 1)
-                out[:shared] = torch.lerp(held, out[:shared], weight)
+                weight = torch.linspace(0, 1, shared + 2, device=out.device)[1:-1].view(-1, 1, 1, 1)
+                out[:shared] = torch.lerp(held.to(out.device), out[:shared], weight)
             following = windows[n + 1].start if n + 1 < len(windows) else window.stop
             ready = following - window.start
             held = out[ready:].clone()
-            yield from out[:ready]
+            yield from (frame.to(z.device) for frame in out[:ready])
 
 
 def _decode_chunk(vae: VAE, latents: Tensor) -> Tensor:
@@ -111,18 +125,25 @@ def decode_video(
     cuts: Sequence[int] = (),
     size: tuple[int, int] | None = None,
     tick: Callable[[int], None] = lambda done: None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Frames `(n, 3, height, width)` in [0, 1] of unscaled latents, cropped to `size`.
+    """Frames `(n, 3, height, width)` in [0, 1] of unscaled latents, cropped to `size`, in the frames' precision or in
+    `dtype`.
 
     Raises SettingError for latents that hold NaN or are no video, and for a size that they do not cover.
     """
     if latents.ndim != 4 or latents.shape[0] == 0:
         raise SettingError(f"the latent has shape {tuple(latents.shape)}: expected (frames, 4, height, width)")
-    return collect(decode_frames(vae, latents, chunk, cuts), latents, CELL, size, tick)
+    return collect(decode_frames(vae, latents, chunk, cuts), latents, CELL, size, tick, dtype)
 
 
 def collect(
-    frames: Iterable[Tensor], latents: Tensor, cell: int, size: tuple[int, int] | None, tick: Callable[[int], None]
+    frames: Iterable[Tensor],
+    latents: Tensor,
+    cell: int,
+    size: tuple[int, int] | None,
+    tick: Callable[[int], None],
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The video `(n, c, height, width)` in [0, 1] of the frames that `latents` `(n, 4, h, w)` are decoded to, cropped
     to `size`; a latent is `cell` pixels a side, and `tick` is told of every frame done.
@@ -141,7 +162,7 @@ def collect(
         if not bool(torch.isfinite(frame).all()):
             raise SettingError(f"frame {i + 1} decoded to NaN or infinity: run the VAE in float32, or check the latent")
         if out is None:
-            out = frame.new_empty((latents.shape[0], frame.shape[0], height, width))
+            out = empty_video(frame, latents.shape[0], (height, width), dtype)
         out[i] = frame[:, :height, :width].clamp(0, 1)
         tick(1)
     assert out is not None

@@ -12,14 +12,16 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import SettingError
 from ..modules.capm_hints import check_hint
 from ..sampling.tiling import spans
+from ..system.memory import home_of
+from ..system.precision import decoded_within, run_like
 from .capm_tiles import TiledCAPM
 from .decoder_modules import DecoderModules
-from .latents import VAE_OVERLAP, VAE_TILE, pad_to
+from .latents import VAE_OVERLAP, VAE_TILE, chunk_bytes, pad_to
 from .layout import DecoderOp, is_temporal, layout_of, output_name
 from .tiles import TOLERANCE, ComputedIn, TiledDecoder
 
@@ -105,9 +107,11 @@ def _assemble(vae: Any, modules: DecoderModules, how: Streaming) -> TiledDecoder
         ops.append(op)
         if stam is not None and op.name in stam.names:
             block = stam.block(op.name)
-            ops.append(replace(op, name=f"{op.name}_stam", modules=(block,), run=block, residual=False))
+            ops.append(
+                replace(op, name=f"{op.name}_stam", modules=(block,), run=partial(run_like, block), residual=False)
+            )
         if cfw is not None and op.residual and op.level in cfw.shape.levels and not plain[index + 1].residual:
-            fuse = partial(cfw.fuse, op.level, w=modules.w)
+            fuse = partial(_fused, cfw.layer(op.level), modules.w)
             ops.append(DecoderOp(f"fuse_{op.level}", (cfw.layer(op.level),), lambda x: x, op.level, fuse=fuse))
         if prompts is not None and (op.resize or index == len(plain) - 2):
             name = output_name(plain[0].level, op)
@@ -132,6 +136,12 @@ def _assemble(vae: Any, modules: DecoderModules, how: Streaming) -> TiledDecoder
         prompts,
         how.computed_in,
     )
+
+
+def _fused(layer: nn.Module, w: float, encoded: Tensor, decoded: Tensor) -> Tensor:
+    """As `CFW.fuse`, in the decoder's precision; no module that acts has w 0."""
+    # The layer takes the encoder's features first.
+    return decoded + w * run_like(layer, encoded.to(decoded), decoded)
 
 
 def _check_levels(latents: Tensor, levels: Tensor | None) -> None:
@@ -173,16 +183,18 @@ def _stream(
         for n, window in enumerate(windows):
             frames = slice(first + window.start, first + window.stop)
             z = latents[frames]
-            seen = None if reference is None else _padded(reference[frames], z, decoder.cell)
-            out = decoder(z, seen, None if levels is None else levels[frames])
+            z = z.to(home_of(decoder.device, chunk_bytes(z, decoder.cell)))
+            seen = None if reference is None else _padded(reference[frames].to(z.device), z, decoder.cell)
+            hint = None if levels is None else levels[frames]
+            out = decoded_within(decoder.vae, partial(decoder, z, seen, hint), decoder.widen)
             if held is not None:
                 # Linear cross-fade over the frames both chunks hold.
                 shared = held.shape[0]
                 weight = torch.linspace(0, 1, shared + 2, device=out.device)[1:-1].view(-1, 1, 1, 1)
-                out[:shared] = torch.lerp(held, out[:shared], weight)
+                out[:shared] = torch.lerp(held.to(out.device), out[:shared], weight)
             ready = (windows[n + 1].start if n + 1 < len(windows) else window.stop) - window.start
             held = out[ready:].clone()
-            yield from out[:ready]
+            yield from (frame.to(latents.device) for frame in out[:ready])
 
 
 def _padded(reference: Tensor, latents: Tensor, cell: int) -> Tensor:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ..modules.windows import Place
 from ..sampling.tiling import Span
+from ..system.precision import widen
 from .capm_tiles import TiledCAPM
 from .group_norm import Statistics
 from .layout import (
@@ -115,14 +116,25 @@ class TiledDecoder:
 
     def __post_init__(self) -> None:
         self.of_tail, self.of_encoder = Statistics(self.tail), Statistics(self.encoder)
-        if self.computed_in is None:
-            weight = next(cast("Iterator[Tensor]", self.vae.decoder.parameters()))
-            self.computed_in = ComputedIn(weight.device, weight.dtype)
         self.cell = cell_of(self.vae)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._in(self.vae.decoder).device
+
+    def _in(self, half: nn.Module) -> ComputedIn:
+        """Where the VAE's decoder or encoder computes."""
+        weight = next(cast("Iterator[Tensor]", half.parameters()))
+        return self.computed_in or ComputedIn(weight.device, weight.dtype)
+
     def _there(self, x: Tensor) -> Tensor:
-        assert self.computed_in is not None
-        return x.to(*self.computed_in)
+        return x.to(*self._in(self.vae.decoder))
+
+    def widen(self, vae: Any) -> bool:
+        """As `precision.widen`, but not where it was said what to compute in; what was gathered is forgotten."""
+        self.forget()
+        return self.computed_in is None and widen(vae)
 
     def forget(self) -> None:
         """A new scene: nothing is known of its statistics."""
@@ -195,7 +207,9 @@ class TiledDecoder:
                 for part in gathered:
                     part.sketching = False
                 run()
-                if max([part.settle() for part in gathered]) <= self.tolerance:
+                moved = [each for part in gathered for each in part.settle()]
+                # The one number that a pass waits for; NaN ends here, too, and is refused where frames are.
+                if not moved or not float(torch.stack(moved).amax()) > self.tolerance:
                     return
 
     def _put(self, out: Tensor, tile: Box, x: Tensor) -> None:
@@ -235,4 +249,4 @@ class TiledDecoder:
         return {**features, deepest: last}
 
     def _cut(self, reference: Tensor, box: Box) -> Tensor:
-        return self._there(reference[..., box[0].slice, box[1].slice]) * 2 - 1
+        return reference[..., box[0].slice, box[1].slice].to(*self._in(self.vae.encoder)) * 2 - 1

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..errors import SettingError
+from ..image.video_tensor import empty_video
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def side_by_side(videos: Sequence[Tensor], labels: Sequence[str], view: View) ->
     """The videos from left to right, whole, a white line between them: (n, 3, h, about w per video)."""
     n, _, h, w = videos[0].shape
     parts = _parts(len(videos), w, _line(h))
-    out = videos[0].new_ones(n, 3, h, parts[-1].stop)
+    out = empty_video(videos[0], n, (h, parts[-1].stop)).fill_(1)
     for i in range(n):
         for video, label, part in zip(videos, labels, parts, strict=True):
             out[i, :, :, part] = video[i]
@@ -87,7 +88,7 @@ def side_by_side(videos: Sequence[Tensor], labels: Sequence[str], view: View) ->
 def wipe(videos: Sequence[Tensor], labels: Sequence[str], view: View) -> Tensor:
     """The first video left of a white line and the second right of it, with three a band of the second between."""
     n, _, h, w = videos[0].shape
-    out = torch.empty_like(videos[0])
+    out = empty_video(videos[0], n, (h, w))
     for i in range(n):
         share = i / (n - 1) if view.sweep and n > 1 else view.position
         edges = [0, *_splits(len(videos), share, w), w]
@@ -106,7 +107,7 @@ def difference(videos: Sequence[Tensor], labels: Sequence[str], view: View) -> T
     first, *others = videos
     n, _, h, w = first.shape
     parts = _parts(len(others), w, _line(h))
-    out = first.new_ones(n, 3, h, parts[-1].stop)
+    out = empty_video(first, n, (h, parts[-1].stop)).fill_(1)
     for i in range(n):
         for video, label, part in zip(others, labels[1:], parts, strict=True):
             error = (video[i].to(first.device).float() - first[i].float()).abs().mean(0)

@@ -95,16 +95,28 @@ def test_two_branches_of_one_model_do_not_meet(host: ModuleType, nodes: dict[str
     assert torch.equal(outer, expected)
 
 
-@pytest.mark.parametrize("mode", ["lagged", "synchronous"])
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("lagged", "OutOfMemoryError"), ("synchronous", "OutOfMemoryError"), ("synchronous", "AcceleratorError")],
+)
 def test_out_of_memory_halves_the_batch(
-    host: ModuleType, nodes: dict[str, Any], lite: Any, wired: Any, caplog: pytest.LogCaptureFixture, mode: str
+    host: ModuleType,
+    nodes: dict[str, Any],
+    lite: Any,
+    wired: Any,
+    caplog: pytest.LogCaptureFixture,
+    mode: str,
+    kind: str,
 ) -> None:
+    """Said at the allocation, or later by the accelerator, which newer torch has a class for."""
     sizes: list[int] = []
+    if not hasattr(torch, kind):
+        pytest.skip(f"this torch has no {kind}")
 
     def small(executor: Any, x: Tensor, *args: Any, **rest: Any) -> Tensor:
         sizes.append(x.shape[0])
         if x.shape[0] > TILE[2]:
-            raise torch.cuda.OutOfMemoryError("a test's")
+            raise getattr(torch, kind)("CUDA error: out of memory, a test's")
         return executor(x, *args, **rest)
 
     four = part(wired, 4, 24, 24)

@@ -1,0 +1,71 @@
+"""Device memory that decoding in tiles takes, and the largest tile that fits: one truth for host and headless.
+
+Estimates, from the widths and sizes of the decoder's stages: live copies of the largest activation, counted on the CPU
+and rounded up (tests/vae/test_budget.py holds them against what is measured).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..modules.stam import POSITIONS
+from .decoder_modules import DecoderModules
+from .layout import DecoderOp, layout_of, output_name
+
+#: Latents around a tile that a decoder's convolutions reach, SD's and SVD's, and how many more CAPM's windows do.
+MARGIN, CAPM_MARGIN = 8, 6
+#: Activations of a stage's width alive at its peak: of the decoder's own, beside the float32 that norms scale in.
+DECODER_COPIES = 6.0
+#: Of STAM: what it is given, its strips, and these put together; beside them one strip's convolution, queries, keys and
+#: values, and attention; of CFW: dense blocks, which keep all they made; of
+#: CAPM, which computes in float32: the features, and tokens of a quarter of their width.
+STAM_COPIES, STRIP_COPIES, CFW_COPIES, CAPM_COPIES = 4.0, 12.0, 12.0, 6.0
+#: Share of the free memory that a tile may take, the step of its side in latents, and the smallest that is tried.
+SHARE, STEP, SMALLEST = 0.8, 8, 16
+
+
+def tile_side(tile: int, modules: DecoderModules) -> int:
+    """Latents a side of what goes through the decoder for a tile of `tile`, margins included."""
+    return tile + 2 * (MARGIN + (0 if modules.capm is None else CAPM_MARGIN))
+
+
+def _pixels(op: DecoderOp, top: int, sides: Sequence[int]) -> int:
+    """Pixels of a stage's output, for `sides` in latents."""
+    scale = 1 << (top - op.level + max(op.resize, 0))
+    return sides[0] * scale * sides[1] * scale
+
+
+def decoder_bytes(vae: Any, frames: int, sides: Sequence[int], itemsize: int) -> float:
+    """What the decoder itself takes for `frames` that go together, of `sides` latents, at its widest stage."""
+    ops = layout_of(vae).decoder(vae.decoder)
+    widest = max(_pixels(op, ops[0].level, sides) * int(op.norms[0].num_channels) for op in ops if op.norms)
+    return DECODER_COPIES * frames * widest * itemsize
+
+
+def modules_bytes(vae: Any, modules: DecoderModules, frames: int, sides: Sequence[int], itemsize: int) -> float:
+    """What the modules beside the decoder take at their peak, beyond the decoder's own."""
+    ops = layout_of(vae).decoder(vae.decoder)
+    top, acting = ops[0].level, modules.acting
+    found = [0.0]
+    for op in ops:
+        pixels = frames * _pixels(op, top, sides)
+        if acting.stam is not None and op.name in acting.stam.names:
+            width = dict(acting.stam.shape.blocks)[op.name]
+            strip = frames * min(pixels // frames, POSITIONS) * (acting.stam.shape.inner or width)
+            found.append((STAM_COPIES * pixels * width + STRIP_COPIES * strip) * itemsize)
+        if acting.cfw is not None and op.residual and op.level in acting.cfw.shape.levels:
+            width = acting.cfw.shape.widths[acting.cfw.shape.levels.index(op.level)]
+            found.append(CFW_COPIES * pixels * width * itemsize)
+        if acting.capm is not None and op.residual:
+            width = acting.capm.shape.widths.get(output_name(top, op), 0)
+            found.append(CAPM_COPIES * pixels * width * 4)
+    return max(found)
+
+
+def fitting_tile(tile: int, needed: Callable[[int], float], free: float) -> int:
+    """The largest tile, `tile` or smaller in steps of 8 latents, whose `needed` bytes are within a share of `free`; 16
+    where none is. Exact tiles give one picture whatever their size."""
+    while tile > SMALLEST and needed(tile) > SHARE * free:
+        tile = max(SMALLEST, tile - STEP)
+    return tile
