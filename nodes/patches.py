@@ -54,6 +54,12 @@ class TiledDiffusion(io.ComfyNode):
                 number("start_percent", 0.0, 0.0, 1.0, "Where in sampling propagation begins."),
                 number("end_percent", 1.0, 0.0, 1.0, "Where in sampling propagation ends."),
                 count("tile_batch", 1, 1, 256, "Tiles that go through the UNet together; halved when memory runs out."),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="What the sampler starts from: no window crosses its scene cuts. Wire it where the"
+                    " prompt is a text, which knows of none; SVD Video Conditioning and Null Prompt do.",
+                ),
                 choice(
                     "layout",
                     LAYOUTS,
@@ -83,6 +89,7 @@ class TiledDiffusion(io.ComfyNode):
         start_percent: float,
         end_percent: float,
         tile_batch: int,
+        latent: dict[str, Any] | None = None,
         layout: str = "paper",
     ) -> io.NodeOutput:
         carried = Propagation.named(
@@ -96,6 +103,7 @@ class TiledDiffusion(io.ComfyNode):
             start_percent,
             end_percent,
             tile_batch,
+            None if latent is None else host.latent_scenes(latent),
             check_choice("layout", layout, LAYOUTS),
         )
         return io.NodeOutput(host.patch_tiles(model, tiles))

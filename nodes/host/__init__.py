@@ -4,7 +4,7 @@ from ..session.run import Tiles
 from .capm import patch_capm
 from .context import scene_contexts
 from .control import load_host_control
-from .cost import describe, latent_cuts, latent_picture, preview_layout
+from .cost import describe, latent_cuts, latent_picture, latent_scenes, preview_layout
 from .device import intermediate_dtype
 from .hooks import patch_perturbed, patch_tiles
 from .load import load_lite, weights_file, weights_files
@@ -29,6 +29,7 @@ __all__ = [
     "intermediate_dtype",
     "latent_cuts",
     "latent_picture",
+    "latent_scenes",
     "load_host_control",
     "load_lite",
     "load_unet",

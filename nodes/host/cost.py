@@ -21,7 +21,7 @@ from ...vsr_ops.sampling.tiling import TileSize
 from ...vsr_ops.vae.latents import CELL
 from ...vsr_ops.video.scenes import find_cuts
 from ..session.known import cuts_of
-from ..session.run import sap_lagged
+from ..session.run import Scenes, sap_lagged
 from .model import context_tokens_of, layout_for, spatial_layers, tiles_of, together
 
 
@@ -46,6 +46,11 @@ def latent_cuts(latent: Mapping[str, Any]) -> tuple[int, ...]:
     colours = torch.tensor(formats.latent_rgb_factors)
     scaled = formats.process_in(samples.float().cpu())
     return find_cuts(iter(torch.einsum("t c h w, c r -> t r h w", scaled, colours) / 2 + 0.5))
+
+
+def latent_scenes(latent: Mapping[str, Any]) -> Scenes:
+    """A LATENT's frames, and where scenes change among them. Raises SettingError where that cannot be told."""
+    return Scenes(latent["samples"].shape[0], latent_cuts(latent))
 
 
 def preview_layout(model: Any, frames: Tensor, cuts: Sequence[int]) -> TileLayout:

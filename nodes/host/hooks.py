@@ -105,7 +105,14 @@ def outer_sample(
     guider = executor.class_obj
     settings = pack_settings(guider.model_options)
     check_run(guider, noise.shape, latent, context_width(guider.model_patcher), is_svd(guider.model_patcher))
-    run = make_run(guider.model_patcher, settings, noise.shape, sigmas, run_cuts(guider.conds, noise.shape[0]))
+    tiles: Tiles | None = settings.get("tiles")
+    cuts = run_cuts(guider.conds, noise.shape[0], tiles.scenes if tiles else None)
+    run = make_run(guider.model_patcher, settings, noise.shape, sigmas, cuts or ())
+    if cuts is None and len(run.plan.windows) > 1:
+        log.warning(
+            "No scene cuts are known of this video, and windows may cross one: wire Encode Video (VSR)'s latent into"
+            " Tiled Diffusion (VSR) too"
+        )
     if is_compiled(guider.model_patcher):
         log.warning("Torch Compile is without effect here: VSR's patches change from call to call; take it off")
     guider.model_options = changed(guider.model_options, run=run)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
+from .run import Scenes
 
 
 def check_options(guider: Any) -> None:
@@ -68,9 +69,16 @@ def check_run(guider: Any, shape: Sequence[int], latent: Tensor, width: int | No
                 )
 
 
-def run_cuts(conds: Mapping[str, Any], frames: int) -> tuple[int, ...]:
-    """Where the video's scenes change, as its conditioning says. Raises SettingError for that of a longer or shorter
-    video."""
+def run_cuts(conds: Mapping[str, Any], frames: int, wired: Scenes | None = None) -> tuple[int, ...] | None:
+    """Where the video's scenes change: as the LATENT says that is wired into its tiles, else as its conditioning does;
+    None where neither knows. Raises SettingError for what knows a longer or shorter video."""
+    if wired is not None:
+        if wired.frames != frames:
+            raise SettingError(
+                f"the LATENT of Tiled Diffusion (VSR) has {wired.frames} frames, the one that is sampled {frames}:"
+                " expected the same LATENT; wire it into both"
+            )
+        return wired.cuts
     for name, parts in conds.items():
         for cond in parts:
             if "vsr_cuts" not in cond:
@@ -82,4 +90,4 @@ def run_cuts(conds: Mapping[str, Any], frames: int) -> tuple[int, ...]:
                     " Prompt (VSR) and Encode Video (VSR), not the LATENT after them"
                 )
             return tuple(cond["vsr_cuts"])
-    return ()
+    return None

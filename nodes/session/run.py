@@ -21,8 +21,17 @@ KEY = "coherent_vsr"
 
 
 @dataclass(frozen=True)
+class Scenes:
+    """A video's frames, and the first ones of new scenes."""
+
+    frames: int
+    cuts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Tiles:
-    """What `VSRTiledDiffusion` asks for; `tile` axes of 0 take the checkpoint's own."""
+    """What `VSRTiledDiffusion` asks for; `tile` axes of 0 take the checkpoint's own, `scenes` of None are those
+    that the conditioning knows."""
 
     tile: TileSize
     overlap: float
@@ -31,6 +40,7 @@ class Tiles:
     start: float = 0.0
     end: float = 1.0
     batch: int = 1
+    scenes: Scenes | None = None
     layout: str = "paper"
 
 

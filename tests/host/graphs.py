@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.host.page import Page, Prompt
+from tests.host.stock_sd import place_stock_sd
 
 ROOT = Path(__file__).resolve().parents[2]
 #: What Browse Templates offers, and what version 0.1.0 offered, which artists have saved.
@@ -16,8 +17,8 @@ NAMES = sorted(path.stem for path in EXAMPLES.glob("*.json"))
 PACK = "coherent-vsr"
 FRAMES, STEPS = 2, 2
 
-#: How much larger a graph's result is in the tests. Stock SVD is too large for more on a CPU.
-SCALES = {"stock_svd_detailer": 2.0}
+#: How much larger a graph's result is in the tests. Stock SVD and SD are too large for more on a CPU.
+SCALES = {"stock_svd_detailer": 2.0, "sdatc_public": 2.0}
 
 
 def saved(folder: Path, name: str) -> dict[str, Any]:
@@ -72,6 +73,16 @@ def place_swinir(base: Path) -> None:
     folder = base / "models" / "upscale_models"
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"params": module.state_dict()}, folder / name)
+
+
+def place_public(base: Path) -> None:
+    """Under the names that a graph asks for, small weights laid out as those of Stable Diffusion 2.1, DiffBIR and
+    StableSR."""
+    kinds = ("CheckpointLoaderSimple", "VSRLoadControl", "VSRLoadCFW")
+    nodes = saved(EXAMPLES, "sdatc_public")["nodes"]
+    loaders = {node["type"]: node["widgets_values"] for node in nodes if node["type"] in kinds}
+    checkpoint, control, cfw = (loaders[kind][0] for kind in kinds)
+    place_stock_sd(base / "models", checkpoint, control, cfw)
 
 
 def place_dcvsr(base: Path) -> None:

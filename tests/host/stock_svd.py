@@ -34,31 +34,42 @@ WIDTH, LAYERS, HIDDEN, RESULT, PATCH, TOKENS = 1280, 32, 5120, 1024, 14, 257
 CLIP_PREFIX = "conditioner.embedders.0.open_clip.model.visual."
 
 
-def clip_shapes() -> dict[str, tuple[int, ...]]:
-    """The picture encoder's tensors, by OpenCLIP's names."""
-    norm = {"weight": (WIDTH,), "bias": (WIDTH,)}
-    layer = {
-        **{f"{name}.{key}": shape for name in ("ln_1", "ln_2") for key, shape in norm.items()},
-        "attn.in_proj_weight": (3 * WIDTH, WIDTH),
-        "attn.in_proj_bias": (3 * WIDTH,),
-        "attn.out_proj.weight": (WIDTH, WIDTH),
-        "attn.out_proj.bias": (WIDTH,),
-        "mlp.c_fc.weight": (HIDDEN, WIDTH),
-        "mlp.c_fc.bias": (HIDDEN,),
-        "mlp.c_proj.weight": (WIDTH, HIDDEN),
-        "mlp.c_proj.bias": (WIDTH,),
+Shapes = dict[str, tuple[int, ...]]
+
+
+def norms(width: int, *names: str) -> Shapes:
+    return {f"{name}.{key}": (width,) for name in names for key in ("weight", "bias")}
+
+
+def layer_shapes(width: int, hidden: int) -> Shapes:
+    """A transformer's layer, by OpenCLIP's names."""
+    return {
+        **norms(width, "ln_1", "ln_2"),
+        "attn.in_proj_weight": (3 * width, width),
+        "attn.in_proj_bias": (3 * width,),
+        "attn.out_proj.weight": (width, width),
+        "attn.out_proj.bias": (width,),
+        "mlp.c_fc.weight": (hidden, width),
+        "mlp.c_fc.bias": (hidden,),
+        "mlp.c_proj.weight": (width, hidden),
+        "mlp.c_proj.bias": (width,),
     }
+
+
+def clip_shapes() -> Shapes:
+    """The picture encoder's tensors, by OpenCLIP's names."""
+    layer = layer_shapes(WIDTH, HIDDEN)
     return {
         "class_embedding": (WIDTH,),
         "positional_embedding": (TOKENS, WIDTH),
         "proj": (WIDTH, RESULT),
         "conv1.weight": (WIDTH, 3, PATCH, PATCH),
-        **{f"{name}.{key}": shape for name in ("ln_pre", "ln_post") for key, shape in norm.items()},
+        **norms(WIDTH, "ln_pre", "ln_post"),
         **{f"transformer.resblocks.{k}.{key}": shape for k in range(LAYERS) for key, shape in layer.items()},
     }
 
 
-def write_with_holes(path: Path, tensors: dict[str, Tensor], zeros: dict[str, tuple[int, ...]]) -> None:
+def write_with_holes(path: Path, tensors: dict[str, Tensor], zeros: Shapes) -> None:
     """A safetensors file of half-precision tensors, and of zeros that are never written."""
     shapes = {**{name: tuple(tensor.shape) for name, tensor in tensors.items()}, **zeros}
     header, end = dict[str, Any](), 0
@@ -74,13 +85,11 @@ def write_with_holes(path: Path, tensors: dict[str, Tensor], zeros: dict[str, tu
         file.truncate(8 + len(text) + end)
 
 
-def random_state(kind: type[nn.Module], config: dict[str, Any]) -> dict[str, Tensor]:
-    """Weights of a module's shapes that keep a signal's size. A module's own start takes minutes, as does drawing so
-    many numbers: they are drawn once and repeated."""
+def random_state(module: nn.Module) -> dict[str, Tensor]:
+    """Weights of a module's shapes, best on the meta device, that keep a signal's size. A module's own start takes
+    minutes, as does drawing so many numbers: they are drawn once and repeated."""
     drawn = torch.randn(10**6 + 3).half()
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in kind(**config).state_dict().items()}
-    return {name: weights_of(name, shape, drawn) for name, shape in shapes.items()}
+    return {name: weights_of(name, value.shape, drawn) for name, value in module.state_dict().items()}
 
 
 def weights_of(name: str, shape: torch.Size, drawn: Tensor) -> Tensor:
@@ -96,8 +105,9 @@ def place_stock_svd(folder: Path, name: str) -> None:
     from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
 
     torch.manual_seed(0)
-    unet = random_state(UNetSpatioTemporalConditionModel, UNET)
-    vae = random_state(AutoencoderKLTemporalDecoder, VAE)
+    with torch.device("meta"):
+        models = UNetSpatioTemporalConditionModel(**UNET), AutoencoderKLTemporalDecoder(**VAE)
+    unet, vae = (random_state(model) for model in models)
     folder.mkdir(parents=True, exist_ok=True)
     own = folder / "own.safetensors"
     write_svd(own, SVDWeights(UNET, VAE, None, unet, vae, None, (40, 72, 14), {}), "noise")

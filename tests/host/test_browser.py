@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from tests.host.graphs import EXAMPLES, FRAMES, KEPT, NAMES, PACK, ROOT, make_quick, of_type, saved, scale_of
+from tests.host.graphs import (
+    EXAMPLES,
+    FRAMES,
+    KEPT,
+    NAMES,
+    PACK,
+    ROOT,
+    make_quick,
+    of_type,
+    place_public,
+    saved,
+    scale_of,
+)
 from tests.host.results import files_of
 from tests.host.stock_svd import place_stock_svd
 
@@ -31,6 +43,7 @@ OUTPUTS: dict[str, list[tuple[int, int, int, int]]] = {
     "tile_and_propagation_study": [(FRAMES, 3, 1, 0), (FRAMES, 1, 1, HEIGHT)],
     "stock_svd_detailer": [(FRAMES, 1, 1, 0)],
     "sdatc_full": [(FRAMES, 3, 1, 0)],
+    "sdatc_public": [(FRAMES, 2, 1, 0)],
     "flow_alignment_on_svd": [(FRAMES, 3, 1, 0), (FRAMES - 1, 1, 1, 0)],
     "compressed_clip_three_crfs": [(FRAMES, 2, 2, 0)],
     "own_swinir_as_dcm": [(FRAMES, 3, 1, 0), (FRAMES, 3, 1, 0)],
@@ -54,6 +67,17 @@ def stock_svd(page: Page, server: Server) -> None:
     """The checkpoint that one graph asks for. It takes a while to write, and the page reads names when it opens."""
     place_stock_svd(server.base / "models" / "checkpoints", "svd_xt.safetensors")
     page.open(server.url)
+
+
+@pytest.fixture(scope="session")
+def public(page: Page, server: Server) -> None:
+    """What another asks for, likewise."""
+    place_public(server.base)
+    page.open(server.url)
+
+
+#: Fixtures of the graphs that need files which are large to write.
+FILES = {"stock_svd_detailer": "stock_svd", "sdatc_public": "public"}
 
 
 def check_frames(frames: list[np.ndarray], scale: float, count: int, across: int, down: int, below: int) -> None:
@@ -105,8 +129,8 @@ def test_graph_runs_in_the_page(
     name: str, version: str, page: Page, server: Server, request: pytest.FixtureRequest
 ) -> None:
     """From Browse Templates, or from the file that an artist saved; then Run."""
-    if name == "stock_svd_detailer":
-        request.getfixturevalue("stock_svd")
+    if name in FILES:
+        request.getfixturevalue(FILES[name])
     page.dismiss()
     page.console()
     if version == "now":

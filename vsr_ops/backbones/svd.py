@@ -27,7 +27,7 @@ from ..sampling.layers import Layer, place_layers
 from ..sampling.propagation import TileRun
 from ..sampling.tiling import TileSize
 from ..system.memory import to_device
-from ..vae.precision import decoded_within, dtype_of, narrow
+from ..system.precision import decoded_within, dtype_of, narrow
 from .attention import ChunkedAttention, OneTokenAttention, PatchedAttention
 
 #: What the UNet is told beside the picture: frame rate (the paper's 8, as the UNet sees it), motion bucket, noise.

@@ -25,11 +25,11 @@ from ..modules.dcm import UpscaleFn
 from ..modules.refiner import Refiner, refine_frames
 from ..modules.stam import STAM
 from ..system.memory import free_bytes
+from ..system.precision import dtype_of
 from ..vae.budget import decoder_bytes, fitting_tile, modules_bytes, tile_side
 from ..vae.decoder_modules import DecoderModules
 from ..vae.latents import VAE_TILE, decode_frames
 from ..vae.layout import is_temporal
-from ..vae.precision import dtype_of
 from ..vae.stream import Streaming, stream_decode
 from ..video import Frame
 from .job import Job

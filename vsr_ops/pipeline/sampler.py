@@ -173,12 +173,12 @@ def sample(
     """Scaled latents `(frames, 4, h, w)` of the result, from unscaled LR latents of the same shape (DC-VSR, section 3).
 
     Steps of `settings.sampler` on tiles, with SAP and TAP in turn. Guidance, and the alignment along `flow` (of the
-    latents' size), act on the whole video, tiles merged. That is done on the model's device where there is room, else
-    in host memory: one batch of tiles, or scene to align, at a time goes to the device. `context` is one for all scenes
-    `(1, tokens, dim)`, or one for each. `noise` has deviation 1; when None it is drawn by frame, as a DDPM step's
-    always is: from the seed and the frames' numbers in their source, where the video begins at `first_frame`. `tick` is
-    called before each UNet call. Raises SamplingError for a value that is not finite, SettingError for contexts that
-    are not one or one a scene, and for alignment without a flow that fits.
+    latents' size), act on the whole video, tiles merged: on the model's device where there is room, else in host
+    memory, from where one batch of tiles, or scene to align, at a time goes to the device. `context` is one for all
+    scenes `(1, tokens, dim)`, or one for each. `noise` has deviation 1; when None it is drawn by frame, as a DDPM
+    step's always is: from the seed and the frames' numbers in their source, where the video begins at `first_frame`.
+    `tick` is called before each UNet call. Raises SamplingError for a value that is not finite, SettingError for
+    contexts that are not one or one a scene, and for alignment without a flow that fits.
     """
     if settings.steps == 0:
         return lr * model.scaling_factor

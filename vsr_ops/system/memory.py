@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -31,10 +31,22 @@ def free_cached() -> None:
         torch.cuda.empty_cache()
 
 
+def machine_memory() -> tuple[int, int]:
+    """The machine's memory, what is available of it and all of it, in bytes."""
+    try:
+        import psutil
+    except ImportError:
+        # A machine that only samples may be without; Linux says itself what is unused.
+        page = os.sysconf("SC_PAGE_SIZE")
+        return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory free now, on the GPU (what torch's allocator keeps for later included) or in the machine."""
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        return machine_memory()[0]
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
 
@@ -53,8 +65,8 @@ def home_of(device: torch.device, nbytes: int) -> torch.device:
 
 def may_pin() -> bool:
     """Whether more of the machine's memory may be pinned: while half of it is free, for torch gives none back."""
-    memory = psutil.virtual_memory()
-    return memory.available > memory.total / 2
+    available, total = machine_memory()
+    return available > total / 2
 
 
 def to_host(x: Tensor, pin: bool = True) -> Tensor:

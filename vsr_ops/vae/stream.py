@@ -18,11 +18,11 @@ from ..errors import SettingError
 from ..modules.capm_hints import check_hint
 from ..sampling.tiling import spans
 from ..system.memory import home_of
+from ..system.precision import decoded_within, run_like
 from .capm_tiles import TiledCAPM
 from .decoder_modules import DecoderModules
 from .latents import VAE_OVERLAP, VAE_TILE, chunk_bytes, pad_to
 from .layout import DecoderOp, is_temporal, layout_of, output_name
-from .precision import decoded_within, run_like
 from .tiles import TOLERANCE, ComputedIn, TiledDecoder
 
 #: Frames that see each other: what SVD's decoder was trained on.

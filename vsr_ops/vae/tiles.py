@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ..modules.windows import Place
 from ..sampling.tiling import Span
+from ..system.precision import widen
 from .capm_tiles import TiledCAPM
 from .group_norm import Statistics
 from .layout import (
@@ -45,7 +46,6 @@ from .layout import (
     pick,
     resized,
 )
-from .precision import widen
 
 #: Passes end when no group's mean or deviation moves by more than this share of the deviation: 4 or 5 passes, and a
 #: picture within 1e-3 of that of one pass. At 1e-2 it is about a pass less, and within 2/255.

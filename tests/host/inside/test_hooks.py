@@ -260,7 +260,7 @@ def blended(model: Any, inputs: Any, named: dict[str, Any]) -> Tensor:
     answers: list[list[Tensor]] = []
     for window in plan.windows:
         frames = window.span.slice
-        own = {**named, "num_video_frames": window.span.length}
+        own = {**named, "y": named["y"][frames], "num_video_frames": window.span.length}
         tiles = [tuple(value[frames, :, row.slice, col.slice] for value in (x, concat)) for row, col in plan.spatial]
         answers.append([model.model.apply_model(a, t[frames], b, context[frames], None, {}, **own) for a, b in tiles])
     return tiling.merge(plan, answers)

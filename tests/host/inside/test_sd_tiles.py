@@ -26,6 +26,7 @@ from .wiring import (
     ksampled,
     no_memory,
     overridden,
+    refused,
     sampled,
     tiled,
     wrapped,
@@ -186,6 +187,38 @@ def test_tap_does_not_cross_a_scene_cut(host: ModuleType, nodes: dict[str, Any],
 
     assert torch.equal(first_scene((4,), 0.0), first_scene((4,), 9.0))
     assert not torch.equal(first_scene((), 0.0), first_scene((), 9.0))
+
+
+def known(latent: Any, cuts: tuple[int, ...]) -> Any:
+    """A LATENT that Encode Video made of a video of these scenes."""
+    module = importlib.import_module(f"{NAME}.nodes.session.known")
+    frames, _, rows, cols = latent["samples"].shape
+    return {**latent, module.KNOWN: module.KnownVideo((frames, rows, cols), (8 * rows, 8 * cols), cuts)}
+
+
+def test_a_latent_knows_the_cuts_that_a_text_does_not(
+    host: ModuleType, nodes: dict[str, Any], sd21: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def first_scene(cuts: tuple[int, ...], second: float) -> Tensor:
+        positive, negative, latent = wire((8, 4, 16, 16))
+        start = known(latent, cuts)
+        start["samples"][4:] += second
+        return sampled(host, tiled(nodes, sd21, "tap", latent=start), (positive, negative, start), 1.0)[:4]
+
+    assert torch.equal(first_scene((4,), 0.0), first_scene((4,), 9.0))
+    assert not torch.equal(first_scene((), 0.0), first_scene((), 9.0))
+    assert "scene cuts" not in caplog.text
+    # Without it nothing knows of any, which is said where there are windows.
+    sampled(host, tiled(nodes, sd21, "tap"), wire((4, 4, 16, 16)), 1.0)
+    assert "scene cuts" not in caplog.text
+    sampled(host, tiled(nodes, sd21, "tap"), wire((8, 4, 16, 16)), 1.0)
+    assert "No scene cuts are known of this video" in caplog.text
+
+
+def test_a_latent_of_another_video_is_refused(host: ModuleType, nodes: dict[str, Any], sd21: Any) -> None:
+    model = tiled(nodes, sd21, "tap", latent=known(wire((6, 4, 16, 16))[2], (3,)))
+    with refused("Tiled Diffusion", "has 6 frames", "sampled 8"):
+        sampled(host, model, wire((8, 4, 16, 16)), 1.0)
 
 
 def test_wiring_order_does_not_matter(host: ModuleType, nodes: dict[str, Any], sd21: Any) -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ...support.sequences import Sequences
-from ...support.tensors import randn
+from tests.support.sequences import Sequences
+from tests.support.tensors import randn
+
 from .conftest import NAME
 
 LIMIT = 65535

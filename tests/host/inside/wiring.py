@@ -15,9 +15,16 @@ SEED, STEPS = 5, 2
 TILE = (16, 16, 4)
 
 
-def tiled(nodes: dict[str, Any], model: Any, propagation: str = "sap+tap", mode: str = "lagged", batch: int = 1) -> Any:
+def tiled(
+    nodes: dict[str, Any],
+    model: Any,
+    propagation: str = "sap+tap",
+    mode: str = "lagged",
+    batch: int = 1,
+    latent: Any = None,
+) -> Any:
     values = (*TILE, 0.5, propagation, mode, 0, 4, 1, "ends", 0.0, 1.0, batch)
-    return nodes["VSRTiledDiffusion"].execute(model, *values).args[0]
+    return nodes["VSRTiledDiffusion"].execute(model, *values, latent=latent).args[0]
 
 
 def dssag(nodes: dict[str, Any], model: Any, scale: float = 1.0) -> Any:

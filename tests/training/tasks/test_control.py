@@ -32,11 +32,6 @@ def clips_of(vaes: tuple[Path, Path]) -> list[str]:
     return [*(text for text in settings_of("control", vaes) if not text.startswith("data.frames")), *CLIPS]
 
 
-def dcm_settings(vaes: tuple[Path, Path]) -> list[str]:
-    folder = vaes[1].parent
-    return [f"model.start={folder / 'sd.safetensors'}", f"model.vae={folder / 'svd.safetensors'}", "data.size=64"]
-
-
 def task_of(name: str, sets: list[str], photos: Path, out: Path) -> Any:
     task = make_task(read_recipe(BUNDLED / f"{name}.toml", sets), photos, out)
     task.prepare(torch.device("cpu"))
@@ -146,9 +141,8 @@ def test_a_run_leaves_a_control_and_its_sd_which_go_on(photos: Path, vaes: tuple
 
 def test_the_unets_loss_reaches_the_dcm(photos: Path, vaes: tuple[Path, Path], tmp_path: Path) -> None:
     """Without a loss of its own; and clips without a hint teach it nothing."""
-    task = task_of(
-        "control_dcm", [*dcm_settings(vaes), "data.frames=2", "loss.guide=0", "loss.drop=0"], photos, tmp_path
-    )
+    sets = [*settings_of("control_dcm", vaes), "data.frames=2", "loss.guide=0", "loss.drop=0"]
+    task = task_of("control_dcm", sets, photos, tmp_path)
     torch.manual_seed(0)
     model = task.build().train()
     freeze(model, task.trains)
@@ -169,7 +163,7 @@ def test_the_unets_loss_reaches_the_dcm(photos: Path, vaes: tuple[Path, Path], t
 
 
 def test_a_run_with_the_dcm_leaves_three_files(photos: Path, vaes: tuple[Path, Path], tmp_path: Path) -> None:
-    sets = [*dcm_settings(vaes), "data.frames=2", "train.accumulation=1", "run.workers=0"]
+    sets = [*settings_of("control_dcm", vaes), "data.frames=2", "train.accumulation=1", "run.workers=0"]
     run = train_tiny("control_dcm", sets, photos, tmp_path / "run")
     assert (run / "samples" / "0000002.png").is_file()
     names = {path.name for path in run.glob("*.safetensors")}
@@ -201,6 +195,6 @@ def test_wrong_settings_are_named(name: str, sets: list[str], said: str, tmp_pat
 
 
 def test_a_foreign_dcm_is_refused_before_it_trains(vaes: tuple[Path, Path], photos: Path, tmp_path: Path) -> None:
-    sets = [*dcm_settings(vaes), f"model.dcm={vaes[1].parent / 'sd.safetensors'}"]
+    sets = [*settings_of("control_dcm", vaes), f"model.dcm={vaes[1].parent / 'sd.safetensors'}"]
     with pytest.raises(CheckpointError, match="expected kind 'dcm'"):
         task_of("control_dcm", sets, photos, tmp_path).build()

@@ -42,6 +42,7 @@ LEARNS = {
     "decoder": Learns("cfw_lite", 0.88),
     "sd": Learns("sd_lite", 0.35),
     "control": Learns("control_lite", 0.8, 5e-3),
+    "control_dcm": Learns("control_dcm", 0.85, 5e-4, steps=4),
     "capm_sd": Learns("capm_sd_lite", 0.91, 5e-3),
 }
 

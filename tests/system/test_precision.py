@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tests.support.small_vaes import pictures
 from tests.support.tensors import relative
+from vsr_ops.system.precision import dtype_of, narrow
 from vsr_ops.vae.latents import decode_frames
-from vsr_ops.vae.precision import dtype_of, narrow
 from vsr_ops.vae.stream import Streaming, stream_decode
 from vsr_ops.vae.tiles import ComputedIn
 
