@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.clips import NAMES, Ready, parts_of_clips, pictures, ready, sampled
 from benchmarks.common import machine, table
-from vsr_ops.backbones.svd import load_svd
+from vsr_ops.backbones.svd import Backbone, load_svd
 from vsr_ops.metrics.report import Scores, joined
 from vsr_ops.metrics.scoring import score
 from vsr_ops.modules.dcm import load_dcm
@@ -41,11 +41,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def read_clips(args: argparse.Namespace, model: object, parts: PipelineModules) -> Iterator[Ready]:
+def read_clips(args: argparse.Namespace, model: Backbone, parts: PipelineModules) -> Iterator[Ready]:
     """The clips that the options name, one at a time."""
     height, width = map(int, args.size.split("x"))
     for clip in parts_of_clips(args.data, args.clips, args.frames, (height, width), args.crf or None):
-        yield ready(model, parts, clip)  # type: ignore[arg-type]
+        yield ready(model, parts, clip)
 
 
 def rows(steps: list[int], samplers: list[str], starts: list[str]) -> dict[str, Settings]:

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..vsr_ops.errors import SettingError
+from ..vsr_ops.sampling.interval import ALL_NOISE
 from ..vsr_ops.sampling.layers import LAYERS
 from . import host
 
@@ -78,10 +79,6 @@ def node_defaults(node: type[io.ComfyNode]) -> dict[str, Any]:
     """The values that a node's widgets begin with, by name."""
     inputs = node.define_schema().inputs
     return {each.id: each.default for each in inputs if getattr(each, "default", None) is not None}
-
-
-#: More than any model's most noise: an interval up to here leaves nothing out.
-ALL_NOISE = 10000.0
 
 
 def interval_inputs() -> list[Any]:

@@ -6,9 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..vsr_ops.sampling.interval import GuidanceInterval
+from ..vsr_ops.sampling.interval import ALL_NOISE, GuidanceInterval
 from . import host
-from .common import ALL_NOISE, CATEGORY, interval_inputs, layers_input, number
+from .common import CATEGORY, interval_inputs, layers_input, number
 from .patches import RHO_TIP, SCALE_TIP
 
 

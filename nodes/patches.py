@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..vsr_ops.errors import SettingError
-from ..vsr_ops.sampling.interval import GuidanceInterval
+from ..vsr_ops.sampling.interval import ALL_NOISE, GuidanceInterval
 from ..vsr_ops.sampling.layouts import LAYOUTS
 from ..vsr_ops.sampling.propagation import PROPAGATION, SAP_MODES, Propagation
 from ..vsr_ops.sampling.tiling import TileSize
@@ -16,7 +16,6 @@ from ..vsr_ops.video.scenes import find_cuts
 from ..vsr_ops.views.tile_overlay import preview
 from . import host
 from .common import (
-    ALL_NOISE,
     CATEGORY,
     check_choice,
     choice,

@@ -118,7 +118,7 @@ def describe(model: Any, layout: TileLayout, steps: int, passes: int, guided: in
         carried,
         steps,
         passes,
-        guided=guided or steps,
+        guided=guided or None,
         lagged=lagged_bytes(plan, carried, passes, layers, dtype.itemsize),
         tap=tap_bytes(plan, carried, at_once, layers, dtype.itemsize),
         weights=model.model_size(),

@@ -83,7 +83,7 @@ def describe_plan(
     steps: int,
     passes: int,
     *,
-    guided: int,
+    guided: int | None = None,
     lagged: float,
     tap: float,
     weights: float,
@@ -92,10 +92,11 @@ def describe_plan(
     speed: float,
 ) -> str:
     """A plan as text. Bytes, `flops` of one tile's UNet call, `speed` of a matrix product in operations a second. All
-    `passes` are those of the `guided` steps, spread evenly over the `steps`; the others take one."""
+    `passes` are those of the `guided` steps (None: of every one), spread evenly over the `steps`; the others take one.
+    """
     plan = layout.settled
     tile, tiles = plan.tile_size(0), len(plan.spatial)
-    guided = min(guided, steps)
+    guided = steps if guided is None else min(guided, steps)
     spent = [passes if (step + 1) * guided // steps > step * guided // steps else 1 for step in range(steps)]
     calls = sum(layout.over(steps).at(step).tiles * each for step, each in enumerate(spent))
     mode = " (SAP lagged)" if settings.sap_lagged and "sap" in settings.kinds else ""

@@ -60,6 +60,8 @@ class GuidanceInterval:
 
 
 EVERY_STEP = GuidanceInterval()
+#: More than any model's most noise: what stands for an interval without an upper end where a number must.
+ALL_NOISE = 10000.0
 
 
 def difference(guided: Tensor, plain: Tensor) -> Tensor:

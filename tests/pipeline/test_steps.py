@@ -1,0 +1,151 @@
+"""Which steps a run takes and which of them are guided: whole and at every step as before, else as counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from tests.support.tensors import latents, relative
+from vsr_ops.backbones.sd import model_sigmas, sigma_at, time_at
+from vsr_ops.backbones.svd import sigmas
+from vsr_ops.errors import SettingError
+from vsr_ops.pipeline.plan_cost import describe_plan
+from vsr_ops.pipeline.sampler import Settings, guidance_acts, noise_schedule, sample, strengths, unet_calls
+from vsr_ops.sampling.calls import Call
+from vsr_ops.sampling.guidance import GUIDANCE
+from vsr_ops.sampling.interval import GuidanceInterval
+from vsr_ops.sampling.layouts import TileLayout
+from vsr_ops.sampling.propagation import Propagation
+from vsr_ops.sampling.tiling import TileSize, plan_tiles
+
+if TYPE_CHECKING:
+    from vsr_ops.backbones.svd import SVD
+
+TILE = TileSize(8, 8, 4)
+ONE = plan_tiles(3, 8, 8, TILE, factor=4)
+FOUR = plan_tiles(6, 8, 12, TILE, factor=4)
+OFF = Propagation(())
+
+
+@pytest.mark.parametrize("guidance", ["cfg", "dssag", "pag", "sag"])
+def test_the_whole_interval_at_every_step_is_what_it_was(tiny: SVD, guidance: str) -> None:
+    settings = Settings(steps=3, guidance=guidance, propagation=Propagation())
+    whole = replace(settings, interval=GuidanceInterval(0.002, 700.5))
+    assert torch.equal(*(sample(tiny, latents(FOUR), FOUR, each) for each in (settings, whole)))
+
+
+def test_at_every_step_nothing_is_guided_where_only_gamma_0_lies(tiny: SVD) -> None:
+    """At the last step gamma is 0: DSSAG adds nothing there, nor does what it kept."""
+    settings = Settings(steps=4, guidance="dssag", interval=GuidanceInterval(every=100))
+    assert guidance_acts(settings) == ["new", "kept", "kept", "off"]
+    assert [GUIDANCE["dssag"].passes(power) for power in strengths(settings)] == [2, 1, 1, 1]
+
+
+INTERVALS = {
+    "every 2nd": GuidanceInterval(every=2),
+    "part": GuidanceInterval(0.1, 100.0),
+    "part, every 3rd": GuidanceInterval(0.01, 600.0, 3),
+}
+
+
+@pytest.mark.parametrize("guidance", ["cfg", "dssag", "pag", "sag"])
+@pytest.mark.parametrize("interval", INTERVALS.values(), ids=INTERVALS)
+def test_the_plan_is_what_runs(tiny: SVD, guidance: str, interval: GuidanceInterval) -> None:
+    settings = Settings(
+        steps=6, guidance=guidance, cfg=2.0 if guidance in ("pag", "sag") else None, propagation=OFF, interval=interval
+    )
+    ran: list[Call] = []
+    found = sample(tiny, latents(ONE), ONE, settings, tick=ran.append)
+    assert len(ran) == unet_calls(ONE, settings)
+    by_step = Counter(call.step.index for call in ran)
+    passes = [GUIDANCE[guidance].passes(power) for power in strengths(settings)]
+    assert [by_step[step] for step in range(6)] == passes
+    full = GUIDANCE[guidance].passes(strengths(replace(settings, interval=GuidanceInterval()))[0])
+    assert [count == full for count in passes] == [act == "new" for act in guidance_acts(settings)]
+    # Between no guidance and guidance at every step.
+    every, none = (
+        sample(tiny, latents(ONE), ONE, each)
+        for each in (
+            replace(settings, interval=GuidanceInterval()),
+            Settings(steps=6, guidance="none", propagation=OFF),
+        )
+    )
+    assert relative(found, every) > 1e-4 and relative(found, none) > 1e-4
+
+
+def test_reuse_is_nearer_to_every_step_the_oftener_it_is_found(tiny: SVD) -> None:
+    settings = Settings(steps=12, guidance="dssag", propagation=OFF)
+    exact = sample(tiny, latents(ONE), ONE, settings)
+    kept = [replace(settings, interval=GuidanceInterval(every=n)) for n in (2, 4, 12)]
+    apart = [relative(sample(tiny, latents(ONE), ONE, each), exact) for each in kept]
+    print("every 2nd, 4th, 12th step:", ", ".join(f"{each:.4f}" for each in apart))
+    assert apart == sorted(apart)
+    assert apart[0] < 0.5 * relative(sample(tiny, latents(ONE), ONE, replace(settings, guidance="none")), exact)
+
+
+def test_what_cannot_guide_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"guidance is none: expected a guidance"):
+        Settings(guidance="none", interval=GuidanceInterval(every=2))
+    between = Settings(steps=4, guidance="dssag", interval=GuidanceInterval(0.05, 0.06))
+    for ask in (strengths, lambda settings: unet_calls(ONE, settings)):
+        with pytest.raises(SettingError, match=r"0\.05 to 0\.06.*none of the run's noise levels.*700 to 0\.002"):
+            ask(between)
+
+
+def test_the_preview_counts_guided_steps() -> None:
+    layout = TileLayout.still(FOUR)
+    numbers = {"lagged": 0, "tap": 0, "weights": 1, "activations": 1, "flops": 1e9, "speed": 1e9}
+    for guided, passes in ((None, 20), (10, 20), (11, 20), (4, 14), (1, 11)):
+        text = describe_plan(layout, OFF, 10, 2, guided=guided, **numbers)
+        assert f"UNet         {passes * FOUR.tiles} tile passes" in text
+
+
+# --- Where a run starts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 10])
+def test_a_start_sigma_is_the_first_of_all_the_steps(steps: int) -> None:
+    schedule = noise_schedule(Settings(steps=steps, start_sigma=3.5))
+    assert len(schedule) == steps + 1 and schedule[0] == pytest.approx(3.5) and schedule[-1] == 0
+    assert steps == 1 or schedule[-2] == pytest.approx(0.002)
+    # Karras' spacing, from there.
+    roots = [level ** (1 / 7) for level in schedule[:-1]]
+    gaps = [a - b for a, b in pairwise(roots)]
+    assert all(gap == pytest.approx(gaps[0], rel=1e-3) for gap in gaps)
+    assert noise_schedule(Settings(steps=steps, start_sigma=700.0)) == sigmas(steps)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_a_timestep_is_that_of_its_noise_level(zero_snr: bool) -> None:
+    for time in (0.0, 0.4, 1.0, 250.5, 998.0, 998.7, 999.0):
+        assert time_at(sigma_at(time, zero_snr), zero_snr) == pytest.approx(time, abs=1e-6)
+    assert time_at(float(model_sigmas(zero_snr)[500]), zero_snr) == pytest.approx(500)
+
+
+def test_a_run_from_a_sigma_starts_at_the_lr_latent(tiny: SVD) -> None:
+    """One step from next to no noise gives it back; a partial denoise at the same levels is the same run."""
+    lr = latents(ONE)
+    first = lr * tiny.scaling_factor
+    low = Settings(steps=1, guidance="none", start_sigma=0.0021)
+    assert relative(sample(tiny, lr, ONE, low), first) < 0.02
+    partial = Settings(steps=3, guidance="none", denoise=0.5)
+    start = noise_schedule(partial)[0]
+    same = replace(partial, denoise=1.0, start_sigma=start)
+    assert noise_schedule(same) == pytest.approx(noise_schedule(partial), rel=1e-4)
+    assert relative(sample(tiny, lr, ONE, same), sample(tiny, lr, ONE, partial)) < 1e-3
+    # From the model's most noise there is hardly an LR latent left to start from, but what there is counts.
+    top = [Settings(steps=2, guidance="none", start_sigma=sigma) for sigma in (None, 700.0)]
+    assert 0 < relative(*(sample(tiny, lr, ONE, each) for each in top)) < 0.05
+
+
+def test_a_start_that_cannot_be_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"start sigma is 2\.0 and denoise 0\.5: expected one of them"):
+        Settings(start_sigma=2.0, denoise=0.5)
+    for bad in (701.0, 0.001, 0.0, -1.0, float("nan")):
+        with pytest.raises(SettingError, match=r"start sigma is .*: expected a noise level.*0\.002.*700"):
+            noise_schedule(Settings(start_sigma=bad))
