@@ -36,12 +36,16 @@ INTERVALS = {
     EVERY_STEP: GuidanceInterval(),
     "every 2nd": GuidanceInterval(every=2),
     "every 3rd": GuidanceInterval(every=3),
-    "every 4th": GuidanceInterval(every=4),
+    "every 6th": GuidanceInterval(every=6),
     "0.1 to 100": GuidanceInterval(0.1, 100.0),
-    "0.1 to 100, every 2nd": GuidanceInterval(0.1, 100.0, 2),
-    "0.1 to 100, every 3rd": GuidanceInterval(0.1, 100.0, 3),
+    "0.01 to 10": GuidanceInterval(0.01, 10.0),
     "0.1 to 10": GuidanceInterval(0.1, 10.0),
-    "1 to 100": GuidanceInterval(1.0, 100.0),
+    "1 to 20": GuidanceInterval(1.0, 20.0),
+    "1 to 50, every 2nd": GuidanceInterval(1.0, 50.0, 2),
+    "0.1 to 30, every 2nd": GuidanceInterval(0.1, 30.0, 2),
+    "0.01 to 10, every 2nd": GuidanceInterval(0.01, 10.0, 2),
+    "0.1 to 100, every 3rd": GuidanceInterval(0.1, 100.0, 3),
+    "0.1 to 300, every 4th": GuidanceInterval(0.1, 300.0, 4),
 }
 #: 1080p and 300 frames in latents; stock SVD's tile.
 FULL, FULL_TILE = (300, 136, 240), TileSize(64, 64, 14)

@@ -32,60 +32,40 @@ FOUR = plan_tiles(6, 8, 12, TILE, factor=4)
 OFF = Propagation(())
 
 
-@pytest.mark.parametrize("guidance", ["cfg", "dssag", "pag", "sag"])
-def test_the_whole_interval_at_every_step_is_what_it_was(tiny: SVD, guidance: str) -> None:
-    settings = Settings(steps=3, guidance=guidance, propagation=Propagation())
+def test_the_whole_interval_at_every_step_is_what_it_was(tiny: SVD) -> None:
+    settings = Settings(steps=2, guidance="dssag", propagation=Propagation())
     whole = replace(settings, interval=GuidanceInterval(0.002, 700.5))
     assert torch.equal(*(sample(tiny, latents(FOUR), FOUR, each) for each in (settings, whole)))
 
 
-def test_at_every_step_nothing_is_guided_where_only_gamma_0_lies(tiny: SVD) -> None:
+def test_nothing_is_added_where_gamma_is_0() -> None:
     """At the last step gamma is 0: DSSAG adds nothing there, nor does what it kept."""
     settings = Settings(steps=4, guidance="dssag", interval=GuidanceInterval(every=100))
     assert guidance_acts(settings) == ["new", "kept", "kept", "off"]
     assert [GUIDANCE["dssag"].passes(power) for power in strengths(settings)] == [2, 1, 1, 1]
 
 
-INTERVALS = {
-    "every 2nd": GuidanceInterval(every=2),
-    "part": GuidanceInterval(0.1, 100.0),
-    "part, every 3rd": GuidanceInterval(0.01, 600.0, 3),
-}
-
-
-@pytest.mark.parametrize("guidance", ["cfg", "dssag", "pag", "sag"])
-@pytest.mark.parametrize("interval", INTERVALS.values(), ids=INTERVALS)
-def test_the_plan_is_what_runs(tiny: SVD, guidance: str, interval: GuidanceInterval) -> None:
-    settings = Settings(
-        steps=6, guidance=guidance, cfg=2.0 if guidance in ("pag", "sag") else None, propagation=OFF, interval=interval
-    )
+@pytest.mark.parametrize(
+    ("guidance", "cfg", "interval"),
+    [
+        ("dssag", None, GuidanceInterval(every=2)),
+        ("cfg", 2.0, GuidanceInterval(0.1, 100.0)),
+        ("sag", 2.0, GuidanceInterval(0.01, 600.0, 3)),
+    ],
+)
+def test_the_plan_is_what_runs(tiny: SVD, guidance: str, cfg: float | None, interval: GuidanceInterval) -> None:
+    settings = Settings(steps=5, guidance=guidance, cfg=cfg, propagation=OFF, interval=interval)
     ran: list[Call] = []
     found = sample(tiny, latents(ONE), ONE, settings, tick=ran.append)
     assert len(ran) == unet_calls(ONE, settings)
     by_step = Counter(call.step.index for call in ran)
     passes = [GUIDANCE[guidance].passes(power) for power in strengths(settings)]
-    assert [by_step[step] for step in range(6)] == passes
+    assert [by_step[step] for step in range(5)] == passes
     full = GUIDANCE[guidance].passes(strengths(replace(settings, interval=GuidanceInterval()))[0])
     assert [count == full for count in passes] == [act == "new" for act in guidance_acts(settings)]
-    # Between no guidance and guidance at every step.
-    every, none = (
-        sample(tiny, latents(ONE), ONE, each)
-        for each in (
-            replace(settings, interval=GuidanceInterval()),
-            Settings(steps=6, guidance="none", propagation=OFF),
-        )
-    )
-    assert relative(found, every) > 1e-4 and relative(found, none) > 1e-4
-
-
-def test_reuse_is_nearer_to_every_step_the_oftener_it_is_found(tiny: SVD) -> None:
-    settings = Settings(steps=12, guidance="dssag", propagation=OFF)
-    exact = sample(tiny, latents(ONE), ONE, settings)
-    kept = [replace(settings, interval=GuidanceInterval(every=n)) for n in (2, 4, 12)]
-    apart = [relative(sample(tiny, latents(ONE), ONE, each), exact) for each in kept]
-    print("every 2nd, 4th, 12th step:", ", ".join(f"{each:.4f}" for each in apart))
-    assert apart == sorted(apart)
-    assert apart[0] < 0.5 * relative(sample(tiny, latents(ONE), ONE, replace(settings, guidance="none")), exact)
+    assert 0 < passes.count(full) < 4
+    for other in (replace(settings, interval=GuidanceInterval()), Settings(steps=5, guidance="none", propagation=OFF)):
+        assert relative(found, sample(tiny, latents(ONE), ONE, other)) > 1e-4
 
 
 def test_what_cannot_guide_is_refused() -> None:
