@@ -1,4 +1,4 @@
-"""Quality against the number of steps, for the bundled SVD: samplers, and starts from noise or from the LR latent.
+"""Quality against the number of steps, for the bundled models: samplers, and starts from noise or from the LR latent.
 
 Every row is the pipeline from the small clip to the refined pictures, on the middle of clips kept out of training. With
 two steps or fewer DPM++ 2M is Euler's. 0 steps decodes the LR latent as it is.
@@ -11,15 +11,19 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from benchmarks.clips import NAMES, Ready, parts_of_clips, pictures, ready, sampled
 from benchmarks.common import machine, table
+from vsr_ops.backbones.sd import load_sd
 from vsr_ops.backbones.svd import Backbone, load_svd
 from vsr_ops.metrics.report import Scores, joined
 from vsr_ops.metrics.scoring import score
+from vsr_ops.modules.control import load_control
 from vsr_ops.modules.dcm import load_dcm
 from vsr_ops.modules.refiner import load_refiner
 from vsr_ops.pipeline.parts import PipelineModules
@@ -38,7 +42,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--frames", type=int, default=8)
     made.add_argument("--size", default="192x192", help="height and width of the result, multiples of 64")
     made.add_argument("--crf", type=int, default=25, help="0 is clean")
+    made.add_argument("--model", choices=("svd", "sd"), default="svd", help="sd: Stable Diffusion with its control")
     return made
+
+
+def bundled(name: str) -> Backbone:
+    """The bundled model, float32 on the CPU."""
+    device, dtype = torch.device("cpu"), torch.float32
+    return load_svd("lite", device, dtype) if name == "svd" else load_sd("lite", device, dtype, load_control("lite"))
 
 
 def read_clips(args: argparse.Namespace, model: Backbone, parts: PipelineModules) -> Iterator[Ready]:
@@ -62,12 +73,12 @@ def rows(steps: list[int], samplers: list[str], starts: list[str]) -> dict[str, 
 
 def main() -> None:
     options = parser(__doc__)
+    options.add_argument("--seeds", type=int, default=1, help="so many takes of each row, from seed 0")
     options.add_argument("--steps", type=int, nargs="*", default=[1, 2, 3, 4, 6, 10])
     options.add_argument("--samplers", nargs="*", default=["euler", "dpmpp_2m"])
     options.add_argument("--starts", nargs="*", default=["noise", "1"], help="noise, or a noise level of the LR latent")
     args = options.parse_args()
-    device = torch.device("cpu")
-    model = load_svd("lite", device, torch.float32)
+    device, model = torch.device("cpu"), bundled(args.model)
     parts = PipelineModules(load_dcm("lite", device), load_refiner("lite", device))
     chosen = rows(args.steps, args.samplers, args.starts)
     print(
@@ -77,13 +88,13 @@ def main() -> None:
     seconds = dict.fromkeys(chosen, 0.0)
     for video in read_clips(args, model, parts):
         clip = video.clip.name
-        for name, settings in chosen.items():
+        for name, seed in product(chosen, range(args.seeds)):
             start = time.perf_counter()
-            latents = sampled(model, video, settings)
+            latents = sampled(model, video, replace(chosen[name], seed=seed))
             seconds[name] += time.perf_counter() - start
-            result = pictures(model, parts, video, latents)
-            scores.append(score({name: {clip: result}}, {clip: video.clip.truth}, METRICS))
-            print(f"  {clip}: {name}: {_line(scores[-1], name)}", flush=True)
+            result, take = pictures(model, parts, video, latents), f"{clip}, seed {seed}"
+            scores.append(score({name: {take: result}}, {take: video.clip.truth}, METRICS))
+            print(f"  {take}: {name}: {_line(scores[-1], name)}", flush=True)
     print()
     table(
         ["start, sampler, steps", *METRICS.split(","), "s of sampling"],

@@ -16,12 +16,9 @@ import torch
 
 from benchmarks.clips import pictures, sampled
 from benchmarks.common import machine, table
-from benchmarks.fewer_steps import METRICS, parser, read_clips
-from vsr_ops.backbones.sd import load_sd
-from vsr_ops.backbones.svd import Backbone, load_svd
+from benchmarks.fewer_steps import METRICS, bundled, parser, read_clips
 from vsr_ops.metrics.report import Scores, joined
 from vsr_ops.metrics.scoring import score
-from vsr_ops.modules.control import load_control
 from vsr_ops.modules.dcm import load_dcm
 from vsr_ops.modules.refiner import load_refiner
 from vsr_ops.pipeline.parts import PipelineModules
@@ -63,13 +60,9 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=25)
     options.add_argument("--scale", type=float, default=1.0, help="DSSAG's s")
     options.add_argument("--rows", nargs="*", default=list(INTERVALS))
-    options.add_argument("--model", choices=("svd", "sd"), default="svd", help="sd: with its control")
     options.add_argument("--latents", action="store_true", help="leave the pictures out, which take most of the time")
     args = options.parse_args()
-    device = torch.device("cpu")
-    model: Backbone = load_svd("lite", device, torch.float32)
-    if args.model == "sd":
-        model = load_sd("lite", device, torch.float32, load_control("lite"))
+    device, model = torch.device("cpu"), bundled(args.model)
     parts = PipelineModules(load_dcm("lite", device), load_refiner("lite", device))
     guided = {
         name: Settings(steps=args.steps, guidance="dssag", guidance_scale=args.scale, interval=INTERVALS[name])
