@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from training.data.held_out import SCALE, Clip, shrunk, truths
+from training.report.sdatc import filmed
 from vsr_ops.backbones.svd import Backbone
 from vsr_ops.image.resize import quantize8
 from vsr_ops.image.upscale import upscale_frames
@@ -31,14 +32,18 @@ class Ready:
     lr: Tensor
 
 
-def parts_of_clips(root: Path, names: Sequence[str], frames: int, size: tuple[int, int], crf: int | None) -> list[Clip]:
-    """The middle `size` (height, width) of held-out clips, and a quarter of it in H.264 at `crf` (None: clean)."""
+def parts_of_clips(
+    root: Path, names: Sequence[str], frames: int, size: tuple[int, int], crf: int | None, videos: Sequence[Path] = ()
+) -> list[Clip]:
+    """The middle `size` (height, width) of held-out clips and of video files, and a quarter of it in H.264 at `crf`
+    (None: clean)."""
     height, width = size
+    clips = {name: truth for name, truth in truths(root, frames, large=False).items() if name in names}
+    clips |= {path.stem: filmed(path, frames) for path in videos}
     found: dict[str, Tensor] = {}
-    for name, truth in truths(root, frames, large=False).items():
+    for name, truth in clips.items():
         top, left = (truth.shape[-2] - height) // 2, (truth.shape[-1] - width) // 2
-        if name in names:
-            found[name] = truth[..., top : top + height, left : left + width].contiguous()
+        found[name] = truth[..., top : top + height, left : left + width].contiguous()
     return shrunk(found, crf)
 
 

@@ -39,6 +39,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--data", type=Path, required=True)
     made.add_argument("--clips", nargs="*", default=NAMES)
+    made.add_argument("--videos", type=Path, nargs="*", default=[], help="these files too, halved")
     made.add_argument("--frames", type=int, default=8)
     made.add_argument("--size", default="192x192", help="height and width of the result, multiples of 64")
     made.add_argument("--crf", type=int, default=25, help="0 is clean")
@@ -55,7 +56,7 @@ def bundled(name: str) -> Backbone:
 def read_clips(args: argparse.Namespace, model: Backbone, parts: PipelineModules) -> Iterator[Ready]:
     """The clips that the options name, one at a time."""
     height, width = map(int, args.size.split("x"))
-    for clip in parts_of_clips(args.data, args.clips, args.frames, (height, width), args.crf or None):
+    for clip in parts_of_clips(args.data, args.clips, args.frames, (height, width), args.crf or None, args.videos):
         yield ready(model, parts, clip)
 
 
