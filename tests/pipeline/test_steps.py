@@ -15,11 +15,20 @@ from vsr_ops.backbones.sd import model_sigmas, sigma_at, time_at
 from vsr_ops.backbones.svd import sigmas
 from vsr_ops.errors import SettingError
 from vsr_ops.pipeline.plan_cost import describe_plan
-from vsr_ops.pipeline.sampler import Settings, guidance_acts, noise_schedule, sample, strengths, unet_calls
+from vsr_ops.pipeline.sampler import (
+    SVD_NOISE,
+    Settings,
+    guidance_acts,
+    noise_schedule,
+    sample,
+    strengths,
+    total_steps,
+    unet_calls,
+)
 from vsr_ops.sampling.calls import Call
 from vsr_ops.sampling.guidance import GUIDANCE
 from vsr_ops.sampling.interval import GuidanceInterval
-from vsr_ops.sampling.layouts import TileLayout
+from vsr_ops.sampling.layouts import TileLayout, lay_out
 from vsr_ops.sampling.propagation import Propagation
 from vsr_ops.sampling.tiling import TileSize, plan_tiles
 
@@ -75,6 +84,22 @@ def test_what_cannot_guide_is_refused() -> None:
     for ask in (strengths, lambda settings: unet_calls(ONE, settings)):
         with pytest.raises(SettingError, match=r"0\.05 to 0\.06.*none of the run's noise levels.*700 to 0\.002"):
             ask(between)
+
+
+def test_tile_passes_at_full_size() -> None:
+    """1080p, 300 frames, 25 steps, DSSAG at stock SVD's tile; the interval and the reuse are the measured ones."""
+
+    def passes(layout: str, interval: GuidanceInterval) -> int:
+        settings = Settings(steps=25, guidance="dssag", interval=interval, propagation=OFF)
+        tiles = lay_out(layout, 300, 136, 240, TileSize(64, 64, 14)).over(total_steps(settings, SVD_NOISE))
+        # One call a tile without synchronous SAP.
+        return unet_calls(tiles, settings)
+
+    everywhere, measured = GuidanceInterval(), GuidanceInterval(0.1, 30.0, 2)
+    found = {(layout, i): passes(layout, i) for layout in ("paper", "shifted") for i in (everywhere, measured)}
+    print({f"{layout}, {i.every}": count for (layout, i), count in found.items()})
+    assert found["paper", everywhere] == 57624
+    assert found["shifted", everywhere] <= 16500 and found["shifted", measured] <= 10000
 
 
 def test_the_preview_counts_guided_steps() -> None:
