@@ -65,10 +65,8 @@ CASES: dict[str, dict[str, Any]] = {
     "everything, eq. 9": {"propagation": "sap+tap", "guidance": "dssag", "cfg": 2.0, "mode": "synchronous"},
     "DSSAG, eq. 8, interval": {"propagation": "sap+tap", "guidance": "dssag", "scale": 1.0, "interval": True},
     "DSSAG, eq. 9, interval": {"propagation": "none", "guidance": "dssag", "cfg": 2.0, "interval": True},
-    "PAG, interval": {"propagation": "none", "guidance": "pag", "scale": 50.0, "interval": True},
     "PAG + CFG, interval": {"propagation": "none", "guidance": "pag", "cfg": 2.0, "scale": 50.0, "interval": True},
     "SAG + CFG, interval": {"propagation": "tap", "guidance": "sag", "cfg": 2.0, "scale": 0.5, "interval": True},
-    "SAG, interval": {"propagation": "none", "guidance": "sag", "scale": 0.5, "interval": True},
     "one frame, everything": {"frames": 1, "propagation": "sap+tap", "guidance": "dssag", "scale": 1.0},
 }
 
