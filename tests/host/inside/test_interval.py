@@ -18,7 +18,7 @@ from .test_hooks import rescale_cfg
 from .wiring import custom_sampled, ksampled, refused, sampled, wrapped
 
 STEPS = 4
-#: Of the noise levels 700, 53, 1.2 and 0.002: the second and the third.
+#: Of the noise levels 700, 71, 2.3 and 0.002: the second and the third.
 MIDDLE = (0.1, 100.0)
 #: Guiders: node, its own settings, whether with CFG, passes a step. PAG does next to nothing to these weights.
 GUIDERS = {
@@ -105,7 +105,7 @@ def test_samplers_that_ask_twice_a_step_keep_too(
     asked: list[float] = []
     guider = guided(nodes, counted(lite[0], asked), alone, "DSSAG", 0.0, 9999.0, 2)
     assert bool(torch.isfinite(run(host, guider, alone, sampler)).all())
-    levels = [700.0, 52.944, 1.164, 0.002]
+    levels = [700.0, 70.541, 2.269, 0.002]
     assert [asked.count(level) for level in levels] == passes
     between = Counter(level for level in asked if level not in levels)
     assert list(between.values()) == ([] if sampler == "heun" else [2, 2, 1])
