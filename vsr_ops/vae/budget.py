@@ -73,17 +73,24 @@ def modules_bytes(vae: Any, modules: DecoderModules, frames: int, sides: Sequenc
 
 def kept_bytes(vae: Any, modules: DecoderModules, frames: int, sides: Sequence[int], itemsize: int) -> float:
     """What whole activations take for `frames` that go together, of pictures of `sides` latents."""
-    ops, acting = layout_of(vae).decoder(vae.decoder), modules.acting
+    ops = layout_of(vae).decoder(vae.decoder)
     values = [KEPT_COPIES * _pixels(op, ops[0].level, sides) * int(op.norms[0].num_channels) for op in ops if op.norms]
-    waiting = 0.0
-    if acting.cfw is not None:
-        of_level = dict(zip(acting.cfw.shape.levels, acting.cfw.shape.widths, strict=True))
-        for op in ops:
-            if op.residual and (width := of_level.pop(op.level, 0)):
-                pixels = _pixels(op, ops[0].level, sides)
-                values.append(KEPT_CFW_COPIES * pixels * width)
-                waiting += pixels * width
-    return frames * itemsize * (max(values) + waiting)
+    fused = _fused_values(vae, modules, sides)
+    return frames * itemsize * (max(*values, *(KEPT_CFW_COPIES * value for value in fused)) + sum(fused))
+
+
+def features_bytes(vae: Any, modules: DecoderModules, frames: int, sides: Sequence[int], itemsize: int) -> float:
+    """Of that, what the encoder's features take that CFW mixes in."""
+    return frames * itemsize * sum(_fused_values(vae, modules, sides))
+
+
+def _fused_values(vae: Any, modules: DecoderModules, sides: Sequence[int]) -> list[int]:
+    """Numbers in a frame's features, level by level that CFW fuses."""
+    cfw, top = modules.acting.cfw, layout_of(vae).decoder(vae.decoder)[0].level
+    if cfw is None:
+        return []
+    cells = [1 << (top - level) for level in cfw.shape.levels]
+    return [sides[0] * sides[1] * cell**2 * width for cell, width in zip(cells, cfw.shape.widths, strict=True)]
 
 
 def home_of_kept(needed: float, device: torch.device, allowed: float | None) -> torch.device | None:

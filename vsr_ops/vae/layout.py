@@ -184,6 +184,12 @@ def layout_of(vae: Any) -> Layout:
     )
 
 
+def is_known(vae: Any) -> bool:
+    """Whether an autoencoder is of a known layout."""
+    decoder = getattr(vae, "decoder", None)
+    return decoder is not None and any(layout.fits(decoder) for layout in LAYOUTS.values())
+
+
 def cell_of(vae: Any) -> int:
     """Picture pixels of one latent along each side."""
     return 1 << layout_of(vae).decoder(vae.decoder)[0].level

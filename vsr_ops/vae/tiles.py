@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ..modules.windows import Place
 from ..sampling.tiling import Span
 from ..system.precision import widen
-from .budget import home_of_kept, kept_bytes
+from .budget import features_bytes, home_of_kept, kept_bytes
 from .capm_tiles import TiledCAPM
 from .decoder_modules import DecoderModules
 from .group_norm import Statistics
@@ -174,6 +174,7 @@ class TiledDecoder:
         if (arena := self._room(latents)) is not None:
             self._once(arena, z, reference, hint, out)
             return out
+        known = self._known(latents)
         little = [mosaic_index(side, self.tile) for side in latents.shape[-2:]]
         rows, cols = (Span(0, index.numel() * self.cell) for index in little)
         size = (rows.stop, cols.stop)
@@ -188,8 +189,10 @@ class TiledDecoder:
         with self.of_encoder.applied():
             self._passes(
                 self.of_tail,
-                lambda: self._tile(mosaic, seen, (rows, cols), size, hint),
-                lambda: [self._put(out, tile, self._tile(z, reference, tile, extent, hint)) for tile in tiles],
+                lambda: self._tile(mosaic, seen, (rows, cols), size, hint, known=known),
+                lambda: [
+                    self._put(out, tile, self._tile(z, reference, tile, extent, hint, known=known)) for tile in tiles
+                ],
                 self.prompts,
             )
         for known in (self.of_tail, self.of_encoder, self.prompts):
@@ -205,6 +208,12 @@ class TiledDecoder:
             home = home_of_kept(needed, self.device, self.kept)
             self.arena = None if home is None else Arena(home)
         return self.arena
+
+    def _known(self, latents: Tensor) -> dict[tuple[Box, tuple[int, int]], Features] | None:
+        """For what the encoder makes of each tile, which no later pass changes; None where there is no room."""
+        itemsize = self._in(self.vae.encoder).dtype.itemsize
+        needed = features_bytes(self.vae, self.modules, latents.shape[0], latents.shape[-2:], itemsize)
+        return {} if home_of_kept(needed, self.device, self.kept) == self.device else None
 
     def _once(self, arena: Arena, z: Tensor, reference: Tensor | None, hint: Tensor | None, out: Tensor) -> None:
         """Every tile once, from one group norm to the next."""
@@ -264,8 +273,10 @@ class TiledDecoder:
         extent: tuple[int, int],
         hint: Tensor | None,
         gather: bool = True,
+        known: dict[tuple[Box, tuple[int, int]], Features] | None = None,
     ) -> Tensor:
-        """The decoder's picture of one tile, in [-1, 1], of whole latent-level activations `z`."""
+        """The decoder's picture of one tile, in [-1, 1], of whole latent-level activations `z`; what the encoder made
+        of it before, in a picture of the size, is `known`, where there is room to keep it."""
         self.check_interrupted()
         boxes = needed_boxes(self.tail, tile, extent)
         fused = {
@@ -275,7 +286,10 @@ class TiledDecoder:
         }
         features: Features = {}
         if reference is not None:
-            features = self._features(reference, fused, extent)
+            features = (known or {}).get((tile, extent)) or self._features(reference, fused, extent)
+            if known is not None:
+                # Copies: a view would keep all around it.
+                known.setdefault((tile, extent), {name: value.clone() for name, value in features.items()})
         rows, cols = boxes[0]
         x = self._there(z[..., rows.slice, cols.slice])
         return _walk(self.tail, x, boxes, features, self.of_tail, extent, tile if gather else None, hint=hint)[0]
