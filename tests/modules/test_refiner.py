@@ -15,7 +15,7 @@ from vsr_ops.errors import CheckpointError, SettingError
 from vsr_ops.flow.warp import dis_flow
 from vsr_ops.modules import neighbours as neighbours_module
 from vsr_ops.modules import refiner
-from vsr_ops.modules.neighbours import neighbours
+from vsr_ops.modules.neighbours import flow_by_halves, neighbours
 from vsr_ops.modules.refiner import (
     Refiner,
     RefinerShape,
@@ -184,6 +184,17 @@ def test_streamed_frames_are_those_of_the_whole_video(frames: int, follows: bool
     assert (streamed - whole).abs().max() < 1e-5
 
 
+def test_every_frame_is_evaluated_once() -> None:
+    """However many chunks a scene has: what the next one needs is carried over."""
+    model = filled(RefinerShape(width=8, blocks=3))
+    entered, left = list[int](), list[int]()
+    model.enter.register_forward_pre_hook(lambda _, given: entered.append(len(given[0])))
+    model.leave.register_forward_pre_hook(lambda _, given: left.append(len(given[0])))
+    decoded, upscaled = pair(3 * refiner.CHUNK + 1, 3, 8, 10)
+    refine(model, decoded, upscaled)
+    assert sum(entered) == sum(left) == len(decoded)
+
+
 def test_a_frame_sees_its_neighbours_but_not_past_a_cut() -> None:
     model = filled(RefinerShape(width=8, blocks=3))
     decoded, upscaled = pair(12, 3, 10, 12)
@@ -231,6 +242,18 @@ def test_neighbours_add_nothing_to_what_only_moves() -> None:
     assert around[0, :3].abs().max() == 0 and around[-1, 3:].abs().max() == 0, "nothing before and after a scene"
     straight = torch.cat([(video[:-1] - video[1:]), (video[1:] - video[:-1])]).abs().mean()
     assert around.abs().mean() < 0.05 * straight
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_flow_by_halves_finds_what_moves(odd: int) -> None:
+    """A motion of no whole pixel of the halved frames, in frames whose sides cannot all be halved."""
+    wide = smooth(1, 3, 96, 192)
+    now, after = (wide[..., : 80 + odd, 30 + k : 126 + odd + k] for k in (0, 3))
+    forward, backward = flow_by_halves(now, after)
+    assert forward.shape == backward.shape == (1, 2, *now.shape[-2:])
+    for flow, dx in ((forward, -3.0), (backward, 3.0)):
+        apart = (flow - torch.tensor([dx, 0.0]).view(1, 2, 1, 1))[..., 12:-12, 12:-12]
+        assert float(apart.norm(dim=1).mean()) < 0.15
 
 
 def test_neighbours_show_what_flickers() -> None:

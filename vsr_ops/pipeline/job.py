@@ -129,6 +129,6 @@ class UpscaledFrames:
         levels = to_levels(image)
         if self._file is not None and number == self._kept:
             self._file.seek(number * self._bytes)
-            self._file.write(levels.numpy().data)
+            self._file.write(levels.contiguous().numpy().data)
             self._kept += 1
         return from_levels(levels)
