@@ -119,4 +119,4 @@ def test_a_bank_in_host_memory_is_the_one_that_was_given(tiny: SVD) -> None:
     joined = run._joined  # pyright: ignore[reportPrivateUsage]
     assert joined and len(joined) == len(kept)
     for (_, _, layer), parts in kept.items():
-        assert all(torch.equal(a, b) for a, b in zip(joined[layer], parts, strict=True))
+        assert all(torch.equal(a[0], b) for a, b in zip(joined[layer], parts, strict=True))

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 
 from ..errors import SettingError
@@ -231,11 +231,9 @@ class TileRun:
         return None
 
     def _shared_bank(self, call: Call, grid: tuple[int, int], k: Tensor, v: Tensor) -> KeyValue:
-        """The subsampled tokens of all tiles of the batch, per frame, for each tile."""
-        rate, tiles = sap_rate(self.settings, len(self.plan.spatial), grid), len(call.tiles)
-        banks = [
-            repeat(subsample(x, grid, rate), "(m t) h n d -> (copy t) h (m n) d", m=tiles, copy=tiles) for x in (k, v)
-        ]
+        """The subsampled tokens of all tiles of the batch, per frame, for every tile."""
+        rate = sap_rate(self.settings, len(self.plan.spatial), grid)
+        banks = (rearrange(subsample(x, grid, rate), "(m t) h n d -> 1 t h (m n) d", t=call.frames) for x in (k, v))
         return KeyValue(*banks)
 
     def _gather(self, call: Call, layer: str, grid: tuple[int, int], k: Tensor, v: Tensor) -> None:
@@ -263,8 +261,8 @@ class TileRun:
             there = [part for part in parts if part is not None]
             if len(there) < max(len(parts), 1):
                 return None
-            self._joined[layer] = KeyValue(*(torch.cat(each) for each in zip(*there, strict=True)))
-        return KeyValue(*(repeat(x, "t h n d -> (m t) h n d", m=len(call.tiles)) for x in self._joined[layer]))
+            self._joined[layer] = KeyValue(*(torch.cat(each).unsqueeze(0) for each in zip(*there, strict=True)))
+        return self._joined[layer]
 
     def _joined_tiles(self, key: tuple[str, int, str], frames: slice, like: Tensor) -> KeyValue | None:
         """Some frames of a lagged bank, its tiles in a row, on the device of `like`; nothing where there is none."""
@@ -287,9 +285,9 @@ class TileRun:
         if found is None:
             return None
         tiles = [found[m] for m in call.tiles]
-        # for one tile a view: every frame sees the same tokens
-        joined = [torch.cat(parts) for parts in zip(*tiles, strict=True)]
-        return KeyValue(*(repeat(x, "m h n d -> (m t) h n d", t=call.frames) for x in joined))
+        # One for all frames; of one tile a view.
+        banks = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*tiles, strict=True))
+        return KeyValue(*(bank.unsqueeze(1) for bank in banks))
 
     def _neighbours(self, call: Call) -> tuple[int | None, int | None]:
         """The windows of the same scene that run before and after the call's at a TAP step."""
@@ -302,6 +300,8 @@ class TileRun:
         return (neighbour(-1), neighbour(1)) if call.step.forward else (neighbour(1), neighbour(-1))
 
     def _sharpest(self, k: Tensor, v: Tensor, grid: tuple[int, int]) -> KeyValue:
-        frames = sharpest_frames(k, self.settings.tap_frames)
-        chosen = [subsample(x.index_select(0, frames), grid, self.settings.tap_rate) for x in (k, v)]
-        return KeyValue(*(rearrange(x, "t h n d -> 1 h (t n) d") for x in chosen))
+        if len(k) > self.settings.tap_frames:
+            frames = sharpest_frames(k, self.settings.tap_frames)
+            k, v = (x.index_select(0, frames) for x in (k, v))
+        rate = self.settings.tap_rate
+        return KeyValue(*(rearrange(subsample(x, grid, rate), "t h n d -> 1 h (t n) d") for x in (k, v)))
