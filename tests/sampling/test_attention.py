@@ -57,7 +57,8 @@ def test_extended_attention_is_attention_over_the_union() -> None:
 
 def test_the_own_tokens_doubled_change_nothing() -> None:
     q, k, v = draw(0), draw(1), draw(2)
-    assert relative(plain(q, k, v, KeyValue(*(x.unflatten(0, (2, FRAMES)) for x in (k, v))), FRAMES), plain(q, k, v, None, FRAMES)) < 1e-6
+    own = KeyValue(*(x.unflatten(0, (2, FRAMES)) for x in (k, v)))
+    assert relative(plain(q, k, v, own, FRAMES), plain(q, k, v, None, FRAMES)) < 1e-6
 
 
 def test_a_bank_of_another_dtype_is_taken_in_the_layers() -> None:

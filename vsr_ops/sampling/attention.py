@@ -84,9 +84,7 @@ def merged(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, extra: KeyValue, fra
     axes = dict(zip("mt", extra.keys.shape[:2], strict=True))
     rows, shared = (" ".join(axis for axis, size in axes.items() if (size == 1) is one) for one in (False, True))
     apart, folded, sizes = "(m t) h n", f"({rows}) h ({shared} n)", {"t": frames, "n": q.shape[2]}
-    other, its = with_lse(
-        kernel, rearrange(q, f"{apart} d -> {folded} d", **sizes), *(x.flatten(0, 1) for x in extra)
-    )
+    other, its = with_lse(kernel, rearrange(q, f"{apart} d -> {folded} d", **sizes), *(x.flatten(0, 1) for x in extra))
     other, its = rearrange(other, f"{folded} d -> {apart} d", **sizes), rearrange(its, f"{folded} -> {apart}", **sizes)
     share = torch.sigmoid(its - lse).unsqueeze(-1)
     return out.lerp_(other, share.to(out.dtype))
