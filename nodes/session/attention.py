@@ -29,6 +29,7 @@ def attention_override(
     attended to apart. Any other, and one that was there before, gets them joined.
     """
     seen: set[str] = set()
+    run.serve(call)
 
     def override(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         def proceed(*args: Any) -> Tensor:

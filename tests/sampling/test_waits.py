@@ -61,7 +61,9 @@ def steps(model: SVD, run: TileRun, count: int, branch: Branch) -> Waits:
             for call in (each for each in calls(PLAN, step, branch, 2, not run.settings.sap_lagged) if short(each)):
                 tiles = gather_tiles(PLAN, call, video)
                 with model.serving(run, call):
+                    before = len(waits.copies)
                     value = model.denoise(tiles, 2.0, tiles, context, call.frames)
+                    assert waits.copies[before:] == [], "nothing crosses over within a call"
                 merger.add(call.window, call.tiles[0], value[: call.frames])
                 run.finish(call)
     return waits

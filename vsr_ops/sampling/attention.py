@@ -102,10 +102,8 @@ def with_lse(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, T
 
 def joined(own: Tensor, extra: Tensor, frames: int) -> Tensor:
     """A layer's own tokens and those to append, of every frame."""
-    videos = own.shape[0] // frames
-    shared = extra.expand(videos, frames, -1, -1, -1)
-    out = torch.cat([own.unflatten(0, (videos, frames)), shared], dim=3)
-    return out.flatten(0, 1)
+    apart = rearrange(own, "(m t) h n d -> m t h n d", t=frames)
+    return torch.cat([apart, extra.expand(*apart.shape[:2], -1, -1, -1)], dim=3).flatten(0, 1)
 
 
 def temperature(q: Tensor, k: Tensor, gamma: float, frames: int) -> Tensor:

@@ -40,12 +40,17 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse.reshape(q.shape[:3])
 
 
-#: By device and by what torch would choose there.
-KERNELS: dict[tuple[str, SDPBackend], Kernel] = {
-    ("cpu", SDPBackend.FLASH_ATTENTION): _cpu,
-    ("cuda", SDPBackend.FLASH_ATTENTION): _flash,
-    ("cuda", SDPBackend.EFFICIENT_ATTENTION): _efficient,
-    ("cuda", SDPBackend.CUDNN_ATTENTION): _cudnn,
+#: By device, and by what torch would choose there.
+KERNELS: dict[tuple[str, str], Kernel] = {
+    ("cpu", "flash"): _cpu,
+    ("cuda", "flash"): _flash,
+    ("cuda", "efficient"): _efficient,
+    ("cuda", "cudnn"): _cudnn,
+}
+_NAMES = {
+    SDPBackend.FLASH_ATTENTION.value: "flash",
+    SDPBackend.EFFICIENT_ATTENTION.value: "efficient",
+    SDPBackend.CUDNN_ATTENTION.value: "cudnn",
 }
 
 
@@ -57,6 +62,14 @@ def lse_kernel(q: Tensor, k: Tensor, v: Tensor) -> Kernel | None:
     return KERNELS.get((q.device.type, chosen(q, k, v)))
 
 
-def chosen(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend:
-    """What torch's own attention would take."""
-    return SDPBackend(torch._fused_sdp_choice(q, k, v))  # pyright: ignore[reportPrivateUsage]
+def chosen(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """What torch's own attention would take, by its name in KERNELS; another for one that is not there."""
+    if not torch.compiler.is_compiling():
+        return _NAMES.get(torch._fused_sdp_choice(q, k, v), "math")  # pyright: ignore[reportPrivateImportUsage]
+    # The compiler cannot follow that question; these it can.
+    if q.device.type != "cuda":
+        return "flash"
+    asked = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
+    if torch.backends.cuda.can_use_flash_attention(asked):
+        return "flash"
+    return "efficient" if torch.backends.cuda.can_use_efficient_attention(asked) else "math"
