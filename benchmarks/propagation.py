@@ -91,6 +91,7 @@ class Bench:
 
     def fill(self, run: TileRun, call: Call) -> None:
         """Lets `run` bank every layer's keys and values as if `call` went through the UNet: one query is enough."""
+        run.serve(call)
         for layer, k, v in self.seen.values():
             run.attend(call, layer, k[:, :, :1].clone(), k, v)
 
