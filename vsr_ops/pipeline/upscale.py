@@ -58,7 +58,7 @@ def upscale(
     parts.check_fits(model)
     cuts = scene_cuts(job) if cuts is None else cuts
     layout = make_layout(job, settings, model.tile, model.factor, NoiseRange.of(model), cuts)
-    plan = layout.settled
+    plan, total = layout.settled, unet_calls(layout, settings, NoiseRange.of(model))
     with claimed(output), closing(UpscaledFrames(job, parts.upscale_fn, output.parent)) as upscaled:
         flow = _latent_flow(job, settings, plan, upscaled, cuts, progress, parts.flow)
         lr = torch.empty(job.frames, 4, plan.height, plan.width)
@@ -69,7 +69,7 @@ def upscale(
         give_back()
         levels = None if parts.prompts is None else parts.prompts.levels(job)
         context = _contexts(model, upscaled, cuts)
-        calls_done, total = count(1), unet_calls(layout, settings, NoiseRange.of(model))
+        calls_done = count(1)
         with apply_capm(model, parts.prompts, levels):
             result = sample(
                 model,
