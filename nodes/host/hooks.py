@@ -33,7 +33,7 @@ from ..session.checks import check_run, run_cuts
 from ..session.inputs import Inputs
 from ..session.run import KEY, GuidancePatch, Run, Tiles, changed, pack_settings, sap_lagged
 from .control import CONTROLS, merged
-from .device import MEMORY, is_compiled, uncompiled
+from .device import MEMORY, is_compiled, is_torchs, uncompiled
 from .model import context_width, factor, is_svd, layout_for, require_unet, spatial_layers, together
 
 log = logging.getLogger(__name__)
@@ -308,7 +308,7 @@ def _branch(executor: Any, run: Run, branch: Branch, inputs: Inputs, options: di
 
     def evaluate(call: Call) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        override = attention_override(tile_run, call, run.layers, inner)
+        override = attention_override(tile_run, call, run.layers, inner, is_torchs)
         plan = tile_run.plan
         part = inputs.tiles(plan, call)
         frames = plan.windows[call.window].span.slice

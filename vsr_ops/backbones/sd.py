@@ -23,7 +23,6 @@ from ..checkpoints.text_file import Texts
 from ..errors import SettingError
 from ..modules.control import Control, check_strength
 from ..sampling.tiling import TileSize
-from ..system.memory import to_device
 from .attention import use_chunks
 from .svd import Backbone, build_vae, context_width
 
@@ -132,7 +131,8 @@ class SD(Backbone):
         `lr_latents` holds the LR latents (unscaled): the control's hint. `context` is `(1, tokens, dim)`.
         """
         scaled = (x.float() / (sigma**2 + 1) ** 0.5).to(self.device, self.dtype)
-        timestep = to_device(torch.tensor(timestep_of(sigma, self.zero_snr)), self.device)
+        # Filled in on the device: nothing crosses over within a call.
+        timestep = torch.full((), timestep_of(sigma, self.zero_snr), device=self.device)
         tokens = context.to(self.device, self.dtype).expand(x.shape[0], -1, -1)
         skips, middle = self._controlled(scaled, timestep, tokens, lr_latents)
         found: Tensor = self.unet(

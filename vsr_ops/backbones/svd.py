@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,6 @@ from ..sampling.calls import Call
 from ..sampling.layers import Layer, place_layers
 from ..sampling.propagation import TileRun
 from ..sampling.tiling import TileSize
-from ..system.memory import to_device
 from ..system.precision import decoded_within, dtype_of, narrow
 from .attention import ChunkedAttention, OneTokenAttention, PatchedAttention
 
@@ -117,6 +117,7 @@ class Backbone(ABC):
     @contextmanager
     def serving(self, run: TileRun, call: Call) -> Generator[None]:
         """Lets the attention layers know what is being evaluated."""
+        run.serve(call)
         self.active = (run, call)
         try:
             yield
@@ -179,14 +180,14 @@ class SVD(Backbone):
         videos = x.shape[0] // frames
         scaled = (x.float() / (sigma**2 + 1) ** 0.5).to(self.device, self.dtype)
         model_input = torch.cat([scaled, lr_latents.to(self.device, self.dtype)], dim=1)
-        noise = torch.tensor(sigma, dtype=torch.float64).log().mul(0.25)
-        timestep = to_device(noise.float(), self.device)
-        conditions = to_device(torch.tensor([MICRO_CONDITIONS], dtype=self.dtype), self.device)
+        # Filled in on the device: nothing crosses over within a call.
+        timestep = torch.full((), 0.25 * math.log(sigma), dtype=torch.float32, device=self.device)
+        conditions = [torch.full((videos, 1), x, dtype=self.dtype, device=self.device) for x in MICRO_CONDITIONS]
         v = self.unet(
             rearrange(model_input, "(b t) c h w -> b t c h w", t=frames),
             timestep,
             repeat(context, "1 n d -> b n d", b=videos),
-            conditions.expand(videos, -1),
+            torch.cat(conditions, dim=1),
             return_dict=False,
         )[0]
         v = rearrange(v, "b t c h w -> (b t) c h w").float().to(x.device)

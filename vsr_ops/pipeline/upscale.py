@@ -21,6 +21,7 @@ from ..flow.raft import Estimator
 from ..image.color import correct
 from ..sampling.align import SHARE
 from ..sampling.tiling import TilePlan
+from ..system.allocator import give_back
 from ..system.outputs import claimed
 from ..vae.latents import CELL, encode_frames
 from ..video import Frame, check_output, open_writer
@@ -65,6 +66,7 @@ def upscale(
         for i, z in enumerate(encode_frames(model, (frame.image for frame in upscaled()), plan.height, plan.width)):
             lr[i] = z
             progress("encode", i + 1, job.frames)
+        give_back()
         levels = None if parts.prompts is None else parts.prompts.levels(job)
         context = _contexts(model, upscaled, cuts)
         calls_done = count(1)
@@ -79,6 +81,7 @@ def upscale(
                 flow=flow,
                 first_frame=job.start,
             )
+        give_back()
         progress("decode", 0, job.frames)
         pictures = decoded(model, result / model.scaling_factor, parts, levels, upscaled, job.size, cuts)
         pairs = (
