@@ -1,1 +1,2 @@
-"""Scripts that print tables: `python -m benchmarks.attention`, also align, cpu, guidance, memory, modules, propagation."""
+"""Scripts that print tables: `python -m benchmarks.attention`; also align, cpu, fewer_steps, guidance, guidance_interval,
+memory, modules, propagation, and others beside this file."""
