@@ -1,2 +1,2 @@
-"""Scripts that print tables: `python -m benchmarks.attention`; also align, cpu, fewer_steps, guidance, guidance_interval,
-memory, modules, propagation, and others beside this file."""
+"""Scripts that print tables: `python -m benchmarks.attention`, also align, cpu, decode, fewer_steps, full_size,
+guidance, guidance_interval, layouts, memory, modules, propagation."""
