@@ -40,6 +40,7 @@ INTERVALS = {
     "1 to 20": GuidanceInterval(1.0, 20.0),
     "1 to 50, every 2nd": GuidanceInterval(1.0, 50.0, 2),
     "0.1 to 30, every 2nd": GuidanceInterval(0.1, 30.0, 2),
+    "0.1 to 12, every 2nd": GuidanceInterval(0.1, 12.0, 2),
     "0.01 to 10, every 2nd": GuidanceInterval(0.01, 10.0, 2),
     "0.1 to 100, every 3rd": GuidanceInterval(0.1, 100.0, 3),
     "0.1 to 300, every 4th": GuidanceInterval(0.1, 300.0, 4),

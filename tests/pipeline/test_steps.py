@@ -95,7 +95,7 @@ def test_tile_passes_at_full_size() -> None:
         # One call a tile without synchronous SAP.
         return unet_calls(tiles, settings)
 
-    everywhere, measured = GuidanceInterval(), GuidanceInterval(0.1, 30.0, 2)
+    everywhere, measured = GuidanceInterval(), GuidanceInterval(0.1, 12.0, 2)
     found = {(layout, i): passes(layout, i) for layout in ("paper", "shifted") for i in (everywhere, measured)}
     print({f"{layout}, {i.every}": count for (layout, i), count in found.items()})
     assert found["paper", everywhere] == 57624
