@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +20,6 @@ from vsr_ops.sampling.passes import run_pass
 from vsr_ops.sampling.propagation import Propagation, TileRun
 from vsr_ops.sampling.schedule import step_at
 from vsr_ops.sampling.tiling import TileSize, plan_tiles
-
-if TYPE_CHECKING:
-    from vsr_ops.backbones.svd import SVD
 
 #: Two spatial tiles, three windows.
 PLAN = plan_tiles(8, 8, 16, TileSize(8, 8, 4), 0.5, factor=8)
@@ -54,21 +51,23 @@ class Work(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("kind", "lagged"), KINDS)
-def test_every_call_of_a_pass_is_the_same_work(tiny: SVD, kind: str, lagged: bool) -> None:
-    """But for the first window's at a TAP step, which has no neighbour, and the last one's, which hands nothing on."""
+def test_every_call_of_a_pass_is_the_same_work(kind: str, lagged: bool) -> None:
+    """But for the first window's at a TAP step, which has no neighbour, and the last one's, which hands nothing on. Of
+    the layer where calls meet: `test_waits.py` has the UNet around it, which knows of no call."""
     run, video, works = TileRun(PLAN, settings(kind, lagged)), latents(PLAN), dict[int, list[Work]]()
 
     def evaluate(call: Call) -> Tensor:
-        tiles = gather_tiles(run.plan, call, video)
-        with tiny.serving(run, call), torch.no_grad(), Work() as work:
-            out = tiny.denoise(tiles, 2.0, tiles, tiny.context(None), call.frames)
+        q, k, v = project(gather_tiles(run.plan, call, video))
+        run.serve(call)
+        with Work() as work:
+            out = run.attend(call, ENDS, q, k, v)
         works.setdefault(call.window, []).append(work)
-        return out
+        return rearrange(out, "b h (y x) d -> b (h d) y x", y=call.height)
 
     for index in range(2 if lagged else 1):
         works.clear()
         run_pass(run, step_at(index, run.settings.kinds), BLURRED, evaluate)
-    assert all(not work.waits and len(work.done) > 500 for window in works.values() for work in window)
+    assert all(not work.waits and len(work.done) > 10 for window in works.values() for work in window)
     for window in works.values():
         assert all(work.done == window[0].done for work in window)
     between = [works[n][0].done for n in works]
