@@ -61,6 +61,13 @@ def sigma_at(timestep: float, zero_snr: bool = False) -> float:
     return float((levels[0] + (levels[1] - levels[0]) * (timestep - low)).exp())
 
 
+def time_at(sigma: float, zero_snr: bool = False) -> float:
+    """The timestep in [0, 999] of a noise level within the model's: what `sigma_at` leads back from."""
+    levels, level = model_sigmas(zero_snr).log(), torch.tensor(sigma, dtype=torch.float64).log()
+    low = min(max(int(torch.searchsorted(levels, level)) - 1, 0), TIMESTEPS - 2)
+    return low + float((level - levels[low]) / (levels[low + 1] - levels[low]))
+
+
 @dataclass
 class SD(Backbone):
     """Stable Diffusion with, where there is one, a `control` that sees the LR latents. At `control_strength` 0 it is as
@@ -103,9 +110,10 @@ class SD(Backbone):
     def sigma_min(self) -> float:
         return float(model_sigmas(self.zero_snr)[0])
 
-    def sigmas(self, steps: int) -> list[float]:
-        """At timesteps spaced evenly from the last to the first: the host's scheduler "normal"."""
-        times = torch.linspace(TIMESTEPS - 1, 0, steps, dtype=torch.float64)
+    def sigmas(self, steps: int, start: float | None = None) -> list[float]:
+        """At timesteps spaced evenly from the last, or that of `start`, to the first: the host's scheduler "normal"."""
+        first = TIMESTEPS - 1 if start is None else time_at(start, self.zero_snr)
+        times = torch.linspace(first, 0, steps, dtype=torch.float64)
         return [*(sigma_at(float(time), self.zero_snr) for time in times), 0.0]
 
     def context(self, image: Tensor | None) -> Tensor:

@@ -105,8 +105,9 @@ class Backbone(ABC):
         """The least."""
 
     @abstractmethod
-    def sigmas(self, steps: int) -> list[float]:
-        """`steps` falling noise levels and a final 0, spaced as the model's own sampler has them."""
+    def sigmas(self, steps: int, start: float | None = None) -> list[float]:
+        """`steps` falling noise levels and a final 0, spaced as the model's own sampler has them, from `start` (None:
+        the most noise) to the least."""
 
     @abstractmethod
     def denoise(self, x: Tensor, sigma: float, lr_latents: Tensor, context: Tensor, frames: int) -> Tensor:
@@ -166,8 +167,8 @@ class SVD(Backbone):
     def sigma_min(self) -> float:
         return SIGMA_MIN
 
-    def sigmas(self, steps: int) -> list[float]:
-        return sigmas(steps)
+    def sigmas(self, steps: int, start: float | None = None) -> list[float]:
+        return sigmas(steps, start)
 
     def denoise(self, x: Tensor, sigma: float, lr_latents: Tensor, context: Tensor, frames: int) -> Tensor:
         """Denoised estimate of tiles `(videos*frames, 4, h, w)` float32: DC-VSR equation 12, EDM's preconditioning, of
@@ -209,13 +210,14 @@ def clip_pixels(image: Tensor) -> Tensor:
     return (small / 2 + 0.5 - mean.to(small)) / deviation.to(small)
 
 
-def sigmas(steps: int) -> list[float]:
-    """`steps` falling noise levels and a final 0: diffusers' scheduler, set up as stock SVD's."""
+def sigmas(steps: int, start: float | None = None) -> list[float]:
+    """`steps` falling noise levels from `start` (None: SIGMA_MAX), and a final 0: diffusers' scheduler, set up as stock
+    SVD's."""
     scheduler: Any = EulerDiscreteScheduler(
         prediction_type="v_prediction",
         use_karras_sigmas=True,
         sigma_min=SIGMA_MIN,
-        sigma_max=SIGMA_MAX,
+        sigma_max=SIGMA_MAX if start is None else start,
         timestep_type="continuous",
         timestep_spacing="leading",
         steps_offset=1,
