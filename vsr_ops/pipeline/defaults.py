@@ -65,6 +65,8 @@ OWN = {"bicubic": "bicubic", "dcm": "dcm", "lite": "dcm"}
 PAPER_GUIDANCE = "dssag"
 #: SDATC's.
 DDPM_STEPS = 50
+#: The paper's rho of DSSAG, its layout of tiles, and SVD's sampler.
+RHO, LAYOUT, SAMPLER = 0.5, "paper", "euler"
 
 #: By kind of model: the bundled ones, which learnt from the results of few steps without guidance, DC-VSR's, and others
 #: of full size. DC-VSR has 25 steps, DSSAG, bicubic pictures and no colour step; SDATC its DCM and AdaIN. What they

@@ -26,7 +26,7 @@ from ..sampling.samplers import SAMPLERS, check_sampler
 from ..sampling.schedule import Step, schedule_ends, step_at, steps_before
 from ..sampling.tiling import TilePlan, TileSize
 from ..system.memory import home_of
-from .defaults import DEFAULTS
+from .defaults import DEFAULTS, LAYOUT, RHO, SAMPLER
 
 if TYPE_CHECKING:
     # What is upscaled comes from a video: libraries of codecs, which sampling does not need.
@@ -51,7 +51,7 @@ class SamplingSettings:
     guidance: str = DEFAULTS["dc_vsr"].guidance
     cfg: float | None = None
     guidance_scale: float | None = None
-    rho: float = 0.5
+    rho: float = RHO
     propagation: Propagation = field(default_factory=Propagation)
     seed: int = 0
     denoise: float = 1.0
@@ -59,7 +59,7 @@ class SamplingSettings:
     align: float = 0.0
     align_mode: str = "gradient"
     align_scale: str = "bounded"
-    sampler: str = "euler"
+    sampler: str = SAMPLER
 
     def __post_init__(self) -> None:
         if not 0 <= self.steps <= 1000:
@@ -81,7 +81,7 @@ class Settings(SamplingSettings):
 
     tile: TileSize | None = None
     overlap: float = 0.5
-    layout: str = "paper"
+    layout: str = LAYOUT
     color: str = DEFAULTS["dc_vsr"].color
 
     def __post_init__(self) -> None:
