@@ -20,22 +20,29 @@ from ..metrics.evaluate import evaluate
 from ..metrics.published import PUBLISHED
 from ..metrics.report import check_folder
 from ..pipeline import cost
+from ..pipeline.advice import describe_time
 from ..pipeline.job import Job, scene_cuts
+from ..pipeline.part_times import time_parts
+from ..pipeline.parts import PipelineModules
+from ..pipeline.plan_cost import duration
 from ..pipeline.sampler import NoiseRange, Settings, make_layout
 from ..pipeline.upscale import upscale
 from ..sampling.layouts import TileLayout
 from ..sampling.tiling import TilePlan, TileSize, plan_tiles
 from ..system.memory import ran_out
 from ..system.outputs import files_of, held_folder
-from ..video import VideoInfo, check_output, probe
+from ..video import VideoInfo, check_output, glance, probe
+from ..video.sampled import sample_cuts
 from .bars import Bars
 from .demo import check_demo, run_demo
 from .settings import files_read, model_of, parts_of, settings_of
 from .text import embed
 
+#: Pixels of a result, all frames together, that take no longer to make than to plan.
+SMALL = 4_000_000
 
-def _job(args: argparse.Namespace) -> Job:
-    info = probe(args.input)
+
+def _job(args: argparse.Namespace, info: VideoInfo) -> Job:
     start, stop = 0, info.frames
     if args.frames is not None:
         first, colon, last = args.frames.partition(":")
@@ -54,13 +61,8 @@ def _cuts(args: argparse.Namespace, job: Job) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _prepared(args: argparse.Namespace, job: Job) -> tuple[Backbone, Settings, TileLayout, tuple[int, ...]]:
-    """The model, and what is refused of settings and plan, before anything is written."""
-    settings = settings_of(args)
-    model = model_of(args)
-    cuts = _cuts(args, job)
-    layout = make_layout(job, settings, model.tile, model.factor, NoiseRange.of(model), cuts)
-    return model, cost.resolve_sap(model, layout, settings, args.sap_mode), layout, cuts
+def _laid_out(job: Job, settings: Settings, model: Backbone, cuts: tuple[int, ...]) -> TileLayout:
+    return make_layout(job, settings, model.tile, model.factor, NoiseRange.of(model), cuts)
 
 
 def _codec_for(output: Path, name: str | None) -> str:
@@ -73,12 +75,13 @@ def _codec_for(output: Path, name: str | None) -> str:
 
 def _upscale(args: argparse.Namespace) -> None:
     settings_of(args)
-    job = _job(args)
+    job = _job(args, probe(args.input))
     codec = _codec_for(args.output, args.codec)
     check_output(args.output, args.overwrite, codec, job.info, job.frames, files_read(args))
-    parts = parts_of(args)
-    model, settings, _, cuts = _prepared(args, job)
-    bars = Bars(job.frames)
+    settings, parts, model, cuts = settings_of(args), parts_of(args), model_of(args), _cuts(args, job)
+    layout = _laid_out(job, settings, model, cuts)
+    settings = cost.resolve_sap(model, layout, settings, args.sap_mode)
+    bars = Bars(_planned(model, job, layout, settings, parts, codec))
     try:
         upscale(model, job, args.output, settings, codec, args.overwrite, cuts, bars, parts)
     finally:
@@ -86,10 +89,30 @@ def _upscale(args: argparse.Namespace) -> None:
     print(f"{args.output}: {job.frames} frames of {job.size[1]}x{job.size[0]}")
 
 
+def _planned(
+    model: Backbone, job: Job, layout: TileLayout, settings: Settings, parts: PipelineModules, codec: str
+) -> Mapping[str, float] | None:
+    """Seconds of each stage; nothing for a job that is done before they could be measured."""
+    if job.frames * job.size[0] * job.size[1] < SMALL:
+        return None
+    times = time_parts(model, job, layout, settings, parts, codec)
+    print(f"about {duration(times.total)}; plan says more", file=sys.stderr)
+    return times.stages
+
+
 def _plan(args: argparse.Namespace) -> None:
-    job = _job(args)
-    model, settings, layout, _ = _prepared(args, job)
-    print(cost.describe(job, layout, settings, cost.estimate(model, layout, settings)))
+    settings, job = settings_of(args), _job(args, glance(args.input))
+    if args.cuts == "sampled":
+        sampled = sample_cuts(job.info, job.start, job.stop)
+        cuts, scenes = sampled.cuts, sampled.describe()
+    else:
+        cuts = _cuts(args, job)
+        scenes = f"{len(cuts) + 1}"
+    parts, model = parts_of(args), model_of(args)
+    layout = _laid_out(job, settings, model, cuts)
+    settings = cost.resolve_sap(model, layout, settings, args.sap_mode)
+    print(cost.describe(job, layout, settings, cost.estimate(model, layout, settings), scenes), flush=True)
+    print(describe_time(model, job, settings, cuts, time_parts(model, job, layout, settings, parts)))
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -97,7 +120,7 @@ def _demo(args: argparse.Namespace) -> None:
     check_demo(args.out, args.overwrite, files_read(args))
     model, parts = model_of(args), parts_of(args)
     start = time.monotonic()
-    bars = Bars(24)
+    bars = Bars()
     try:
         text = run_demo(model, args.out, settings, bars, parts, args.overwrite)
     finally:
@@ -139,7 +162,7 @@ def _measure(args: argparse.Namespace, methods: Mapping[str, Path]) -> None:
 
     def start(frames: int) -> None:
         nonlocal total, bars
-        total, bars = frames, Bars(frames)
+        total, bars = frames, Bars()
 
     def tick(frames: int) -> None:
         nonlocal done

@@ -148,6 +148,13 @@ def unet_calls(layout: TilePlan | TileLayout, settings: SamplingSettings, noise:
     return total
 
 
+def tile_passes(layout: TilePlan | TileLayout, settings: SamplingSettings, noise: NoiseRange = SVD_NOISE) -> int:
+    """How many tiles go through the UNet in `sample`, in however many calls."""
+    passes = [guide(settings.guidance).passes(power) for power in strengths(settings, noise)]
+    plans = [laid_out(layout).at(step.index) for step in run_steps(settings, noise)]
+    return sum(count * plan.tiles for count, plan in zip(passes, plans, strict=True))
+
+
 def strengths(settings: SamplingSettings, noise: NoiseRange = SVD_NOISE) -> list[GuidanceScale]:
     """The guidance's strengths at each step, gamma included."""
     power = resolve_scale(settings.guidance, settings.cfg, settings.guidance_scale)

@@ -20,13 +20,14 @@ from ..flow.field import Flow, streamed_flow
 from ..flow.raft import Estimator
 from ..image.color import correct
 from ..sampling.align import SHARE
+from ..sampling.calls import Call
 from ..sampling.tiling import TilePlan
 from ..system.outputs import claimed
 from ..vae.latents import CELL, encode_frames
 from ..video import Frame, check_output, open_writer
 from .job import Job, UpscaledFrames, scene_cuts
 from .parts import PipelineModules, apply_capm, decoded, refined
-from .sampler import NoiseRange, Settings, make_layout, sample, unet_calls
+from .sampler import NoiseRange, Settings, make_layout, sample, tile_passes
 
 #: (stage, done, total): called after every unit of work; raising stops the run.
 Progress = Callable[[str, int, int], None]
@@ -67,7 +68,7 @@ def upscale(
             progress("encode", i + 1, job.frames)
         levels = None if parts.prompts is None else parts.prompts.levels(job)
         context = _contexts(model, upscaled, cuts)
-        calls_done, total = count(1), unet_calls(layout, settings, NoiseRange.of(model))
+        tiles = _Tiles(tile_passes(layout, settings, NoiseRange.of(model)), progress)
         with apply_capm(model, parts.prompts, levels):
             result = sample(
                 model,
@@ -75,10 +76,11 @@ def upscale(
                 layout,
                 settings,
                 context,
-                tick=lambda _: progress("sample", next(calls_done), total),
+                tick=tiles.begin,
                 flow=flow,
                 first_frame=job.start,
             )
+        tiles.end()
         progress("decode", 0, job.frames)
         pictures = decoded(model, result / model.scaling_factor, parts, levels, upscaled, job.size, cuts)
         pairs = (
@@ -90,6 +92,23 @@ def upscale(
                 image = correct(settings.color, frame[None], reference.image[None])[0].clamp(0, 1)
                 writer.write(Frame(image, reference.alpha, reference.pts))
                 progress("decode", i + 1, job.frames)
+
+
+class _Tiles:
+    """Reports the tile passes that are done."""
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self._begun, self._total, self._progress = 0, total, progress
+
+    def begin(self, call: Call) -> None:
+        """Called before each UNet call: all before it are done. One that ran out of memory is begun again in parts."""
+        self._progress("sample", min(self._begun, self._total), self._total)
+        self._begun += len(call.tiles)
+
+    def end(self) -> None:
+        """Called after the last."""
+        if self._total:
+            self._progress("sample", self._total, self._total)
 
 
 def _contexts(model: Backbone, upscaled: UpscaledFrames, cuts: Sequence[int]) -> Tensor | None:
