@@ -22,8 +22,8 @@ from ..metrics.report import check_folder
 from ..pipeline import cost
 from ..pipeline.advice import describe_time
 from ..pipeline.job import Job, scene_cuts
+from ..pipeline.part_samples import Work
 from ..pipeline.part_times import time_parts
-from ..pipeline.parts import PipelineModules
 from ..pipeline.plan_cost import duration
 from ..pipeline.sampler import NoiseRange, Settings, make_layout
 from ..pipeline.upscale import upscale
@@ -81,7 +81,7 @@ def _upscale(args: argparse.Namespace) -> None:
     settings, parts, model, cuts = settings_of(args), parts_of(args), model_of(args), _cuts(args, job)
     layout = _laid_out(job, settings, model, cuts)
     settings = cost.resolve_sap(model, layout, settings, args.sap_mode)
-    bars = Bars(_planned(model, job, layout, settings, parts, codec))
+    bars = Bars(_planned(Work(model, job, layout, settings, parts, codec)))
     try:
         upscale(model, job, args.output, settings, codec, args.overwrite, cuts, bars, parts)
     finally:
@@ -89,14 +89,12 @@ def _upscale(args: argparse.Namespace) -> None:
     print(f"{args.output}: {job.frames} frames of {job.size[1]}x{job.size[0]}")
 
 
-def _planned(
-    model: Backbone, job: Job, layout: TileLayout, settings: Settings, parts: PipelineModules, codec: str
-) -> Mapping[str, float] | None:
+def _planned(work: Work) -> Mapping[str, float] | None:
     """Seconds of each stage; nothing for a job that is done before they could be measured."""
-    if job.frames * job.size[0] * job.size[1] < SMALL:
+    if work.job.frames * work.job.size[0] * work.job.size[1] < SMALL:
         return None
-    times = time_parts(model, job, layout, settings, parts, codec)
-    print(f"about {duration(times.total)}; plan says more", file=sys.stderr)
+    times = time_parts(work)
+    print(f"about {duration(times.total)}, most of it {times.dearest}", file=sys.stderr)
     return times.stages
 
 
@@ -112,7 +110,8 @@ def _plan(args: argparse.Namespace) -> None:
     layout = _laid_out(job, settings, model, cuts)
     settings = cost.resolve_sap(model, layout, settings, args.sap_mode)
     print(cost.describe(job, layout, settings, cost.estimate(model, layout, settings), scenes), flush=True)
-    print(describe_time(model, job, settings, cuts, time_parts(model, job, layout, settings, parts)))
+    work = Work(model, job, layout, settings, parts)
+    print(describe_time(work, cuts, time_parts(work)))
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ..backbones.svd import Backbone
 from ..names import LAYOUTS
-from .job import Job
+from .part_samples import Work
 from .part_times import PartTimes, sampling_seconds
 from .plan_cost import WORTH, duration, measured_words
 from .sampler import NoiseRange, Settings, make_layout, tile_passes
@@ -22,7 +21,7 @@ WITHOUT = {
 SHARE = 0.2
 
 
-def describe_time(model: Backbone, job: Job, settings: Settings, cuts: Sequence[int], times: PartTimes) -> str:
+def describe_time(work: Work, cuts: Sequence[int], times: PartTimes) -> str:
     """How long a job takes and its parts, the dearest first; and what would make it cheaper."""
     dearest = sorted(times.parts.items(), key=lambda part: -part[1])
     each = ", ".join(f"{name} {duration(seconds)}" for name, seconds in dearest)
@@ -30,18 +29,18 @@ def describe_time(model: Backbone, job: Job, settings: Settings, cuts: Sequence[
     name, seconds = dearest[0]
     at = f"; {measured_words(times.tile)}" if times.tile is not None else ""
     lines.append(f"dearest      {name}, {seconds / max(times.total, 1e-9):.0%}{at}")
-    lines += [f"cheaper      {line}" for line in _cheaper(model, job, settings, cuts, times)]
+    lines += [f"cheaper      {line}" for line in _cheaper(work, cuts, times)]
     return "\n".join(lines)
 
 
-def _cheaper(model: Backbone, job: Job, settings: Settings, cuts: Sequence[int], times: PartTimes) -> Iterator[str]:
+def _cheaper(work: Work, cuts: Sequence[int], times: PartTimes) -> Iterator[str]:
     """What would save a good part of the time, one line each."""
-    noise = NoiseRange.of(model)
+    model, settings, noise = work.model, work.settings, NoiseRange.of(work.model)
     sampling = times.parts.get("UNet", 0.0)
     if times.tile is not None and sampling >= SHARE * times.total:
-        now = tile_passes(make_layout(job, settings, model.tile, model.factor, noise, cuts), settings, noise)
+        now = tile_passes(work.layout, settings, noise)
         for option, other in _others(settings):
-            layout = make_layout(job, other, model.tile, model.factor, noise, cuts)
+            layout = make_layout(work.job, other, model.tile, model.factor, noise, cuts)
             passes = tile_passes(layout, other, noise)
             total = times.total - sampling + sampling_seconds(layout, other, noise, times.tile)
             if WORTH * passes <= now:

@@ -7,40 +7,29 @@ area that the job gives it, overlaps of tiles and chunks included. A second or t
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import cycle, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..backbones.svd import Backbone
-from ..flow.field import streamed_flow
-from ..image.color import correct
-from ..image.upscale import upscale_frames
-from ..modules import dcm
-from ..modules.refiner import CHUNK, TILE
-from ..sampling.align import SHARE
-from ..sampling.calls import Call, calls, gather_tiles
-from ..sampling.guidance import COND, guide
+from ..modules import dcm, refiner
+from ..sampling.guidance import guide
 from ..sampling.layouts import TileLayout
-from ..sampling.propagation import TileRun
-from ..sampling.schedule import Kind, Step
-from ..sampling.tiling import TilePlan, TileSize, cores, plan_tiles, spans
-from ..vae.latents import CELL, VAE_OVERLAP, VAE_TILE, encode_frames
-from ..video import Frame, made_info, open_writer
+from ..sampling.tiling import cores, spans
+from ..vae.latents import VAE_OVERLAP, VAE_TILE
 from .cost import tile_flops
-from .job import Job, from_levels, to_levels
-from .parts import PipelineModules, apply_capm, decoded, refined
+from .job import Job
+from .part_samples import FRAMES, Samples, Work, run_tile
 from .sampler import NoiseRange, Settings, run_steps, strengths
 from .tile_time import TileSeconds, tile_seconds
 
-#: Seconds for a part's last run, and for the UNet's.
+#: Seconds that a part's last run may take, and the UNet's.
 PART, UNET = 0.2, 1.0
-#: Sides in latents of the squares that a part is tried on, in turn; the decoder's and the refiner's frames.
-SIDES, FRAMES = (8, 16, 32, 64), 2
+#: Sides in latents of the squares that a part is tried on, in turn.
+SIDES = (8, 16, 32, 64)
 
 #: The parts of a job in their order, and the stage of a run that each belongs to.
 PARTS = {
@@ -68,6 +57,11 @@ class PartTimes:
         return sum(self.parts.values())
 
     @property
+    def dearest(self) -> str:
+        """The part that takes most."""
+        return max(self.parts, key=lambda name: self.parts[name])
+
+    @property
     def stages(self) -> dict[str, float]:
         """By the stages that a run reports its progress in."""
         found: dict[str, float] = {}
@@ -76,156 +70,60 @@ class PartTimes:
         return found
 
 
-def time_parts(
-    model: Backbone, job: Job, layout: TileLayout, settings: Settings, parts: PipelineModules, codec: str = "h264"
-) -> PartTimes:
+def time_parts(work: Work) -> PartTimes:
     """Times every part of a job. Raises VSRError for an input that cannot be read."""
-    reading, small = _read(job)
-    sample = _Sample(model, job, settings, parts, small)
-    plan = layout.settled
-    readings = 2 + (settings.align > 0 and settings.steps > 0) + (parts.of_decoder.acting.cfw is not None)
-    upscaled = _pixels(job) * (readings if parts.upscale_fn is None else _upscaled_share(job))
+    job, parts, plan = work.job, work.parts, work.layout.settled
+    reading, small = _read(work)
+    samples, aligned = Samples(work, small), work.settings.align > 0 and work.settings.steps > 0
+    readings = 2 + aligned + (parts.of_decoder.acting.cfw is not None)
+    pixels = job.size[0] * job.size[1] * job.frames
+    volume = _tiled(plan.height, plan.width, VAE_TILE, VAE_OVERLAP) * job.frames
     found = {
         "reading": job.frames * readings * reading,
-        "upscaler": _grown(sample.enlarge) * upscaled * job.frames,
-        "encode": _grown(sample.encode) * _tiled(plan.height, plan.width, VAE_TILE, VAE_OVERLAP) * job.frames,
+        "upscaler": _each(work, samples.enlarge)
+        * pixels
+        * (readings if parts.upscale_fn is None else _upscaled_share(job)),
+        "encode": _each(work, samples.encode) * volume,
     }
-    if settings.align > 0 and settings.steps > 0 and job.frames > 1:
-        found["flow"] = _grown(sample.flow) * _pixels(job) * (job.frames - 1)
-    tile = None
-    if settings.steps:
-        tile = time_tile(model, layout, settings, parts)
-        found["UNet"] = sampling_seconds(layout, settings, NoiseRange.of(model), tile)
-    found["decode"] = _grown(sample.decode) * _decoded_volume(model, parts, plan)
+    if aligned and job.frames > 1:
+        found["flow"] = _each(work, samples.flow) * pixels * (1 - 1 / job.frames)
+    tile = time_tile(work) if work.settings.steps else None
+    if tile is not None:
+        found["UNet"] = sampling_seconds(work.layout, work.settings, NoiseRange.of(work.model), tile)
+    found["decode"] = _each(work, samples.decode) * _decoded_volume(work)
     if parts.refiner is not None:
         height, width = (_with_margins(side, parts.refiner.reach) for side in job.size)
-        found["refiner"] = _grown(sample.refine) * height * width * job.frames
+        found["refiner"] = _each(work, samples.refine) * height * width * job.frames
     with tempfile.TemporaryDirectory() as folder:
-        found["writing"] = _grown(lambda side: sample.write(side, Path(folder), codec)) * _pixels(job) * job.frames
+        found["writing"] = _each(work, lambda side: samples.write(side, Path(folder))) * pixels
     return PartTimes(found, tile)
 
 
-def _pixels(job: Job) -> int:
-    """Of a frame of the result."""
-    return job.size[0] * job.size[1]
-
-
-def _read(job: Job) -> tuple[float, Tensor]:
+def _read(work: Work) -> tuple[float, Tensor]:
     """Seconds to read a frame, and the first few `(n, 3, h, w)`."""
     frames: list[Tensor] = []
-    began = time.perf_counter()
-    for frame in job.read():
+    began = work.clock()
+    for frame in work.job.read():
         if not frames:
-            began = time.perf_counter()  # opening is done once
+            began = work.clock()  # opening is done once
         frames.append(frame.image)
         if len(frames) == 1 + FRAMES:
             break
-    return (time.perf_counter() - began) / max(len(frames) - 1, 1), torch.stack(frames)
+    return (work.clock() - began) / max(len(frames) - 1, 1), torch.stack(frames)
 
 
-def _grown(work: Callable[[int], float], sides: Sequence[int] = SIDES, seconds: float = PART) -> float:
-    """Seconds a unit of `work(side)`, which returns how many it has done: on the last square whose successor would take
-    more than `seconds`."""
-    work(sides[0])  # what is first used takes longer
+def _each(work: Work, sample: Callable[[int], float]) -> float:
+    """Seconds a unit of `sample(side)`, which returns how many it has done: on the last square whose successor would
+    take more than PART."""
+    sample(SIDES[0])  # what is first used takes longer
     spent = units = 0.0
-    for side in sides:
-        began = time.perf_counter()
-        units = work(side)
-        spent = time.perf_counter() - began
-        if 4 * spent > seconds:
+    for side in SIDES:
+        began = work.clock()
+        units = sample(side)
+        spent = work.clock() - began
+        if 4 * spent > PART:
             break
     return spent / units
-
-
-class _Sample:
-    """The parts of a job, each on a square of its first frames; every method returns how many units it has done."""
-
-    def __init__(self, model: Backbone, job: Job, settings: Settings, parts: PipelineModules, small: Tensor) -> None:
-        self._model, self._job, self._settings, self._parts, self._small = model, job, settings, parts, small
-
-    def _square(self, side: int) -> tuple[Tensor, int]:
-        """The middle of the first frames, `side` latents or as many as there are, and the pixels of its result's sides
-        (a multiple of a latent's)."""
-        pixels = min(side, *(-(-each // CELL) for each in self._job.size)) * CELL
-        small = max(1, round(pixels / self._job.scale))
-        height, width = self._small.shape[-2:]
-        top, left = max((height - small) // 2, 0), max((width - small) // 2, 0)
-        return self._small[..., top : top + small, left : left + small], pixels
-
-    def _enlarged(self, side: int) -> Tensor:
-        """Frames of a square at the result's size, as a part after the upscaler sees them: `(n, 3, h, w)`."""
-        small, pixels = self._square(side)
-        return upscale_frames(small, (pixels, pixels))
-
-    def enlarge(self, side: int) -> float:
-        """Pixels of the result, kept and read again."""
-        small, pixels = self._square(side)
-        image = upscale_frames(small[:1], (pixels, pixels), upscale_fn=self._parts.upscale_fn)
-        if self._parts.upscale_fn is not None:
-            levels = to_levels(image)
-            for _ in range(2):
-                from_levels(levels)
-        return pixels**2
-
-    def encode(self, side: int) -> float:
-        """Latent pixels."""
-        frame = self._enlarged(side)[0]
-        sides = [each // CELL for each in frame.shape[-2:]]
-        list(encode_frames(self._model, [frame], *sides))
-        return sides[0] * sides[1]
-
-    def flow(self, side: int) -> float:
-        """Pixels of a pair of frames."""
-        frames = self._enlarged(side)[-2:]
-        size = (frames.shape[-2] // CELL, frames.shape[-1] // CELL)
-        streamed_flow(iter(frames), len(frames), size, CELL, (), SHARE, lambda _: None, self._parts.flow)
-        return frames[0, 0].numel()
-
-    def decode(self, side: int) -> float:
-        """Latent pixels over all frames."""
-        frames = self._enlarged(side)[-FRAMES:]
-        latents = _noise(len(frames), *(side // CELL for side in frames.shape[-2:]))
-        levels = None if self._parts.prompts is None else torch.full((len(frames),), 0.5)
-
-        def references() -> Iterator[Frame]:
-            return (Frame(frame, None, n) for n, frame in enumerate(frames))
-
-        size = (frames.shape[-2], frames.shape[-1])
-        for _ in decoded(self._model, latents, self._parts, levels, references, size, ()):
-            pass
-        return latents[:, 0].numel()
-
-    def refine(self, side: int) -> float:
-        """Pixels over all frames."""
-        assert self._parts.refiner is not None, "asked for where there is one"
-        # More than a chunk, as chunks overlap.
-        count = CHUNK + self._parts.refiner.frames + 1
-        frames = [frame for _, frame in zip(range(count), cycle(self._enlarged(side)), strict=False)]
-        pairs = ((frame, Frame(frame, None, n)) for n, frame in enumerate(frames))
-        for _ in refined(self._parts, pairs, ()):
-            pass
-        return count * frames[0][0].numel()
-
-    def write(self, side: int, folder: Path, codec: str) -> float:
-        """Pixels over all frames, their colours corrected."""
-        frames = self._enlarged(side)
-        count, _, height, width = frames.shape
-        output = folder / f"{side}{ENDINGS.get(codec, '')}"
-        info, size = made_info(width, height, count), (height, width)
-        with open_writer(output, info, size=size, codec=codec, overwrite=True) as writer:
-            for n, frame in enumerate(frames):
-                image = correct(self._settings.color, frame[None], frame[None])[0].clamp(0, 1)
-                writer.write(Frame(image, None, n))
-        return frames[:, 0].numel()
-
-
-#: What a file of each codec may end in; pictures go into a folder.
-ENDINGS = {"h264": ".mp4", "prores": ".mov", "ffv1": ".mkv"}
-
-
-def _noise(frames: int, height: int, width: int) -> Tensor:
-    """Latents that no decoder overflows at, and no other draw of random numbers notices."""
-    return 0.1 * torch.randn(frames, 4, height, width, generator=torch.Generator().manual_seed(0))
 
 
 def _tiled(height: int, width: int, tile: int, overlap: float) -> int:
@@ -236,7 +134,7 @@ def _tiled(height: int, width: int, tile: int, overlap: float) -> int:
 
 def _with_margins(side: int, reach: int) -> int:
     """Of a side in pixels, as the refiner goes over it: every tile with what its layers reach."""
-    return sum(part.outer.stop - part.outer.start for part in cores(side, TILE, reach))
+    return sum(part.outer.stop - part.outer.start for part in cores(side, refiner.TILE, reach))
 
 
 def _upscaled_share(job: Job) -> float:
@@ -245,58 +143,24 @@ def _upscaled_share(job: Job) -> float:
     return _tiled(height, width, dcm.TILE, dcm.OVERLAP) / (height * width)
 
 
-def _decoded_volume(model: Backbone, parts: PipelineModules, plan: TilePlan) -> int:
+def _decoded_volume(work: Work) -> int:
     """Latent pixels that the decoder goes over: chunks overlap, and so do tiles where they are blended."""
+    plan, chunk = work.layout.settled, work.model.tile.frames
     scenes = [0, *(window.span.start for a, window in pairwise(plan.windows) if window.scene != a.scene), plan.frames]
-    chunk = model.tile.frames
     frames = sum(span.length for a, b in pairwise(scenes) for span in spans(b - a, chunk, VAE_OVERLAP))
-    exact = bool(parts.of_decoder.acting.found)
-    return frames * (plan.height * plan.width if exact else _tiled(plan.height, plan.width, VAE_TILE, VAE_OVERLAP))
+    if work.parts.of_decoder.acting.found:
+        return frames * plan.height * plan.width
+    return frames * _tiled(plan.height, plan.width, VAE_TILE, VAE_OVERLAP)
 
 
-# --- The UNet ---------------------------------------------------------------------------------------------------------
-
-
-def time_tile(model: Backbone, layout: TileLayout, settings: Settings, parts: PipelineModules) -> TileSeconds:
-    """A tile of the layout's largest plan, in the steps that propagate as well."""
-    plan = layout.largest
+def time_tile(work: Work) -> TileSeconds:
+    """A tile of the layout's largest plan."""
+    plan, model = work.layout.largest, work.model
     tile = max((plan.tile_size(n) for n in range(len(plan.windows))), key=lambda size: size.frames)
-    windows = 2 if len(plan.windows) > 1 and "tap" in settings.propagation.kinds else 1
-
-    @torch.no_grad()
-    def run(size: TileSize) -> dict[Kind, float]:
-        with apply_capm(model, parts.prompts, None):
-            return _run_tile(model, size, settings, windows)
-
-    return tile_seconds(run, lambda size: tile_flops(model, size), tile, model.factor, UNET)
-
-
-#: What the calls of `_run_tile` are like: the first window has no neighbour before it.
-KINDS: tuple[Kind, Kind] = ("plain", "tap")
-
-
-def _run_tile(model: Backbone, size: TileSize, settings: Settings, windows: int) -> dict[Kind, float]:
-    """One tile in two windows: what the first takes, and with TAP the second, which sees the first."""
-    frames = size.frames if windows == 1 else size.frames + max(size.frames // 2, 1)
-    plan = plan_tiles(frames, size.height, size.width, size, 0.5, factor=1)
-    step = Step(0, "tap" if "tap" in settings.propagation.kinds else "plain")
-    run = TileRun(plan, settings.propagation)
-    video = _noise(frames, size.height, size.width).to(model.device)
-    context = model.context(None)
-
-    def seconds(call: Call) -> float:
-        began = time.perf_counter()
-        inputs = gather_tiles(plan, call, video)
-        with model.serving(run, call):
-            out = model.denoise(inputs, 1.0, inputs, context, call.frames)
-        out[0, 0, 0, 0].item()  # waits for the device
-        return time.perf_counter() - began
-
-    run.begin(step, COND)
-    found: dict[Kind, float] = {}
-    for kind, call in zip(KINDS, calls(plan, step, COND, 1, synchronous=False), strict=False):
-        found[kind] = seconds(call)
-    return found
+    windows = 2 if len(plan.windows) > 1 and "tap" in work.settings.propagation.kinds else 1
+    return tile_seconds(
+        lambda size: run_tile(work, size, windows), lambda size: tile_flops(model, size), tile, model.factor, UNET
+    )
 
 
 def sampling_seconds(layout: TileLayout, settings: Settings, noise: NoiseRange, tile: TileSeconds) -> float:

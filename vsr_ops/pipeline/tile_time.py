@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,7 +13,9 @@ from ..sampling.tiling import TileSize
 TileRunner = Callable[[TileSize], Mapping[Kind, float]]
 
 #: Shares of a tile's sides and of its frames, from the first that is tried to the tile itself.
-SHARES = ((0.25, 0.25), (0.5, 0.5), (0.5, 1.0), (0.75, 1.0), (1.0, 1.0))
+SHARES = ((0.0, 0.0), (0.25, 0.25), (0.5, 0.5), (0.5, 1.0), (0.75, 1.0), (1.0, 1.0))
+#: Runs this much shorter than the time there is say nothing of the next size: they are all beginning and end.
+BRIEF = 50
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ def sizes_up_to(tile: TileSize, factor: int) -> list[TileSize]:
     """Smaller tiles that the UNet takes, growing up to `tile`."""
     found: list[TileSize] = []
     for sides, frames in SHARES:
-        height, width = (min(math.ceil(sides * side / factor) * factor, side) for side in (tile.height, tile.width))
-        size = TileSize(height, width, math.ceil(frames * tile.frames))
+        cells = (max(math.ceil(sides * side / factor), 1) * factor for side in (tile.height, tile.width))
+        height, width = (min(side, most) for side, most in zip(cells, (tile.height, tile.width), strict=True))
+        size = TileSize(height, width, max(math.ceil(frames * tile.frames), 1))
         if size not in found:
             found.append(size)
     return found
@@ -53,11 +55,11 @@ def tile_seconds(
     before `tile` itself, the rest is by their operations, `flops`."""
     sizes = sizes_up_to(tile, factor)
     run(sizes[0])  # what is first used takes longer
-    for size, larger in zip(sizes, [*sizes[1:], None], strict=True):
-        began = time.perf_counter()
-        kinds = run(size)
-        spent = time.perf_counter() - began
-        if larger is None or spent * volume(larger) / volume(size) > seconds:
-            times = 1.0 if size == tile else flops(tile) / flops(size)
-            return TileSeconds(tile, size, {kind: times * each for kind, each in kinds.items()})
-    raise AssertionError("the last size has no larger one")
+    kinds, size = run(sizes[0]), sizes[0]
+    for larger in sizes[1:]:
+        spent = sum(kinds.values())
+        if spent > seconds / BRIEF and spent * volume(larger) / volume(size) > seconds:
+            break
+        kinds, size = run(larger), larger
+    times = 1.0 if size == tile else flops(tile) / flops(size)
+    return TileSeconds(tile, size, {kind: times * each for kind, each in kinds.items()})
