@@ -78,7 +78,8 @@ def sap_lagged(tiles: Tiles, plan: TilePlan, at_once: int) -> bool:
 class Run:
     """What one sampling run remembers. `before` are the steps of the model's schedule before this run's, `order` counts
     the evaluations of one step, to keep nested ones apart; `warned` is whether the artist has been told of a
-    ControlNet's features that lie between tiles' cells. `passes` has the banks of every branch and conditioning."""
+    ControlNet's features that lie between tiles' cells. `passes` has the banks of every branch and conditioning; `live`
+    is what shows tiles as they are done, where somebody looks."""
 
     model: Any
     sigmas: list[float]
@@ -92,6 +93,7 @@ class Run:
     order: int = 0
     warned: bool = False
     passes: dict[tuple[object, ...], TileRun] = field(default_factory=dict)
+    live: Any = None
 
     @property
     def plan(self) -> TilePlan:

@@ -110,8 +110,11 @@ def test_plan_prints_the_numbers(weights: Path, clip: Path, capsys: pytest.Captu
     assert run("plan", clip, "--model", weights, "--sap-mode", "lagged", "--tile", "8x8x2") == 0
     text = capsys.readouterr().out
     assert "output       80x56; latents 12x8" in text
-    assert "1 rows x 2 columns x 2 windows of 8x8x2" in text
-    assert "lagged banks" in text and "GFLOP" in text
+    assert "1x2x2 of 8x8x2" in text and "lagged banks" in text
+    # 4 tiles in 25 steps, all but the last, where gamma is 0, in two passes.
+    assert "196 tile passes" in text and "scenes       1, all 3 frames looked at" in text
+    assert "time         about" in text and "dearest      " in text
+    assert "cheaper      --guidance none: 2.0 times fewer tile passes (100)" in text
 
 
 def frames_of(path: Path) -> Tensor:

@@ -23,6 +23,7 @@ from ..vae.latents import VAE_OVERLAP, VAE_TILE
 from .cost import tile_flops
 from .job import Job
 from .part_samples import FRAMES, Samples, Work, run_tile
+from .plan_cost import plan_cuts
 from .sampler import NoiseRange, Settings, run_steps, strengths
 from .tile_time import TileSeconds, tile_seconds
 
@@ -146,7 +147,7 @@ def _upscaled_share(job: Job) -> float:
 def _decoded_volume(work: Work) -> int:
     """Latent pixels that the decoder goes over: chunks overlap, and so do tiles where they are blended."""
     plan, chunk = work.layout.settled, work.model.tile.frames
-    scenes = [0, *(window.span.start for a, window in pairwise(plan.windows) if window.scene != a.scene), plan.frames]
+    scenes = [0, *plan_cuts(plan), plan.frames]
     frames = sum(span.length for a, b in pairwise(scenes) for span in spans(b - a, chunk, VAE_OVERLAP))
     if work.parts.of_decoder.acting.found:
         return frames * plan.height * plan.width

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..sampling.layouts import TileLayout
 from ..sampling.propagation import Propagation, sap_rate
@@ -55,6 +56,11 @@ def grids(layout: TileLayout) -> str:
     return (
         moving if layout.settling == 0 else f"{moving} in turn, {words(layout.settled)} in the last {layout.settling}"
     )
+
+
+def plan_cuts(plan: TilePlan) -> tuple[int, ...]:
+    """The first frames of a plan's scenes but the first."""
+    return tuple(b.span.start for a, b in pairwise(plan.windows) if a.scene != b.scene)
 
 
 def duration(seconds: float) -> str:

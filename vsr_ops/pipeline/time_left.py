@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 
 #: The share of the whole that a plan is trusted like: as if so much of it had come true before the job began.
-TRUST = 0.02
+TRUST = 0.01
 #: The share of a stage from which on its own pace counts for more than the plan's.
 PACE = 0.1
 
