@@ -22,7 +22,7 @@ from ..names import (
     SAMPLERS,
     SAP_MODES,
 )
-from ..pipeline.defaults import AUTO, DDPM_STEPS, DEFAULTS, LAYOUT, PAPER_GUIDANCE, RHO, SAMPLER
+from ..pipeline.defaults import AUTO, DDPM_STEPS, DEFAULTS, PAPER_GUIDANCE, RHO, SAMPLER
 
 #: The command that makes what --text takes.
 EMBED = "python -m vsr_ops embed"
@@ -117,8 +117,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--overlap", type=float, default=0.5, help="share of a tile, 0 to 0.75")
     add(
         "--layout",
-        default=LAYOUT,
-        help=f"how tiles lie: {', '.join(LAYOUTS)} (the fewest)",
+        default=AUTO,
+        help=f"how tiles lie: {', '.join(LAYOUTS)} (the fewest tiles), or auto, the model's own",
     )
     add("--propagation", default="sap+tap", help=", ".join(PROPAGATION))
     add("--sap-mode", default="auto", help=", ".join(SAP_MODES))

@@ -25,7 +25,7 @@ from ..pipeline.sampler import Settings
 from ..sampling.propagation import Propagation
 from ..sampling.tiling import TileSize
 from ..system.outputs import files_of
-from .chosen import color_of, guidance_of, refiner_of, steps_of, upscaler_of
+from .chosen import color_of, guidance_of, layout_of, refiner_of, steps_of, upscaler_of
 from .flow import flow_of
 from .text import refuse_texts, texts_of
 
@@ -64,7 +64,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         rho=args.rho,
         tile=None if args.tile is None else TileSize.parse(args.tile),
         overlap=args.overlap,
-        layout=args.layout,
+        layout=layout_of(args),
         propagation=propagation,
         color=color_of(args),
         seed=args.seed,

@@ -52,7 +52,7 @@ def grids(layout: TileLayout) -> str:
     def words(plan: TilePlan) -> str:
         return f"{len(plan.rows)}x{len(plan.cols)}x{len(plan.windows)}"
 
-    moving = " and ".join(dict.fromkeys(words(plan) for plan in layout.phases))
+    moving = ", ".join(dict.fromkeys(words(plan) for plan in layout.phases))
     return (
         moving if layout.settling == 0 else f"{moving} in turn, {words(layout.settled)} in the last {layout.settling}"
     )

@@ -26,7 +26,7 @@ from ..sampling.samplers import SAMPLERS, check_sampler
 from ..sampling.schedule import Step, schedule_ends, step_at, steps_before
 from ..sampling.tiling import TilePlan, TileSize
 from ..system.memory import home_of
-from .defaults import DEFAULTS, LAYOUT, RHO, SAMPLER
+from .defaults import DEFAULTS, RHO, SAMPLER
 
 if TYPE_CHECKING:
     # What is upscaled comes from a video: libraries of codecs, which sampling does not need.
@@ -81,7 +81,7 @@ class Settings(SamplingSettings):
 
     tile: TileSize | None = None
     overlap: float = 0.5
-    layout: str = LAYOUT
+    layout: str = DEFAULTS["dc_vsr"].layout
     color: str = DEFAULTS["dc_vsr"].color
 
     def __post_init__(self) -> None:
