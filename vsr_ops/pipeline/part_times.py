@@ -114,15 +114,15 @@ def _read(work: Work) -> tuple[float, Tensor]:
 
 
 def _each(work: Work, sample: Callable[[int], float]) -> float:
-    """Seconds a unit of `sample(side)`, which returns how many it has done: on the last square whose successor would
-    take more than PART."""
+    """Seconds a unit of `sample(side)`, which returns how many it has done: on the largest square that there is, or
+    the last whose successor would take more than PART."""
     sample(SIDES[0])  # what is first used takes longer
     spent = units = 0.0
     for side in SIDES:
-        began = work.clock()
+        began, before = work.clock(), units
         units = sample(side)
         spent = work.clock() - began
-        if 4 * spent > PART:
+        if 4 * spent > PART or units == before:
             break
     return spent / units
 

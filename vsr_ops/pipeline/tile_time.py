@@ -14,6 +14,8 @@ TileRunner = Callable[[TileSize], Mapping[Kind, float]]
 
 #: Shares of a tile's sides and of its frames, from the first that is tried to the tile itself.
 SHARES = ((0.0, 0.0), (0.25, 0.25), (0.5, 0.5), (0.5, 1.0), (0.75, 1.0), (1.0, 1.0))
+#: Cells of the UNet's factor a side: norms want more than one value.
+SMALLEST = 2
 #: Runs this much shorter than the time there is say nothing of the next size: they are all beginning and end.
 BRIEF = 50
 
@@ -40,7 +42,7 @@ def sizes_up_to(tile: TileSize, factor: int) -> list[TileSize]:
     """Smaller tiles that the UNet takes, growing up to `tile`."""
     found: list[TileSize] = []
     for sides, frames in SHARES:
-        cells = (max(math.ceil(sides * side / factor), 1) * factor for side in (tile.height, tile.width))
+        cells = (max(math.ceil(sides * side / factor), SMALLEST) * factor for side in (tile.height, tile.width))
         height, width = (min(side, most) for side, most in zip(cells, (tile.height, tile.width), strict=True))
         size = TileSize(height, width, max(math.ceil(frames * tile.frames), 1))
         if size not in found:
