@@ -37,8 +37,8 @@ TARGET = 1.3
 #: The options of each job.
 JOBS = {
     "default": "",
-    "CFW, STAM, CAPM, aligned": "--decode-w 0.75 --stam lite --capm lite --align 0.5",
-    "SD, dssag, shifted": "--control lite --steps 4 --guidance dssag --layout shifted --tile 16x16x8",
+    "sdatc": "--decode-w 0.75 --stam lite --capm lite --align 0.5",
+    "sd": "--control lite --steps 4 --guidance dssag --layout shifted --tile 16x16x8",
 }
 
 
@@ -88,20 +88,22 @@ def planned_and_taken(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
-    parser.add_argument("--frames", type=int, default=12, help="of the bundled clip, at most 24")
+    parser.add_argument("--frames", type=int, default=8, help="of the bundled clip, at most 24")
+    parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     print(f"plan against run, {args.frames} frames of 384x256, {args.clock} clock, on {machine(torch.device('cpu'))}\n")
     rows: list[list[str]] = []
     with clip(args.frames) as source:
-        for name, options in JOBS.items():
-            rounds = [planned_and_taken(source, options, CLOCKS[args.clock]) for _ in range(args.rounds)]
+        for name in args.jobs:
+            rounds = [planned_and_taken(source, JOBS[name], CLOCKS[args.clock]) for _ in range(args.rounds)]
             ratios = [sum(planned.values()) / sum(taken.values()) for planned, taken in rounds]
             planned, taken = rounds[-1]
             each = ", ".join(f"{stage} {planned.get(stage, 0):.1f}/{seconds:.1f}" for stage, seconds in taken.items())
             took = sum(taken.values())
             rows.append([name, f"{took:.1f}", f"{median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}", each])
-            print(name, "done", flush=True)
+            print(f"{' '.join(rows[-1])}", flush=True)
+    print()
     table(["job", "took, s", "planned / took", "of all rounds", "stages: planned / took, s"], rows)
     print(f"target: within {TARGET} either way")
 

@@ -28,7 +28,7 @@ from .sampler import NoiseRange, Settings, run_steps, strengths
 from .tile_time import TileSeconds, tile_seconds
 
 #: Seconds that a part's last run may take, and the UNet's.
-PART, UNET = 0.2, 1.0
+PART, UNET = 0.2, 2.0
 #: Sides in latents of the squares that a part is tried on, in turn.
 SIDES = (8, 16, 32, 64)
 
@@ -115,13 +115,15 @@ def _read(work: Work) -> tuple[float, Tensor]:
 
 def _each(work: Work, sample: Callable[[int], float]) -> float:
     """Seconds a unit of `sample(side)`, which returns how many it has done: on the largest square that there is, or
-    the last whose successor would take more than PART."""
-    sample(SIDES[0])  # what is first used takes longer
-    spent = units = 0.0
+    the last whose successor would take more than PART. The better of two, as what is first used takes longer."""
+    spent, units = 0.0, -1.0
     for side in SIDES:
-        began, before = work.clock(), units
-        units = sample(side)
-        spent = work.clock() - began
+        before, runs = units, list[float]()
+        for _ in range(2):
+            began = work.clock()
+            units = sample(side)
+            runs.append(work.clock() - began)
+        spent = min(runs)
         if 4 * spent > PART or units == before:
             break
     return spent / units
