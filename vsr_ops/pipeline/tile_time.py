@@ -59,7 +59,8 @@ def tile_seconds(
     before `tile` itself, the rest is by their operations, `flops`."""
     sizes = sizes_up_to(tile, factor)
     run(sizes[0])  # what is first used takes longer
-    kinds, size = run(sizes[0]), sizes[0]
+    kinds: Mapping[Kind, float] = run(sizes[0])
+    size = sizes[0]
     for larger in sizes[1:]:
         spent = sum(kinds.values())
         if spent > seconds / BRIEF and spent * volume(larger) / volume(size) > seconds:
