@@ -51,7 +51,7 @@ ROWS = [
     *((name, "none") for name in (*OTHERS, *LAYOUTS)),
     *((name, kinds) for name, kinds in product(("no overlap", *LAYOUTS), ("sap", "tap", "sap+tap"))),
 ]
-PICTURE = (240, 384)
+PICTURE = (192, 320)
 #: A person, a car, and a photograph under a moving camera.
 CLIPS = ("kite-surf", "car-shadow", "tea-gardens")
 
@@ -130,9 +130,9 @@ def main() -> None:
     add("--device", default="auto")
     add("--dtype", default="auto")
     add("--tile", default="16x16x6")
-    add("--frames", type=int, default=12)
+    add("--frames", type=int, default=9)
     add("--steps", type=int, default=4)
-    add("--strength", type=float, default=0.25, help="what the LR latents are multiplied with")
+    add("--strength", type=float, default=0.5, help="what the LR latents are multiplied with")
     add("--seeds", type=int, default=3)
     add("--rows", nargs="*", help="LAYOUT,PROPAGATION; all of them when left out")
     add("--save", type=Path, help="a folder for the last frames of each row")

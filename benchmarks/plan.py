@@ -29,6 +29,7 @@ from vsr_ops.pipeline.part_samples import Work
 from vsr_ops.pipeline.part_times import time_parts
 from vsr_ops.pipeline.sampler import NoiseRange, make_layout
 from vsr_ops.pipeline.upscale import upscale
+from vsr_ops.system.allocator import keep_freed
 from vsr_ops.video import glance, probe
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -109,4 +110,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed()
     main()

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from .cli.options import make_parser
+from .system.allocator import keep_freed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,4 +19,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed()
     sys.exit(main())

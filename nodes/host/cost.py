@@ -124,8 +124,9 @@ def run_tile(model: Any, tile: TileSize) -> dict[Kind, float]:
     return {"plain": time.perf_counter() - began}
 
 
-def describe(model: Any, layout: TileLayout, steps: int, passes: int) -> str:
-    """The plan as text: tiles, UNet passes, memory, and the time of sampling, from tiles that are run here and now."""
+def describe(model: Any, layout: TileLayout, steps: int, passes: int, guided: int = 0) -> str:
+    """The plan as text: tiles, UNet passes, memory, and the time of sampling, from tiles that are run here and now.
+    Of the steps `guided` take all the passes (0: all do), the others one."""
     tiles = tiles_of(model)
     assert tiles is not None
     plan = layout.largest
@@ -143,6 +144,7 @@ def describe(model: Any, layout: TileLayout, steps: int, passes: int) -> str:
         carried,
         steps,
         passes,
+        guided=guided or None,
         lagged=lagged_bytes(plan, carried, passes, layers, dtype.itemsize),
         tap=tap_bytes(plan, carried, at_once, layers, dtype.itemsize),
         weights=model.model_size(),

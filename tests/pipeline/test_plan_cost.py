@@ -29,7 +29,9 @@ def test_lagged_banks_hold_exactly_what_was_said(rate: int | None) -> None:
     run.begin(step, COND)
     for call in calls(PLAN, step, COND, 1, synchronous=False):
         q, k, v = (torch.randn(call.frames, 2, 64, 3) for _ in range(3))
+        run.serve(call)
         run.attend(call, LAYER, q, k, v)
+        run.finish(call)
     assert run.bank_bytes == lagged_bytes(PLAN, settings, 1, BANKS, 4)
     assert lagged_bytes(PLAN, settings, 2, BANKS, 4) == 2 * run.bank_bytes
 
@@ -49,6 +51,7 @@ def test_taps_banks_never_exceed_what_was_said() -> None:
     run.begin(step, COND)
     for call in calls(PLAN, step, COND, 2, synchronous=False):
         q, k, v = (torch.randn(len(call.tiles) * call.frames, 2, 64, 3) for _ in range(3))
+        run.serve(call)
         run.attend(call, LAYER, q, k, v)
         most = max(most, held(run))
         run.finish(call)
@@ -57,7 +60,8 @@ def test_taps_banks_never_exceed_what_was_said() -> None:
 
 def held(run: TileRun) -> int:
     """Bytes of TAP's banks that are alive."""
-    return sum(kv.keys.nbytes + kv.values.nbytes for bank in run._tap.values() for kv in bank.values())
+    banks = (*(bank.values() for bank in run._tap.values()), *run._handed.values())
+    return sum(kv.keys.nbytes + kv.values.nbytes for bank in banks for kv in bank)
 
 
 def test_the_text_counts_every_tile_of_every_pass() -> None:

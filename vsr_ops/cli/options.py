@@ -113,6 +113,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--cfg", type=float, help="classifier-free guidance; 1 is off. With dssag it is DC-VSR equation 9's 1 + s")
     add("--guidance-scale", type=float, help="the s of dssag, pag and sag; 0 is off")
     add("--rho", type=float, default=RHO, help="how fast dssag's blur fades over the steps; larger is sooner")
+    add("--guidance-interval", metavar="MIN:MAX", help="guided at noise levels (sigmas) in it alone; all by default")
+    add("--guidance-every", type=int, default=1, metavar="N", help="keep what guidance adds for N - 1 steps out of N")
     add("--tile", metavar="HxWxT", help="in latents (8 pixels each) and frames; the model's own by default")
     add("--overlap", type=float, default=0.5, help="share of a tile, 0 to 0.75")
     add(
@@ -163,6 +165,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--sampler", default=SAMPLER, help=f"{', '.join(SAMPLERS)}; SDATC takes ddpm")
     add("--seed", type=int, default=0)
     add("--denoise", type=float, default=1.0, help="below 1: start from the LR latent at partial noise")
+    add("--start-sigma", type=float, metavar="SIGMA", help="start from the LR latent at this noise level, in all steps")
     add("--batch", type=int, default=1, help="spatial tiles through the UNet together")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:0 ..., mps")
     add("--dtype", default="auto", help=", ".join(["auto", *DTYPES]))

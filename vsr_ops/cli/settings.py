@@ -22,6 +22,7 @@ from ..modules.stam import load_stam
 from ..names import SAP_MODES
 from ..pipeline.parts import CAPMSettings, PipelineModules
 from ..pipeline.sampler import Settings
+from ..sampling.interval import GuidanceInterval
 from ..sampling.propagation import Propagation
 from ..sampling.tiling import TileSize
 from ..system.outputs import files_of
@@ -45,6 +46,22 @@ def files_read(args: argparse.Namespace) -> list[Path]:
     return found + ([] if args.unet == "none" else find_unet(Path(args.unet)).files())
 
 
+def interval_of(text: str | None, every: int) -> GuidanceInterval:
+    """Where and how often guidance acts, of MIN:MAX in sigmas; an end that is left out is open. Raises SettingError."""
+    if text is None:
+        return GuidanceInterval(every=every)
+    low, colon, high = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        ends = float(low or 0), float(high or "inf")
+    except ValueError:
+        raise SettingError(
+            f"guidance interval is {text!r}: expected MIN:MAX in sigmas, such as 0.1:50, 0.1: or :50"
+        ) from None
+    return GuidanceInterval(*ends, every)
+
+
 def settings_of(args: argparse.Namespace) -> Settings:
     """The options of sampling as settings, gaps filled by what the weights were trained with. Raises SettingError."""
     if args.sap_mode not in SAP_MODES:
@@ -62,6 +79,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         cfg=args.cfg,
         guidance_scale=args.guidance_scale,
         rho=args.rho,
+        interval=interval_of(args.guidance_interval, args.guidance_every),
         tile=None if args.tile is None else TileSize.parse(args.tile),
         overlap=args.overlap,
         layout=layout_of(args),
@@ -69,6 +87,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         color=color_of(args),
         seed=args.seed,
         denoise=args.denoise,
+        start_sigma=args.start_sigma,
         batch=args.batch,
         align=args.align,
         align_mode=args.align_mode,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ..names import LAYOUTS
+from ..sampling.interval import EVERY_STEP
 from .part_samples import Work
 from .part_times import PartTimes, sampling_seconds
 from .plan_cost import WORTH, duration, measured_words
@@ -56,7 +57,7 @@ def _others(settings: Settings) -> Iterator[tuple[str, Settings]]:
         if name != settings.layout:
             yield f"--layout {name}", replace(settings, layout=name)
     if settings.guidance != "none":
-        yield "--guidance none", replace(settings, guidance="none", cfg=None, guidance_scale=None)
+        yield "--guidance none", replace(settings, guidance="none", cfg=None, guidance_scale=None, interval=EVERY_STEP)
     if settings.steps > 1:
         steps = settings.steps // 2
         yield f"--steps {steps}", replace(settings, steps=steps)

@@ -112,9 +112,8 @@ class Samples:
 
     def refine(self, side: int) -> float:
         """Pixels over all frames."""
-        assert self._work.parts.refiner is not None, "asked for where there is one"
-        # More than a chunk, as chunks overlap.
-        count = CHUNK + self._work.parts.refiner.frames + 1
+        # Frames wait for those after them: more than a chunk.
+        count = 2 * CHUNK + 1
         frames = [frame for _, frame in zip(range(count), cycle(self._enlarged(side)), strict=False)]
         pairs = ((frame, Frame(frame, None, n)) for n, frame in enumerate(frames))
         for _ in refined(self._work.parts, pairs, ()):

@@ -7,7 +7,7 @@ area that the job gives it, overlaps of tiles and chunks included. A second or t
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..modules import dcm, refiner
+from ..modules.dcm import tile_spans
+from ..modules.refiner import TILE
 from ..sampling.guidance import guide
 from ..sampling.layouts import TileLayout
-from ..sampling.tiling import cores, spans
+from ..sampling.tiling import Span, cores, even_part, spans
 from ..vae.latents import VAE_OVERLAP, VAE_TILE
+from ..vae.layout import is_temporal
 from .cost import tile_flops
 from .job import Job
 from .part_samples import FRAMES, Samples, Work, run_tile
@@ -131,29 +133,31 @@ def _each(work: Work, sample: Callable[[int], float]) -> float:
 
 def _tiled(height: int, width: int, tile: int, overlap: float) -> int:
     """Pixels of a picture as it is gone over, in tiles that overlap."""
-    sides = [sum(span.length for span in spans(side, tile, overlap)) for side in (height, width)]
-    return sides[0] * sides[1]
+    return _covered(spans(height, tile, overlap)) * _covered(spans(width, tile, overlap))
+
+
+def _covered(parts: Sequence[Span]) -> int:
+    return sum(span.length for span in parts)
 
 
 def _with_margins(side: int, reach: int) -> int:
     """Of a side in pixels, as the refiner goes over it: every tile with what its layers reach."""
-    return sum(part.outer.stop - part.outer.start for part in cores(side, refiner.TILE, reach))
+    return sum(part.outer.stop - part.outer.start for part in cores(side, even_part(side, TILE), reach))
 
 
 def _upscaled_share(job: Job) -> float:
     """How often an upscaler goes over a picture's pixels."""
     height, width = job.info.height, job.info.width
-    return _tiled(height, width, dcm.TILE, dcm.OVERLAP) / (height * width)
+    return _covered(tile_spans(height)) * _covered(tile_spans(width)) / (height * width)
 
 
 def _decoded_volume(work: Work) -> int:
-    """Latent pixels that the decoder goes over: chunks overlap, and so do tiles where they are blended."""
-    plan, chunk = work.layout.settled, work.model.tile.frames
-    scenes = [0, *plan_cuts(plan), plan.frames]
-    frames = sum(span.length for a, b in pairwise(scenes) for span in spans(b - a, chunk, VAE_OVERLAP))
-    if work.parts.of_decoder.acting.found:
-        return frames * plan.height * plan.width
-    return frames * _tiled(plan.height, plan.width, VAE_TILE, VAE_OVERLAP)
+    """Latent pixels that the decoder goes over: frames that see each other go in chunks that overlap."""
+    plan, stam = work.layout.settled, work.parts.of_decoder.acting.stam
+    chunk = work.model.tile.frames if stam is not None or is_temporal(work.model.vae.decoder) else 1
+    scenes, overlap = [0, *plan_cuts(plan), plan.frames], VAE_OVERLAP if chunk > 1 else 0.0
+    frames = sum(_covered(spans(b - a, chunk, overlap)) for a, b in pairwise(scenes))
+    return frames * plan.height * plan.width
 
 
 def time_tile(work: Work) -> TileSeconds:

@@ -70,9 +70,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
 
 
-def passes_in_all(layout: TileLayout, steps: int, passes: int) -> int:
-    """Of a run of so many steps, each of so many passes over the video."""
-    return passes * sum(layout.over(steps).at(step).tiles for step in range(steps))
+def passes_in_all(layout: TileLayout, steps: int, passes: int, guided: int | None = None) -> int:
+    """Tile passes of a run of so many steps, `guided` of which (None: every one), spread evenly, take all the `passes`
+    over the video; the others take one."""
+    guided = steps if guided is None else min(guided, steps)
+    spent = [passes if (step + 1) * guided // steps > step * guided // steps else 1 for step in range(steps)]
+    return sum(layout.over(steps).at(step).tiles * each for step, each in enumerate(spent))
 
 
 def measured_words(tile: TileSeconds) -> str:
@@ -87,6 +90,7 @@ def describe_plan(
     steps: int,
     passes: int,
     *,
+    guided: int | None = None,
     lagged: float,
     tap: float,
     weights: float,
@@ -94,17 +98,17 @@ def describe_plan(
     tile: TileSeconds,
     others: Mapping[str, TileLayout],
 ) -> str:
-    """A plan of sampling as text: bytes, what `tile` takes here, and `others`, the layouts that might have been chosen,
-    by name."""
+    """A plan of sampling as text: passes as `passes_in_all` counts them, bytes, what `tile` takes here, and `others`:
+    layouts that might have been chosen, by name."""
     plan = layout.settled
-    calls = passes_in_all(layout, steps, passes)
+    calls = passes_in_all(layout, steps, passes, guided)
     mode = " (SAP lagged)" if settings.sap_lagged and "sap" in settings.kinds and len(plan.spatial) > 1 else ""
-    fewer = {name: passes_in_all(other, steps, passes) for name, other in others.items()}
+    fewer = {name: passes_in_all(other, steps, passes, guided) for name, other in others.items()}
     lines = [
         f"latents      {plan.width}x{plan.height}, {plan.frames} frames, {plan.windows[-1].scene + 1} scene(s)",
         f"tiles        {grids(layout)} of {plan.tile_size(0)}",
         f"propagation  {' + '.join(settings.kinds) or 'none'}{mode}",
-        f"UNet         {calls:,} tile passes ({steps} steps, {passes} passes a step)",
+        f"UNet         {calls:,} tile passes ({steps} steps, {steps if guided is None else guided} of {passes} passes)",
         f"memory       weights {readable(weights)}, activations about {readable(activations)}, TAP banks"
         f" {readable(tap)}; in host memory: SAP's lagged banks {readable(lagged)}",
         f"time         about {duration(calls * tile.of('plain'))} of sampling ({measured_words(tile)})",

@@ -22,6 +22,7 @@ from ..image.color import correct
 from ..sampling.align import SHARE
 from ..sampling.calls import Call
 from ..sampling.tiling import TilePlan
+from ..system.allocator import give_back
 from ..system.outputs import claimed
 from ..vae.latents import CELL, encode_frames
 from ..video import Frame, check_output, open_writer
@@ -58,7 +59,7 @@ def upscale(
     parts.check_fits(model)
     cuts = scene_cuts(job) if cuts is None else cuts
     layout = make_layout(job, settings, model.tile, model.factor, NoiseRange.of(model), cuts)
-    plan = layout.settled
+    plan, tiles = layout.settled, _Tiles(tile_passes(layout, settings, NoiseRange.of(model)), progress)
     with claimed(output), closing(UpscaledFrames(job, parts.upscale_fn, output.parent)) as upscaled:
         flow = _latent_flow(job, settings, plan, upscaled, cuts, progress, parts.flow)
         lr = torch.empty(job.frames, 4, plan.height, plan.width)
@@ -66,9 +67,9 @@ def upscale(
         for i, z in enumerate(encode_frames(model, (frame.image for frame in upscaled()), plan.height, plan.width)):
             lr[i] = z
             progress("encode", i + 1, job.frames)
+        give_back()
         levels = None if parts.prompts is None else parts.prompts.levels(job)
         context = _contexts(model, upscaled, cuts)
-        tiles = _Tiles(tile_passes(layout, settings, NoiseRange.of(model)), progress)
         with apply_capm(model, parts.prompts, levels):
             result = sample(
                 model,
@@ -81,6 +82,7 @@ def upscale(
                 first_frame=job.start,
             )
         tiles.end()
+        give_back()
         progress("decode", 0, job.frames)
         pictures = decoded(model, result / model.scaling_factor, parts, levels, upscaled, job.size, cuts)
         pairs = (
