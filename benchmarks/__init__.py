@@ -1,2 +1,2 @@
-"""Scripts that print tables: `python -m benchmarks.attention`, also align, cpu, decode, fewer_steps, full_size,
-guidance, guidance_interval, layouts, memory, modules, propagation."""
+"""Scripts that print tables, each `python -m benchmarks.NAME`: align, attention, cpu, decode, fewer_steps, full_size,
+guidance, guidance_interval, layouts, memory, modules, plan, propagation."""

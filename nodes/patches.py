@@ -8,10 +8,11 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..vsr_ops.errors import SettingError
+from ..vsr_ops.names import SAP_MODES
 from ..vsr_ops.pipeline.defaults import AUTO
 from ..vsr_ops.sampling.interval import ALL_NOISE, GuidanceInterval
 from ..vsr_ops.sampling.layouts import LAYOUTS
-from ..vsr_ops.sampling.propagation import PROPAGATION, SAP_MODES, Propagation
+from ..vsr_ops.sampling.propagation import PROPAGATION, Propagation
 from ..vsr_ops.sampling.tiling import TileSize
 from ..vsr_ops.video.scenes import find_cuts
 from ..vsr_ops.views.tile_overlay import preview

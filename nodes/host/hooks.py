@@ -25,8 +25,8 @@ from ...vsr_ops.sampling.layers import check_layers
 from ...vsr_ops.sampling.layouts import TileLayout
 from ...vsr_ops.sampling.passes import run_pass
 from ...vsr_ops.sampling.propagation import Propagation, TileRun
-from ...vsr_ops.sampling.schedule import steps_before
-from ...vsr_ops.sampling.tiling import TileSize, plan_tiles
+from ...vsr_ops.sampling.schedule import step_index, steps_before
+from ...vsr_ops.sampling.tiling import Merger, TileSize, plan_tiles
 from ...vsr_ops.vae.latents import CELL
 from ..session.attention import attention_override
 from ..session.checks import check_run, run_cuts
@@ -34,6 +34,7 @@ from ..session.inputs import Inputs
 from ..session.run import KEY, GuidancePatch, Run, Tiles, changed, pack_settings, sap_lagged
 from .control import CONTROLS, merged
 from .device import MEMORY, is_compiled, is_torchs, uncompiled
+from .live import Live, passes_of
 from .model import context_width, factor, is_svd, layout_for, require_unet, spatial_layers, together
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,15 @@ def patch_tiles(model: Any, tiles: Tiles) -> Any:
 
 
 def outer_sample(
-    executor: Any, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, *rest: Any, **more: Any
+    executor: Any,
+    noise: Tensor,
+    latent: Tensor,
+    sampler: Any,
+    sigmas: Tensor,
+    denoise_mask: Tensor | None = None,
+    callback: Any = None,
+    *rest: Any,
+    **more: Any,
 ) -> Any:
     """Makes the run's memory; it goes when the run's options go."""
     guider = executor.class_obj
@@ -125,8 +134,12 @@ def outer_sample(
                 "%s acts at none of this run's noise levels, %.4g to %.4g: its interval is %g to %g",
                 *(name.upper(), run.sigmas[0], run.sigmas[-2], patch.interval.sigma_min, patch.interval.sigma_max),
             )
+    if callback is not None and run.tiles is not None:
+        # Who asks for no news of steps wants none of tiles either.
+        added = [name for name in GUIDANCES if settings.get(name)]
+        run.live = Live(guider.model_patcher, len(run.sigmas) - 1, passes_of(guider, added))
     guider.model_options = changed(guider.model_options, run=run)
-    return executor(noise, latent, sampler, sigmas, *rest, **more)
+    return executor(noise, latent, sampler, sigmas, denoise_mask, callback, *rest, **more)
 
 
 def prepare_sampling(executor: Any, model: Any, noise_shape: Sequence[int], conds: Any, **rest: Any) -> Any:
@@ -323,4 +336,14 @@ def _branch(executor: Any, run: Run, branch: Branch, inputs: Inputs, options: di
         with uncompiled():
             return executor(part.x, part.t, part.concat, part.context, control, own, **part.rest)
 
-    return run_pass(tile_run, run.step(float(inputs.t.max())), branch, evaluate, run.batch)
+    sigma, live = float(inputs.t.max()), run.live
+    if live is None:
+        return run_pass(tile_run, run.step(sigma), branch, evaluate, run.batch)
+    live.begin(step_index(run.sigmas, sigma))
+
+    def watch(call: Call, merger: Merger) -> None:
+        live.tiles(tile_run.plan, call, merger)
+
+    out = run_pass(tile_run, run.step(sigma), branch, evaluate, run.batch, watch)
+    live.end(tile_run.plan, branch, out)
+    return out

@@ -83,7 +83,8 @@ class Run:
     """What one sampling run remembers. `before` are the steps of the model's schedule before this run's, `order` counts
     the evaluations of one step, to keep nested ones apart; `warned` is whether the artist has been told of a
     ControlNet's features that lie between tiles' cells. `passes` has the banks of every branch and conditioning, `kept`
-    what each guidance added when it was last found, by name ("cfg": by CFG's two branches)."""
+    what each guidance added when it was last found, by name ("cfg": by CFG's two branches); `live` is what shows tiles
+    as they are done, where somebody looks."""
 
     model: Any
     sigmas: list[float]
@@ -98,6 +99,7 @@ class Run:
     warned: bool = False
     passes: dict[tuple[object, ...], TileRun] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
+    live: Any = None
 
     @property
     def plan(self) -> TilePlan:

@@ -27,7 +27,7 @@ from ..sampling.samplers import SAMPLERS, check_sampler
 from ..sampling.schedule import Step, schedule_ends, step_at, steps_before
 from ..sampling.tiling import TilePlan, TileSize
 from ..system.memory import home_of
-from .defaults import DEFAULTS
+from .defaults import DEFAULTS, RHO, SAMPLER
 
 if TYPE_CHECKING:
     # What is upscaled comes from a video: libraries of codecs, which sampling does not need.
@@ -53,7 +53,7 @@ class SamplingSettings:
     guidance: str = DEFAULTS["dc_vsr"].guidance
     cfg: float | None = None
     guidance_scale: float | None = None
-    rho: float = 0.5
+    rho: float = RHO
     interval: GuidanceInterval = EVERY_STEP
     propagation: Propagation = field(default_factory=Propagation)
     seed: int = 0
@@ -63,7 +63,7 @@ class SamplingSettings:
     align: float = 0.0
     align_mode: str = "gradient"
     align_scale: str = "bounded"
-    sampler: str = "euler"
+    sampler: str = SAMPLER
 
     def __post_init__(self) -> None:
         if not 0 <= self.steps <= 1000:
@@ -95,7 +95,7 @@ class Settings(SamplingSettings):
 
     tile: TileSize | None = None
     overlap: float = 0.5
-    layout: str = "paper"
+    layout: str = DEFAULTS["dc_vsr"].layout
     color: str = DEFAULTS["dc_vsr"].color
 
     def __post_init__(self) -> None:
@@ -169,6 +169,13 @@ def unet_calls(layout: TilePlan | TileLayout, settings: SamplingSettings, noise:
         batches = sum(1 for _ in calls(plan, step, COND, settings.batch, synchronous=not lagged))
         total += chosen.passes(power) * batches
     return total
+
+
+def tile_passes(layout: TilePlan | TileLayout, settings: SamplingSettings, noise: NoiseRange = SVD_NOISE) -> int:
+    """How many tiles go through the UNet in `sample`, in however many calls."""
+    passes = [guide(settings.guidance).passes(power) for power in strengths(settings, noise)]
+    plans = [laid_out(layout).at(step.index) for step in run_steps(settings, noise)]
+    return sum(count * plan.tiles for count, plan in zip(passes, plans, strict=True))
 
 
 def strengths(settings: SamplingSettings, noise: NoiseRange = SVD_NOISE) -> list[GuidanceScale]:

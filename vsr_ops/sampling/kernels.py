@@ -65,7 +65,7 @@ def lse_kernel(q: Tensor, k: Tensor, v: Tensor) -> Kernel | None:
 def chosen(q: Tensor, k: Tensor, v: Tensor) -> str:
     """What torch's own attention would take, by its name in KERNELS; another for one that is not there."""
     if not torch.compiler.is_compiling():
-        return _NAMES.get(torch._fused_sdp_choice(q, k, v), "math")  # pyright: ignore[reportPrivateImportUsage]
+        return _NAMES.get(torch._fused_sdp_choice(q, k, v), "math")  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
     # The compiler cannot follow that question; these it can.
     if q.device.type != "cuda":
         return "flash"

@@ -37,9 +37,8 @@ from .tiling import TilePlan, Window
 
 log = logging.getLogger(__name__)
 
-#: The names the command line and the nodes offer.
+#: What is propagated, by name.
 PROPAGATION: dict[str, tuple[Kind, ...]] = {"sap+tap": ("sap", "tap"), "sap": ("sap",), "tap": ("tap",), "none": ()}
-SAP_MODES = ("auto", "synchronous", "lagged")
 
 
 @dataclass(frozen=True)
