@@ -32,7 +32,7 @@ from ..sampling.propagation import PROPAGATION, SAP_MODES, Propagation
 from ..sampling.samplers import SAMPLERS
 from ..sampling.tiling import TileSize
 from ..system.outputs import files_of
-from .chosen import color_of, guidance_of, layout_of, refiner_of, steps_of, upscaler_of
+from .chosen import color_of, guidance_of, layout_of, refiner_of, start_of, steps_of, upscaler_of
 from .flow import add_flow, flow_of
 from .text import add_texts, refuse_texts, texts_of
 
@@ -173,7 +173,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         color=color_of(args),
         seed=args.seed,
         denoise=args.denoise,
-        start_sigma=args.start_sigma,
+        start_sigma=start_of(args),
         batch=args.batch,
         align=args.align,
         align_mode=args.align_mode,
