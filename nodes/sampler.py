@@ -87,7 +87,7 @@ class TiledSVDSampler(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="SVD's VAE."),
                 io.Image.Input("image", tooltip="The low-resolution video, as a batch of frames."),
                 number("scale", 4.0, 0.01, 16.0, "How many times larger; 1 for a video that is upscaled already."),
-                count("steps", 0, 0, 1000, "Sampling steps; 0: as many as suit the MODEL, 4 for lite, else 25."),
+                count("steps", 0, 0, 1000, "Sampling steps; 0: as many as suit the MODEL, 1 for lite, else 25."),
                 number(
                     "cfg", 1.0, 0.0, 100.0, "Classifier-free guidance; 1 is off. With dssag another value is 1 + s."
                 ),
@@ -185,6 +185,7 @@ class TiledSVDSampler(io.ComfyNode):
         check_choice("upscaler", upscaler, UPSCALERS)
         check_choice("sampler_name", sampler_name, host.SAMPLERS)
         check_choice("scheduler", scheduler, host.SCHEDULERS)
+        start = own.start_of(sampler_name, asked=steps != 0 or denoise != 1)
         enlarging = _upscale_model(own, upscaler, upscale_model, scale)
         upscaled = _made(UpscaleLR, image=image, scale=scale, method="bicubic", upscale_model=enlarging)
         tiled = _made(
@@ -204,13 +205,15 @@ class TiledSVDSampler(io.ComfyNode):
                 "model": tiled,
                 "vae": vae,
                 "image": upscaled,
-                "start": "noise" if denoise == 1 else "LR latent",
+                "start": "noise" if denoise == 1 and start is None else "LR latent",
                 "clip_vision_output": clip_vision_output,
                 "clip_vision": clip_vision,
             }
         ).args
         made = guide(tiled, positive, negative, cfg, guidance_scale)
-        sampled = host.sample(made, latent, seed, steps or own.steps, sampler_name, scheduler, denoise)
+        sampled = host.sample(
+            made, latent, seed, steps or own.steps_of(sampler_name), sampler_name, scheduler, denoise, start
+        )
         decoded = _made(Decode, vae=vae, latent=sampled)
         if refiner is not None:
             decoded = _made(Refine, decoded=decoded, upscaled=upscaled, refiner=refiner)

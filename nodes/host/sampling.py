@@ -14,6 +14,7 @@ import comfy.utils
 import latent_preview
 import torch
 
+from ...vsr_ops.backbones.svd import sigmas as svd_sigmas
 from ...vsr_ops.errors import SettingError
 from ..session.run import GuidancePatch
 from .device import intermediate_dtype
@@ -74,13 +75,23 @@ def dssag_guider(model: Any, positive: Any, negative: Any, dssag: GuidancePatch)
 
 
 def sample(
-    made: Any, latent: dict[str, Any], seed: int, steps: int, sampler: str, scheduler: str, denoise: float
+    made: Any,
+    latent: dict[str, Any],
+    seed: int,
+    steps: int,
+    sampler: str,
+    scheduler: str,
+    denoise: float,
+    start_sigma: float | None = None,
 ) -> dict[str, Any]:
-    """What KSampler does, with a guider: LATENT in, LATENT out."""
+    """What KSampler does, with a guider: LATENT in, LATENT out. With a `start_sigma` an SVD's steps are spaced from
+    that noise level on, whatever the scheduler, as the headless pipeline spaces them."""
     model, samples = made.model_patcher, latent["samples"]
     total = steps if denoise >= 1 else int(steps / denoise)
     sampling = model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, total)[-(steps + 1) :]
+    if start_sigma is not None:
+        sigmas = torch.tensor(svd_sigmas(steps, start_sigma))
     noise = comfy.sample.prepare_noise(samples, seed)
     callback = latent_preview.prepare_callback(model, steps)
     out = made.sample(

@@ -46,13 +46,13 @@ def alone(saying: Callable[[str], Path]) -> Path:
 @pytest.mark.parametrize(
     ("given", "steps", "guidance", "color", "refiner", "upscaler"),
     [
-        ((), 4, "none", "none", "lite", "dcm"),
-        (("--refiner", "none"), 4, "none", "detail", "none", "dcm"),
-        (("--guidance", "pag"), 4, "pag", "none", "lite", "dcm"),
-        (("--guidance-scale", 1.5), 4, "dssag", "none", "lite", "dcm"),
-        (("--cfg", 2), 4, "dssag", "none", "lite", "dcm"),
-        (("--color", "adain"), 4, "none", "adain", "lite", "dcm"),
-        (("--control", "lite"), 10, "none", "none", "lite", "dcm"),
+        ((), 1, "none", "none", "lite", "dcm"),
+        (("--refiner", "none"), 1, "none", "detail", "none", "dcm"),
+        (("--guidance", "pag"), 1, "pag", "none", "lite", "dcm"),
+        (("--guidance-scale", 1.5), 1, "dssag", "none", "lite", "dcm"),
+        (("--cfg", 2), 1, "dssag", "none", "lite", "dcm"),
+        (("--color", "adain"), 1, "none", "adain", "lite", "dcm"),
+        (("--control", "lite"), 1, "none", "none", "lite", "dcm"),
         (SVD, 25, "dssag", "none", "none", "bicubic"),
         ((*SVD, "--refiner", LITE_REFINER), 25, "dssag", "none", str(LITE_REFINER), "bicubic"),
         (SD, 25, "none", "adain", "none", "dcm"),
@@ -100,3 +100,20 @@ def test_rho_reaches_the_settings() -> None:
     for given, rho in (((), 0.5), (("--rho", 2), 2.0)):
         settings = chosen(settings_of, *given)
         assert isinstance(settings, Settings) and settings.rho == rho
+
+
+def test_the_bundled_models_own_steps_start_from_the_lr_latent() -> None:
+    cases: list[tuple[tuple[object, ...], float | None]] = [
+        ((), 3.0),
+        (("--control", "lite"), 3.0),
+        (("--start-sigma", 5), 5.0),
+        (("--steps", 4, "--start-sigma", 5), 5.0),
+        (("--steps", 4), None),
+        (("--denoise", 0.5), None),
+        (("--sampler", "ddpm"), None),
+        (SVD, None),
+        (SD, None),
+    ]
+    for given, start in cases:
+        settings = chosen(settings_of, *given)
+        assert isinstance(settings, Settings) and settings.start_sigma == start, given

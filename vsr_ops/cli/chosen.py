@@ -36,6 +36,12 @@ def steps_of(args: argparse.Namespace) -> int:
     return defaults_of(args).steps_of(args.sampler) if args.steps is None else int(args.steps)
 
 
+def start_of(args: argparse.Namespace) -> float | None:
+    """The noise level to start from that is asked for, else the model's own, which goes with its own steps."""
+    asked = args.steps is not None or args.denoise != 1
+    return args.start_sigma if args.start_sigma is not None else defaults_of(args).start_of(args.sampler, asked)
+
+
 def guidance_of(args: argparse.Namespace) -> str:
     """The guidance asked for, else the model's own; a strength alone asks for the paper's."""
     strength = args.cfg is not None or args.guidance_scale is not None

@@ -26,7 +26,7 @@ from ..sampling.interval import GuidanceInterval
 from ..sampling.propagation import Propagation
 from ..sampling.tiling import TileSize
 from ..system.outputs import files_of
-from .chosen import color_of, guidance_of, layout_of, refiner_of, steps_of, upscaler_of
+from .chosen import color_of, guidance_of, layout_of, refiner_of, start_of, steps_of, upscaler_of
 from .flow import flow_of
 from .text import refuse_texts, texts_of
 
@@ -87,7 +87,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         color=color_of(args),
         seed=args.seed,
         denoise=args.denoise,
-        start_sigma=args.start_sigma,
+        start_sigma=start_of(args),
         batch=args.batch,
         align=args.align,
         align_mode=args.align_mode,

@@ -13,7 +13,8 @@ class Defaults:
     """`steps` of the model's own schedule; a `guidance` (a name in GUIDANCE); a `color` correction (a name in COLOR),
     unless a refiner has put the colours back; the `upscaler` of the input: "bicubic", "dcm" (the bundled one) or the
     name of a file, and whether the model is known to have been `trained_on` its pictures; the bundled `refiner`, where
-    it was made for the model; and the `layout` of tiles (a name in LAYOUTS)."""
+    it was made for the model; the `layout` of tiles (a name in LAYOUTS); and the noise level `start_sigma` on the LR
+    latent that the steps begin at (None: pure noise)."""
 
     steps: int
     guidance: str
@@ -22,10 +23,15 @@ class Defaults:
     trained_on: bool = False
     refiner: str = "none"
     layout: str = "paper"
+    start_sigma: float | None = None
 
     def steps_of(self, sampler: str) -> int:
         """Those that suit the model, or the paper's number where it is the sampler that wants many."""
         return DDPM_STEPS if sampler == "ddpm" else self.steps
+
+    def start_of(self, sampler: str, asked: bool) -> float | None:
+        """The noise level that the model's own steps start from; None where others were `asked` for, or a start."""
+        return None if asked or sampler == "ddpm" else self.start_sigma
 
     def guided(self, asked: str, strength: bool) -> str:
         """The guidance asked for; "auto" is the model's own, but a `strength` alone asks for the paper's."""
@@ -73,12 +79,15 @@ DDPM_STEPS = 50
 #: The paper's rho of DSSAG, and SVD's sampler.
 RHO, SAMPLER = 0.5, "euler"
 
+#: The bundled models hold so close to the LR latent that one step from it does what four from noise do
+#: (docs/benchmarks.md, "Fewer steps").
+LITE_STEPS, LITE_START = 1, 3.0
 #: By kind of model: the bundled ones, which learnt from the results of few steps without guidance, DC-VSR's, and others
 #: of full size. DC-VSR has 25 steps, DSSAG, bicubic pictures and no colour step; SDATC its DCM and AdaIN. What they
 #: restore is coarser than what `detail` keeps.
 DEFAULTS = {
-    "svd_lite": Defaults(4, "none", "detail", "dcm", trained_on=True, refiner="lite"),
-    "sd_lite": Defaults(10, "none", "detail", "dcm", trained_on=True, refiner="lite"),
+    "svd_lite": Defaults(LITE_STEPS, "none", "detail", "dcm", trained_on=True, refiner="lite", start_sigma=LITE_START),
+    "sd_lite": Defaults(LITE_STEPS, "none", "detail", "dcm", trained_on=True, refiner="lite", start_sigma=LITE_START),
     "dc_vsr": Defaults(25, PAPER_GUIDANCE, "none", "bicubic", trained_on=True),
     "svd": Defaults(25, PAPER_GUIDANCE, "none", "bicubic"),
     "sd": Defaults(25, "none", "adain", "dcm"),

@@ -36,13 +36,32 @@ def upscaled_video(nodes: dict[str, Any], lite: Any, image: Tensor, *sockets: An
 
 
 def test_lite_is_sampled_as_it_was_trained(nodes: dict[str, Any], lite: Any) -> None:
-    """auto and 0 are what the command line takes: 4 steps without guidance, the DCM, detail's colours."""
+    """auto and 0 are what the command line takes: one step from the LR latent at noise level 3, without guidance, the
+    DCM, detail's colours."""
     dcm = nodes["VSRLoadDCM"].execute("lite").args[0]
     own = upscaled_video(nodes, lite, small(), steps=0)
-    said = {"steps": 4, "guidance": "none", "color": "detail", "upscale_model": dcm}
-    assert torch.equal(own, upscaled_video(nodes, lite, small(), **said))
+    said = {"guidance": "none", "color": "detail", "upscale_model": dcm}
+    assert torch.equal(own, upscaled_video(nodes, lite, small(), steps=0, **said))
     for change in ({"steps": 5}, {"guidance": "dssag"}, {"color": "none"}, {"upscaler": "bicubic"}, {"cfg": 2.0}):
         assert relative(upscaled_video(nodes, lite, small(), **{"steps": 0, **change}), own) > 1e-4
+
+
+def test_its_own_steps_are_those_of_the_host_from_that_noise_level(
+    host: ModuleType, nodes: dict[str, Any], lite: Any
+) -> None:
+    """As a graph of the host's own KarrasScheduler and SamplerCustomAdvanced has it, and the headless pipeline."""
+    custom = importlib.import_module("comfy_extras.nodes_custom_sampler")
+    video = small().repeat_interleave(8, 1).repeat_interleave(8, 2)
+    positive, negative, latent = (
+        nodes["VSRSVDConditioning"].execute(*lite, video, 127, 8, 0.0, "LR latent", "one scene").args
+    )
+    guider = host.guider(lite[0], positive, negative, 1.0)
+    for steps, scheduler in ((1, "exponential"), (3, "karras")):
+        sigmas = custom.KarrasScheduler().get_sigmas(steps, 3.0, 0.002, 7.0)[0]
+        noise, sampler = custom.RandomNoise().get_noise(5)[0], custom.KSamplerSelect().get_sampler("euler")[0]
+        theirs = custom.SamplerCustomAdvanced().sample(noise, guider, sampler, sigmas, latent)[0]["samples"]
+        found = host.sample(guider, latent, 5, steps, "euler", scheduler, 1.0, 3.0)["samples"]
+        assert relative(found, theirs) < 1e-5
 
 
 def test_a_video_of_the_results_size_is_not_enlarged(nodes: dict[str, Any], lite: Any) -> None:
