@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..vsr_ops.errors import SettingError
+from ..vsr_ops.pipeline.defaults import AUTO
 from ..vsr_ops.sampling.layouts import LAYOUTS
 from ..vsr_ops.sampling.propagation import PROPAGATION, SAP_MODES, Propagation
 from ..vsr_ops.sampling.tiling import TileSize
@@ -62,10 +63,11 @@ class TiledDiffusion(io.ComfyNode):
                 ),
                 choice(
                     "layout",
-                    LAYOUTS,
-                    "paper",
+                    (*LAYOUTS, AUTO),
+                    AUTO,
                     "How tiles lie. paper: overlap between all. balanced: evenly, with less overlap, half the tiles."
-                    " shifted: barely touching, borders elsewhere from step to step, a quarter of the tiles.",
+                    " shifted: barely touching, borders elsewhere from step to step, a quarter of the tiles. auto: as"
+                    " measured for the MODEL.",
                     optional=True,
                 ),
             ],
@@ -90,7 +92,7 @@ class TiledDiffusion(io.ComfyNode):
         end_percent: float,
         tile_batch: int,
         latent: dict[str, Any] | None = None,
-        layout: str = "paper",
+        layout: str = AUTO,
     ) -> io.NodeOutput:
         carried = Propagation.named(
             propagation, sap_rate=sap_rate or None, tap_frames=tap_frames, tap_rate=tap_rate, layers=layers
@@ -104,7 +106,7 @@ class TiledDiffusion(io.ComfyNode):
             end_percent,
             tile_batch,
             None if latent is None else host.latent_scenes(latent),
-            check_choice("layout", layout, LAYOUTS),
+            host.defaults_of(model).laid_out(check_choice("layout", layout, (*LAYOUTS, AUTO))),
         )
         return io.NodeOutput(host.patch_tiles(model, tiles))
 

@@ -9,6 +9,7 @@ from vsr_ops.pipeline.plan_cost import Bank, describe_plan, lagged_bytes, tap_by
 from vsr_ops.sampling.calls import Call, calls
 from vsr_ops.sampling.guidance import COND
 from vsr_ops.sampling.layers import Layer
+from vsr_ops.sampling.layouts import TileLayout
 from vsr_ops.sampling.propagation import Propagation, TileRun
 from vsr_ops.sampling.schedule import Step
 from vsr_ops.sampling.tiling import TileSize, plan_tiles
@@ -59,7 +60,16 @@ def held(run: TileRun) -> int:
 
 def test_the_text_counts_every_tile_of_every_pass() -> None:
     text = describe_plan(
-        PLAN, Propagation(sap_lagged=True), 5, 2, lagged=0, tap=2048, weights=2**30, activations=1, flops=1e9, speed=1e9
+        TileLayout.still(PLAN),
+        Propagation(sap_lagged=True),
+        5,
+        2,
+        lagged=0,
+        tap=2048,
+        weights=2**30,
+        activations=1,
+        flops=1e9,
+        speed=1e9,
     )
     expected = 5 * 2 * len(PLAN.spatial) * len(PLAN.windows)
     assert f"{expected} tile passes" in text and "SAP lagged" in text and "1.00 GiB" in text

@@ -31,7 +31,7 @@ from ..sampling.propagation import PROPAGATION, SAP_MODES, Propagation
 from ..sampling.samplers import SAMPLERS
 from ..sampling.tiling import TileSize
 from ..system.outputs import files_of
-from .chosen import color_of, guidance_of, refiner_of, steps_of, upscaler_of
+from .chosen import color_of, guidance_of, layout_of, refiner_of, steps_of, upscaler_of
 from .flow import add_flow, flow_of
 from .text import add_texts, refuse_texts, texts_of
 
@@ -69,8 +69,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--overlap", type=float, default=0.5, help="share of a tile, 0 to 0.75")
     add(
         "--layout",
-        default=Settings.layout,
-        help=f"how tiles lie: {', '.join(LAYOUTS)} (the fewest)",
+        default=AUTO,
+        help=f"how tiles lie: {', '.join(LAYOUTS)} (the fewest tiles), or auto, the model's own",
     )
     add("--propagation", default="sap+tap", help=", ".join(PROPAGATION))
     add("--sap-mode", default="auto", help=", ".join(SAP_MODES))
@@ -147,7 +147,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         rho=args.rho,
         tile=None if args.tile is None else TileSize.parse(args.tile),
         overlap=args.overlap,
-        layout=args.layout,
+        layout=layout_of(args),
         propagation=propagation,
         color=color_of(args),
         seed=args.seed,
