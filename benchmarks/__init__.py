@@ -1,2 +1,1 @@
-"""Scripts that print tables: `python -m benchmarks.attention`, also align, cpu, guidance, memory, modules and
-propagation."""
+"""Scripts that print tables: `python -m benchmarks.attention`, and so on; docs/benchmarks.md has them."""

@@ -32,6 +32,8 @@ FULL_VAE: dict[str, Any] = {
     "latent_channels": 4,
 }
 MIB = 2**20
+#: What time is counted by: the wall's clock, or the seconds this process had of the processor, the system's among them.
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 def own_tile(size: str) -> TileSize:
@@ -46,13 +48,14 @@ def own_tile(size: str) -> TileSize:
 
 @dataclass(frozen=True)
 class Options:
-    """What every benchmark takes. `repeats` counts rounds in which all candidates run once."""
+    """What every benchmark takes. `repeats` counts rounds in which all run once; `clock` is one of CLOCKS."""
 
     size: str
     device: torch.device
     dtype: torch.dtype
     repeats: int
     tile: TileSize
+    clock: str = "wall"
 
 
 def parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
@@ -61,6 +64,7 @@ def parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
     made.add_argument("--device", default="auto")
     made.add_argument("--dtype", default="auto", help="auto: float16 on a GPU; on the CPU bfloat16 full, float32 lite")
     made.add_argument("--repeats", type=int, default=repeats)
+    made.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: on a CPU that others use too")
     made.add_argument("--tile", help="HEIGHTxWIDTHxFRAMES in latents; the size's own when left out")
     return made
 
@@ -70,7 +74,7 @@ def read(arguments: argparse.Namespace) -> Options:
     auto = "bfloat16" if arguments.size == "full" and device.type == "cpu" else "auto"
     dtype = pick_dtype(auto if arguments.dtype == "auto" else arguments.dtype, device)
     tile = TileSize.parse(arguments.tile) if arguments.tile else own_tile(arguments.size)
-    return Options(arguments.size, device, dtype, arguments.repeats, tile)
+    return Options(arguments.size, device, dtype, arguments.repeats, tile, arguments.clock)
 
 
 def heading(title: str, options: Options) -> None:
@@ -159,15 +163,15 @@ def describe(model: SVD, options: Options) -> str:
     return f"{millions:.1f} M parameters, {'bundled' if bundled else 'random'} weights"
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one run, the device's queue drained before and after."""
+def seconds(work: Callable[[], object], device: torch.device, clock: str = "wall") -> float:
+    """Time of one run by a clock of CLOCKS, the device's queue drained before and after."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = CLOCKS[clock]()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return CLOCKS[clock]() - start
 
 
 @torch.no_grad()
@@ -182,7 +186,7 @@ def interleaved(
     for turn in range(options.repeats + 1):
         for name in candidates if turn % 2 else reversed(list(candidates)):
             prepare(name)
-            spent = seconds(candidates[name], options.device)
+            spent = seconds(candidates[name], options.device, options.clock)
             if turn:
                 times[name].append(spent)
     return times

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Each house's floors, the lowest first. A room imports from floors below its own, and from itself.
 FLOORS: dict[str, list[list[str]]] = {
     "vsr_ops": [
-        ["errors", "units", "weights"],
+        ["errors", "names", "units", "weights"],
         ["system"],
         ["checkpoints", "image", "video"],
         ["flow"],

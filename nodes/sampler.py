@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..vsr_ops.image.color import COLOR
 from ..vsr_ops.modules.dcm import read_dcm
+from ..vsr_ops.names import SAP_MODES
 from ..vsr_ops.pipeline.defaults import AUTO, Defaults
 from ..vsr_ops.sampling.layouts import LAYOUTS
-from ..vsr_ops.sampling.propagation import PROPAGATION, SAP_MODES
+from ..vsr_ops.sampling.propagation import PROPAGATION
 from . import host
 from .common import CATEGORY, REFINER, check_choice, choice, count, node_defaults, number
 from .guiders import DSSAGGuider, PAGGuider, SAGGuider

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.test_pack import EXAMPLES, PAGES, TREES, missing
-from vsr_ops.__main__ import _parser
+from vsr_ops.cli.options import make_parser
 from vsr_ops.video import Frame, made_info, open_writer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +82,7 @@ def commands(text: str) -> list[str]:
 
 def options(command: str) -> set[str]:
     """The options of a command, as its help has them."""
-    (commands,) = (action for action in _parser()._actions if isinstance(action.choices, dict))
+    (commands,) = (action for action in make_parser()._actions if isinstance(action.choices, dict))
     assert isinstance(commands.choices, dict)
     return {name for action in commands.choices[command]._actions for name in action.option_strings} - {"-h", "--help"}
 
@@ -112,7 +112,7 @@ def test_modules_can_be_run(name: str) -> None:
 @pytest.mark.parametrize("name", TEXTS)
 def test_commands_are_understood(name: str) -> None:
     for command in commands(TEXTS[name]):
-        _parser().parse_args(shlex.split(command)[3:])
+        make_parser().parse_args(shlex.split(command)[3:])
 
 
 def test_the_checks_would_see_it() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import comfy.latent_formats
+import comfy.model_management
 import comfy.ops
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
@@ -15,14 +17,20 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...vsr_ops.errors import SettingError
-from ...vsr_ops.pipeline.plan_cost import Bank, describe_plan, lagged_bytes, matmul_speed, tap_bytes
+from ...vsr_ops.names import LAYOUTS
+from ...vsr_ops.pipeline.plan_cost import Bank, describe_plan, lagged_bytes, plan_cuts, tap_bytes
+from ...vsr_ops.pipeline.tile_time import tile_seconds
 from ...vsr_ops.sampling.layouts import TileLayout
+from ...vsr_ops.sampling.schedule import Kind
 from ...vsr_ops.sampling.tiling import TileSize
 from ...vsr_ops.vae.latents import CELL
 from ...vsr_ops.video.scenes import find_cuts
 from ..session.known import cuts_of
 from ..session.run import Scenes, sap_lagged
-from .model import context_tokens_of, layout_for, spatial_layers, tiles_of, together
+from .model import context_tokens_of, factor, layout_for, spatial_layers, tiles_of, together
+
+#: About how long the largest tile may take that is run for an estimate.
+SECONDS = 1.0
 
 
 def latent_picture(model: Any, samples: Tensor) -> Tensor:
@@ -101,8 +109,24 @@ def tile_flops(model: Any, tile: TileSize) -> float:
     return float(counter.get_total_flops())
 
 
-def describe(model: Any, layout: TileLayout, steps: int, passes: int) -> str:
-    """The plan as text: tiles, UNet calls, memory, and an estimate of time good to a factor of about 2."""
+@torch.no_grad()
+def run_tile(model: Any, tile: TileSize) -> dict[Kind, float]:
+    """Seconds of one tile in a MODEL's UNet, which is loaded."""
+    config, device = model.model.model_config.unet_config, model.load_device
+    x = torch.zeros(tile.frames, model.model.latent_format.latent_channels, tile.height, tile.width, device=device)
+    more = config["in_channels"] - x.shape[1]
+    concat = x.new_zeros(tile.frames, more, tile.height, tile.width) if more else None
+    context = x.new_zeros(tile.frames, context_tokens_of(model), config["context_dim"])
+    told = {"y": x.new_zeros(tile.frames, config["adm_in_channels"])} if config.get("num_classes") is not None else {}
+    began = time.perf_counter()
+    out = model.model.apply_model(x, x.new_ones(tile.frames), concat, context, num_video_frames=tile.frames, **told)
+    out[0, 0, 0, 0].item()  # waits for the device
+    return {"plain": time.perf_counter() - began}
+
+
+def describe(model: Any, layout: TileLayout, steps: int, passes: int, guided: int = 0) -> str:
+    """The plan as text: tiles, UNet passes, memory, and the time of sampling, from tiles that are run here and now.
+    Of the steps `guided` take all the passes (0: all do), the others one."""
     tiles = tiles_of(model)
     assert tiles is not None
     plan = layout.largest
@@ -110,17 +134,23 @@ def describe(model: Any, layout: TileLayout, steps: int, passes: int) -> str:
     carried = replace(tiles.propagation, sap_lagged=sap_lagged(tiles, plan, at_once))
     tile = max((plan.tile_size(n) for n in range(len(plan.windows))), key=lambda size: size.frames)
     layers, dtype = banks(model, carried.layers, tile), model.model_dtype()
-    flops = tile_flops(model, tile)
     needed = model.model.memory_required([at_once * tile.frames, 4, tile.height, tile.width])
+    one = model.model.memory_required([tile.frames, 4, tile.height, tile.width])
+    comfy.model_management.load_models_gpu([model], memory_required=one)
+    video = (plan.frames, plan.height, plan.width, plan_cuts(plan))
+    others = {name: layout_for(model, replace(tiles, layout=name), *video) for name in LAYOUTS if name != tiles.layout}
     return describe_plan(
         layout,
         carried,
         steps,
         passes,
+        guided=guided or None,
         lagged=lagged_bytes(plan, carried, passes, layers, dtype.itemsize),
         tap=tap_bytes(plan, carried, at_once, layers, dtype.itemsize),
         weights=model.model_size(),
         activations=needed,
-        flops=flops,
-        speed=matmul_speed(model.load_device, dtype),
+        tile=tile_seconds(
+            lambda size: run_tile(model, size), lambda size: tile_flops(model, size), tile, factor(model), SECONDS
+        ),
+        others=others,
     )

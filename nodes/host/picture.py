@@ -21,7 +21,7 @@ from ...vsr_ops.modules.stam import STAM
 from ...vsr_ops.vae.budget import fitting_tile, modules_bytes, tile_side
 from ...vsr_ops.vae.decoder_modules import DecoderModules
 from ...vsr_ops.vae.latents import CELL, VAE_TILE, collect, decode_video
-from ...vsr_ops.vae.layout import cell_of, is_temporal
+from ...vsr_ops.vae.layout import cell_of, is_known, is_temporal
 from ...vsr_ops.vae.stream import Streaming, stream_decode
 from ...vsr_ops.vae.tiles import ComputedIn
 from .device import intermediate_dtype, make_patcher
@@ -139,8 +139,9 @@ def decoded(
     chunk: int,
     tile: int,
 ) -> Tensor:
-    """Frames `(n, 3, height, width)`: `decode_video` where no tile is asked for and no module acts, else streamed on
-    the host's device, with the node's progress bar; modules go back afterwards. `chunk` 0 is the VAE's own."""
+    """Frames `(n, 3, height, width)`, streamed on the host's device, with the node's progress bar; modules go back
+    afterwards. A VAE of no known layout takes `decode_video`, where no tile is asked for and no module acts. `chunk` 0
+    is the VAE's own."""
     if latents.ndim == 4 and latents.shape[1] != vae.latent_channels:
         raise SettingError(
             f"the LATENT has {latents.shape[1]} channels, this VAE decodes {vae.latent_channels}: expected the VAE of"
@@ -149,7 +150,7 @@ def decoded(
     latents, modules = latents.float(), modules.acting
     adapter, manage = HostVAE(vae), comfy.model_management
     tick = progress(len(latents))
-    if tile == 0 and not modules.found:
+    if tile == 0 and not modules.found and not is_known(vae.first_stage_model):
         return decode_video(adapter, latents, chunk or adapter.chunk, cuts, size, tick, intermediate_dtype())
     chunk = chunk or adapter.chunk
     how = Streaming(

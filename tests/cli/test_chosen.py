@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vsr_ops.__main__ import _parser
 from vsr_ops.checkpoints.safefile import UPSCALER_KEY
 from vsr_ops.cli.chosen import color_of, guidance_of, refiner_of, steps_of, upscaler_of
-from vsr_ops.cli.options import settings_of
+from vsr_ops.cli.options import make_parser
+from vsr_ops.cli.settings import settings_of
 from vsr_ops.errors import SettingError
 from vsr_ops.modules.refiner import LITE_REFINER
 from vsr_ops.pipeline.sampler import Settings
@@ -22,7 +22,7 @@ SVD, SD = ("--model", "svd.safetensors"), ("--model", "sd21.safetensors", "--con
 
 
 def chosen(of: Callable[..., object], *given: object) -> object:
-    return of(_parser().parse_args([str(each) for each in ("upscale", "in.mp4", "out.mp4", *given)]))
+    return of(make_parser().parse_args([str(each) for each in ("upscale", "in.mp4", "out.mp4", *given)]))
 
 
 @pytest.fixture

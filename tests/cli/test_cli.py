@@ -16,6 +16,7 @@ from tests.support.video_files import picture
 from vsr_ops.__main__ import main
 from vsr_ops.backbones.svd import SVD, load_svd
 from vsr_ops.checkpoints.svd import LITE, SVDWeights, write_svd
+from vsr_ops.cli import commands
 from vsr_ops.image.upscale import upscale_frames
 from vsr_ops.modules.dcm import load_dcm
 from vsr_ops.modules.refiner import LITE_REFINER
@@ -110,8 +111,24 @@ def test_plan_prints_the_numbers(weights: Path, clip: Path, capsys: pytest.Captu
     assert run("plan", clip, "--model", weights, "--sap-mode", "lagged", "--tile", "8x8x2") == 0
     text = capsys.readouterr().out
     assert "output       80x56; latents 12x8" in text
-    assert "1 rows x 2 columns x 2 windows of 8x8x2" in text
-    assert "lagged banks" in text and "GFLOP" in text
+    assert "1x2x2 of 8x8x2" in text and "lagged banks" in text
+    # 4 tiles in 25 steps, all but the last, where gamma is 0, in two passes.
+    assert "196 tile passes" in text and "scenes       1, all 3 frames looked at" in text
+    assert "time         about" in text and "dearest      " in text
+    assert "cheaper      --guidance none: 2.0 times fewer tile passes (100)" in text
+
+
+def test_the_time_left_is_planned_before_the_work(
+    weights: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a job that is worth it: here every one is. What is measured leaves no trace in the result."""
+    assert run("upscale", clip, tmp_path / "a.mkv", "--model", weights, *QUICK) == 0
+    assert "left in all" not in capsys.readouterr().err
+    monkeypatch.setattr(commands, "SMALL", 0)
+    assert run("upscale", clip, tmp_path / "b.mkv", "--model", weights, *QUICK) == 0
+    said = capsys.readouterr().err
+    assert "about " in said and "most of it" in said and said.count("left in all") >= 3
+    assert torch.equal(frames_of(tmp_path / "a.mkv"), frames_of(tmp_path / "b.mkv"))
 
 
 def frames_of(path: Path) -> Tensor:

@@ -14,10 +14,11 @@ from diffusers import UNetSpatioTemporalConditionModel
 from torch import Tensor
 
 from tests.support.video_files import picture
-from vsr_ops.__main__ import _parser, main
+from vsr_ops.__main__ import main
 from vsr_ops.backbones.svd import SVD
 from vsr_ops.checkpoints.svd import LITE, SVDWeights, read_svd, write_svd
-from vsr_ops.cli.options import files_read
+from vsr_ops.cli.options import make_parser
+from vsr_ops.cli.settings import files_read
 from vsr_ops.video import Frame, made_info, open_writer, probe, read_frames
 
 QUICK = ("--steps", "1", "--guidance", "none", "--scale", "2", "--cuts", "none", "--frames", "0:2")
@@ -95,7 +96,7 @@ def test_it_is_a_file_that_is_read(
     tuned: SVDWeights, files: tuple[Path, Path], clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unet = save(tuned, tmp_path / "unet_ema")
-    args = _parser().parse_args(["upscale", "in.mp4", "out.mp4", "--unet", str(unet)])
+    args = make_parser().parse_args(["upscale", "in.mp4", "out.mp4", "--unet", str(unet)])
     assert {unet / "config.json", unet / "diffusion_pytorch_model.safetensors"} <= set(files_read(args))
     before = sorted(unet.iterdir())
     file = unet / "diffusion_pytorch_model.safetensors"

@@ -77,8 +77,9 @@ def test_odd_and_short_clips_come_out_at_their_size(
     frames = list(read_frames(result))
     assert all(torch.isfinite(frame.image).all() for frame in frames)
     for stage in ("encode", "sample", "decode"):
-        counts = [(done, total) for name, done, total in heard if name == stage and done > 0]
-        assert counts == [(i + 1, len(counts)) for i in range(len(counts))] and counts
+        counts = [done for name, done, _ in heard if name == stage]
+        (total,) = {total for name, _, total in heard if name == stage}
+        assert counts == sorted(set(counts)) and (counts[0], counts[-1]) == (0, total)
 
 
 def test_a_run_that_fails_leaves_nothing_under_the_final_name(tiny: SVD, tmp_path: Path) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vsr_ops.pipeline.plan_cost import Bank, describe_plan, lagged_bytes, tap_bytes
+from vsr_ops.names import LAYOUTS
+from vsr_ops.pipeline.plan_cost import Bank, describe_plan, duration, lagged_bytes, tap_bytes
+from vsr_ops.pipeline.tile_time import TileSeconds, tile_seconds, volume
 from vsr_ops.sampling.calls import Call, calls
 from vsr_ops.sampling.guidance import COND
 from vsr_ops.sampling.layers import Layer
-from vsr_ops.sampling.layouts import TileLayout
+from vsr_ops.sampling.layouts import lay_out
 from vsr_ops.sampling.propagation import Propagation, TileRun
-from vsr_ops.sampling.schedule import Step
+from vsr_ops.sampling.schedule import Kind, Step
 from vsr_ops.sampling.tiling import TileSize, plan_tiles
 from vsr_ops.units import readable
 
@@ -27,7 +29,9 @@ def test_lagged_banks_hold_exactly_what_was_said(rate: int | None) -> None:
     run.begin(step, COND)
     for call in calls(PLAN, step, COND, 1, synchronous=False):
         q, k, v = (torch.randn(call.frames, 2, 64, 3) for _ in range(3))
+        run.serve(call)
         run.attend(call, LAYER, q, k, v)
+        run.finish(call)
     assert run.bank_bytes == lagged_bytes(PLAN, settings, 1, BANKS, 4)
     assert lagged_bytes(PLAN, settings, 2, BANKS, 4) == 2 * run.bank_bytes
 
@@ -47,6 +51,7 @@ def test_taps_banks_never_exceed_what_was_said() -> None:
     run.begin(step, COND)
     for call in calls(PLAN, step, COND, 2, synchronous=False):
         q, k, v = (torch.randn(len(call.tiles) * call.frames, 2, 64, 3) for _ in range(3))
+        run.serve(call)
         run.attend(call, LAYER, q, k, v)
         most = max(most, held(run))
         run.finish(call)
@@ -55,12 +60,16 @@ def test_taps_banks_never_exceed_what_was_said() -> None:
 
 def held(run: TileRun) -> int:
     """Bytes of TAP's banks that are alive."""
-    return sum(kv.keys.nbytes + kv.values.nbytes for bank in run._tap.values() for kv in bank.values())
+    banks = (*(bank.values() for bank in run._tap.values()), *run._handed.values())
+    return sum(kv.keys.nbytes + kv.values.nbytes for bank in banks for kv in bank)
 
 
 def test_the_text_counts_every_tile_of_every_pass() -> None:
+    tile = TileSeconds(TileSize(8, 8, 4), TileSize(8, 8, 4), {"plain": 0.5})
+    layouts = {name: lay_out(name, 10, 16, 24, TileSize(8, 8, 4)) for name in LAYOUTS}
+    paper = layouts.pop("paper")
     text = describe_plan(
-        TileLayout.still(PLAN),
+        paper,
         Propagation(sap_lagged=True),
         5,
         2,
@@ -68,12 +77,37 @@ def test_the_text_counts_every_tile_of_every_pass() -> None:
         tap=2048,
         weights=2**30,
         activations=1,
-        flops=1e9,
-        speed=1e9,
+        tile=tile,
+        others=layouts,
     )
-    expected = 5 * 2 * len(PLAN.spatial) * len(PLAN.windows)
-    assert f"{expected} tile passes" in text and "SAP lagged" in text and "1.00 GiB" in text
-    assert f"{expected / 0.45 / 60:.1f} minutes" in text
+    passes = 5 * 2 * PLAN.tiles
+    assert f"{passes:,} tile passes" in text and "SAP lagged" in text and "1.00 GiB" in text
+    assert f"about {passes / 2 / 60:.0f} minutes of sampling (0.5 s a tile pass)" in text
+    fewer = 2 * sum(layouts["shifted"].over(5).at(step).tiles for step in range(5))
+    assert f"cheaper      layout shifted: {fewer:,} tile passes" in text
+    assert "3x5x4 of 8x8x4" in text
+
+
+def test_times_for_a_person() -> None:
+    said = [duration(seconds) for seconds in (0.26, 12.4, 89, 600, 5399, 7200)]
+    assert said == ["0.3 s", "12 s", "89 s", "10 minutes", "90 minutes", "2.0 hours"]
+
+
+def test_a_tile_is_timed_on_the_largest_that_there_is_time_for() -> None:
+    """A UNet that takes a millisecond a latent pixel: what is measured, and what is scaled by operations."""
+    ran: list[TileSize] = []
+
+    def run(tile: TileSize) -> dict[Kind, float]:
+        ran.append(tile)
+        return {"plain": volume(tile) / 1000, "tap": volume(tile) / 500}
+
+    tile = TileSize(32, 32, 8)
+    for seconds, largest in ((100.0, tile), (8.0, TileSize(16, 16, 8)), (1.0, TileSize(16, 16, 1))):
+        ran.clear()
+        found = tile_seconds(run, volume, tile, 8, seconds)
+        assert ran[-1] == found.measured == largest and sum(run(largest).values()) <= max(seconds, 0.8)
+        assert found.of("plain") == pytest.approx(8.192) and found.of("tap") == pytest.approx(16.384)
+        assert found.of("sap") == found.of("plain")
 
 
 def test_bytes_for_a_person() -> None:

@@ -236,3 +236,20 @@ def test_tile_sizes_are_read_and_written() -> None:
     for text in ("", "64", "64x64", "64x64x14x2", "axbxc", "-8x8x4", "8.0x8x4", "²x8x4"):
         with pytest.raises(SettingError, match="HEIGHTxWIDTHxFRAMES"):
             TileSize.parse(text)
+
+
+def test_what_is_merged_so_far() -> None:
+    """A frame with its first tile, and with all: where nothing lies is known, and the rest is as it will be there."""
+    plan = plan_tiles(3, 8, 12, TileSize(8, 8, 2), 0.5)
+    video = torch.randn(3, 2, 8, 12, generator=torch.Generator().manual_seed(0))
+    merger = Merger(plan)
+    for n, tiles in enumerate(split(plan, video)):
+        for m, tile in enumerate(tiles):
+            merger.add(n, m, tile)
+            if (n, m) == (0, 0):
+                frame, missing = merger.so_far(0)
+                assert missing[0, 0, 0].tolist() == [False] * 8 + [True] * 4
+                assert torch.allclose(frame[..., :8], video[:1, ..., :8]) and not frame[..., 8:].any()
+                assert merger.so_far(2)[1].all()
+    frame, missing = merger.so_far(2)
+    assert not missing.any() and torch.allclose(frame, merger.result()[2:])

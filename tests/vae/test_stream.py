@@ -16,8 +16,11 @@ from vsr_ops.vae.group_norm import Statistics
 from vsr_ops.vae.latents import collect, decode_frames
 from vsr_ops.vae.layout import LAYOUTS, DecoderOp, level_widths, residual_widths
 
-#: As far as a picture of tiles may be from that of one pass; what is aimed at is well below.
-ALLOWED, AIM = 2 / 255, 1e-3
+#: As far as a picture of tiles may be from that of one pass; what is aimed at is well below. Tiles that are computed
+#: once have its statistics, but for rounding.
+ALLOWED, AIM, ONCE = 2 / 255, 1e-3, 1e-5
+#: Tiles in passes: where there is no room for whole activations.
+PASSES = {"kept": 0.0}
 
 
 @torch.no_grad()
@@ -39,13 +42,16 @@ def test_tiles_are_one_pass(height: int, width: int, tile: int) -> None:
     vae, z = picture_vae(), noise(2, 4, height, width)
     whole = one_pass(vae, z)
     assert whole.std() > 0.2
-    assert apart(streamed(vae, z, tile=tile), whole) <= AIM
+    assert apart(streamed(vae, z, tile=tile), whole) <= ONCE
+    assert apart(streamed(vae, z, tile=tile, kept=0), whole) <= AIM
 
 
 @pytest.mark.parametrize(("height", "width", "tile"), [(8, 14, 7), (9, 12, 6)])
 def test_tiles_of_frames_that_see_each_other_are_one_pass(height: int, width: int, tile: int) -> None:
     vae, z = video_vae(), noise(3, 4, height, width)
-    assert apart(streamed(vae, z, tile=tile), one_pass(vae, z)) <= AIM
+    whole = one_pass(vae, z)
+    assert apart(streamed(vae, z, tile=tile), whole) <= ONCE
+    assert apart(streamed(vae, z, tile=tile, kept=0), whole) <= AIM
 
 
 def test_one_tile_is_the_plain_decoder() -> None:
@@ -56,13 +62,13 @@ def test_one_tile_is_the_plain_decoder() -> None:
 
 def test_passes_end_exactly_where_no_tolerance_is_left() -> None:
     vae, z = picture_vae(), noise(1, 4, 12, 12)
-    assert apart(streamed(vae, z, tile=6, tolerance=0.0), one_pass(vae, z)) < 1e-5
+    assert apart(streamed(vae, z, tile=6, tolerance=0.0, **PASSES), one_pass(vae, z)) < 1e-5
 
 
 def test_passes_are_few() -> None:
     """The mosaic foretells a pass: without it every norm but the first would need one."""
     vae, z, tiles = picture_vae(), noise(1, 4, 24, 24), list[int]()
-    streamed(vae, z, tile=12, check_interrupted=lambda: tiles.append(1))
+    streamed(vae, z, tile=12, check_interrupted=lambda: tiles.append(1), **PASSES)
     assert len(tiles) <= 5 * (4 + 1)
 
 
@@ -74,7 +80,7 @@ def test_the_frame_before_lends_its_statistics() -> None:
     def check_interrupted() -> None:
         counts[-1] += 1
 
-    for _ in stream(vae, z, tile=9, check_interrupted=check_interrupted):
+    for _ in stream(vae, z, tile=9, check_interrupted=check_interrupted, **PASSES):
         counts.append(0)
     assert counts[1] < counts[0]
 
@@ -83,13 +89,13 @@ def test_statistics_of_each_tile_would_not_do(monkeypatch: pytest.MonkeyPatch) -
     """The comparison of tiles with one pass can fail: it does where every tile is normalised by itself."""
     vae, z = picture_vae(), noise(1, 4, 16, 16)
     monkeypatch.setattr(Statistics, "applied", lambda self: contextlib.nullcontext())
-    assert apart(streamed(vae, z, tile=8), one_pass(vae, z)) > 4 * ALLOWED
+    assert apart(streamed(vae, z, tile=8, **PASSES), one_pass(vae, z)) > 4 * ALLOWED
 
 
 def test_the_margin_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     vae, z = picture_vae(), noise(1, 4, 16, 16)
     monkeypatch.setattr(DecoderOp, "reach", property(lambda self: 0))
-    assert apart(streamed(vae, z, tile=8), one_pass(vae, z)) > 4 * ALLOWED
+    assert apart(streamed(vae, z, tile=8, **PASSES), one_pass(vae, z)) > 4 * ALLOWED
 
 
 def test_what_is_held_does_not_grow_with_the_picture() -> None:
@@ -116,8 +122,9 @@ def test_the_vae_is_left_as_it_was() -> None:
         raise KeyboardInterrupt
 
     streamed(vae, z, tile=5)
+    streamed(vae, z, tile=5, **PASSES)
     with pytest.raises(KeyboardInterrupt):
-        streamed(vae, z, tile=5, check_interrupted=stop)
+        streamed(vae, z, tile=5, check_interrupted=stop, **PASSES)
     assert torch.equal(one_pass(vae, z), before)
     assert not any("forward" in vars(part) for part in vae.modules())
 

@@ -15,7 +15,7 @@ def test_a_pass_over_the_tiles_reads_one_value(make: Any) -> None:
     vae, z = make(), noise(2, 4, 9, 14)
     tiles: list[int] = []
     with Waits() as waits:
-        frames = list(stream(vae, z, tile=7, check_interrupted=lambda: tiles.append(1)))
+        frames = list(stream(vae, z, tile=7, kept=0.0, check_interrupted=lambda: tiles.append(1)))
     # Four tiles and the mosaic a pass; a decoder that sees no time takes the frames one by one.
     passes = len(tiles) // 5
     assert len(frames) == 2 and passes >= 4

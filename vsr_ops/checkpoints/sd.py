@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, SettingError
+from ..names import PREDICTIONS
 from ..weights import bundled
 from . import keymap
 from .diffusers_folder import folder_config, read_named, weight_files, with_current_names
@@ -42,7 +43,6 @@ LITE_SD = bundled("sd_lite")
 
 KIND = "sd"
 VERSION = "1"
-PREDICTIONS = ("v_prediction", "epsilon")
 TILE = (64, 64, 14)
 #: Above it the host takes a UNet of 2.x for one that predicts v.
 V_DEVIATION = 0.09

@@ -1,4 +1,4 @@
-"""The command line's options of motion: by what the alignment estimates it."""
+"""What the command line's options of motion stand for: by what the alignment estimates it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,6 @@ import torch
 from ..errors import SettingError
 from ..flow.raft import CLASSES, Estimator, load_raft, url_of
 from ..flow.warp import dis_flow
-
-
-def add_flow(parser: argparse.ArgumentParser) -> None:
-    """--flow and --flow-weights."""
-    parser.add_argument("--flow", default="dis", help=f"of the alignment: {', '.join(FLOWS)}; raft is the paper's")
-    parser.add_argument("--flow-weights", default="none", metavar="PATH", help="RAFT's: torchvision's large or small")
 
 
 def flow_of(args: argparse.Namespace, device: torch.device) -> Estimator:

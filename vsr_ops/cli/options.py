@@ -1,46 +1,94 @@
-"""The command line's options of sampling, and what they stand for: settings, parts and a model."""
+"""The options of every command. What they offer is known by name alone, so that help is there at once."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
-from ..backbones.sd import build_sd
-from ..backbones.svd import DTYPES, Backbone, load_svd, pick_device, pick_dtype
-from ..checkpoints.sd import LITE_SD, PREDICTIONS, read_sd
-from ..checkpoints.unet_alone import find_unet
-from ..errors import SettingError
-from ..image.color import COLOR
-from ..modules.capm_file import load_capms
-from ..modules.capm_hints import check_strength
-from ..modules.cfw import check_w, load_cfw
-from ..modules.compression import level_of, load_compression
-from ..modules.control import check_strength as check_control_strength
-from ..modules.control import load_control
-from ..modules.dcm import load_dcm
-from ..modules.refiner import load_refiner
-from ..modules.stam import load_stam
-from ..pipeline.defaults import AUTO, DDPM_STEPS, DEFAULTS, PAPER_GUIDANCE
-from ..pipeline.parts import CAPMSettings, PipelineModules
-from ..pipeline.sampler import Settings
-from ..sampling.align import MODES as ALIGN_MODES
-from ..sampling.align import SCALES as ALIGN_SCALES
-from ..sampling.guidance import GUIDANCE
-from ..sampling.layouts import LAYOUTS
-from ..sampling.propagation import PROPAGATION, SAP_MODES, Propagation
-from ..sampling.samplers import SAMPLERS
-from ..sampling.tiling import TileSize
-from ..system.outputs import files_of
-from .chosen import color_of, guidance_of, layout_of, refiner_of, steps_of, upscaler_of
-from .flow import add_flow, flow_of
-from .text import add_texts, refuse_texts, texts_of
+from ..names import (
+    ALIGN_MODES,
+    ALIGN_SCALES,
+    CODECS,
+    COLOR,
+    DTYPES,
+    FLOWS,
+    GUIDANCE,
+    LAYOUTS,
+    METRICS,
+    PREDICTIONS,
+    PROPAGATION,
+    PUBLISHED,
+    SAMPLERS,
+    SAP_MODES,
+)
+from ..pipeline.defaults import AUTO, DDPM_STEPS, DEFAULTS, PAPER_GUIDANCE, RHO, SAMPLER
 
-#: The options that may name a file of weights, and what stands there for no file of the user's.
-_WEIGHTS = ("model", "upscaler", "refiner", "control", "capm", "cfw", "stam", "flow_weights", "text")
-_NAMES = {"lite", "sd_lite", "none", "auto", "dcm", "bicubic"}
+#: The command that makes what --text takes.
+EMBED = "python -m vsr_ops embed"
 
-#: Whether the terminal SNR is zero; None: as the model says.
-_ZSNR = {"auto": None, "on": True, "off": False}
+
+def make_parser() -> argparse.ArgumentParser:
+    """Every command, its name as `command`, and its options."""
+    parser = argparse.ArgumentParser(prog="python -m vsr_ops", description="Diffusion video super-resolution (DC-VSR).")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="|".join(COMMANDS))
+    for name, (text, add_options) in COMMANDS.items():
+        add_options(commands.add_parser(name, help=text))
+    return parser
+
+
+def _add_upscale(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("input", type=Path, metavar="IN")
+    add("output", type=Path, metavar="OUT")
+    add("--overwrite", action="store_true", help="replace OUT, or in it pictures of the same names")
+    add("--codec", default=None, help=", ".join(CODECS))
+    add("--cuts", default="auto", help="auto, none, or first frames of new scenes such as 24,50")
+    _add_frames(parser)
+    add_sampling(parser)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", type=Path, metavar="IN")
+    parser.add_argument(
+        "--cuts",
+        default="sampled",
+        help="sampled: looked for in a few stretches of the clip; auto: in all of it, as upscale does; or as there",
+    )
+    _add_frames(parser)
+    add_sampling(parser)
+
+
+def _add_frames(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--scale", type=float, default=4.0)
+    parser.add_argument("--frames", metavar="A:B", help="only these frames, counted from 0, B not included")
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("demo_output"))
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier demo")
+    add_sampling(parser)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    clips = "a folder of clips: videos, or folders of numbered pictures; or one of those"
+    add("--truth", type=Path, required=True, metavar="DIR", help=clips)
+    add(
+        "--method",
+        action="append",
+        required=True,
+        metavar="NAME=DIR",
+        help="results of a method, matched to the truth by their names; again for each method",
+    )
+    add("--metrics", metavar="A,B,C", help=f"all that can be measured by default: {', '.join(METRICS)}")
+    add("--out", type=Path, metavar="DIR", help="where table.txt, metrics.csv, frames.csv and metrics.png go")
+    add("--overwrite", action="store_true", help="replace those four files")
+    add("--border", type=int, default=0, metavar="N", help="pixels left out on each side")
+    add("--tile", metavar="HxWxT", help="tiles of the results, in latents, for the metric seam")
+    add("--overlap", type=float, default=0.5, help="share of a tile, with --tile")
+    add("--published", default="dc-vsr", help=f"which papers' rows stand beside: {', '.join(PUBLISHED)}")
+    add("--device", default="cpu", help="auto, cpu, cuda, cuda:0 ..., mps")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +112,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--guidance", default=AUTO, help=", ".join([auto, *GUIDANCE]))
     add("--cfg", type=float, help="classifier-free guidance; 1 is off. With dssag it is DC-VSR equation 9's 1 + s")
     add("--guidance-scale", type=float, help="the s of dssag, pag and sag; 0 is off")
-    add("--rho", type=float, default=Settings.rho, help="how fast dssag's blur fades over the steps; larger is sooner")
+    add("--rho", type=float, default=RHO, help="how fast dssag's blur fades over the steps; larger is sooner")
+    add("--guidance-interval", metavar="MIN:MAX", help="guided at noise levels (sigmas) in it alone; all by default")
+    add("--guidance-every", type=int, default=1, metavar="N", help="keep what guidance adds for N - 1 steps out of N")
     add("--tile", metavar="HxWxT", help="in latents (8 pixels each) and frames; the model's own by default")
     add("--overlap", type=float, default=0.5, help="share of a tile, 0 to 0.75")
     add(
@@ -89,7 +139,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--color", default=AUTO, help=", ".join([auto, *COLOR]))
     add("--control", default="none", metavar="none|lite|PATH", help="a ControlNet on Stable Diffusion, in SVD's place")
     add("--control-strength", type=float, default=1.0)
-    add_texts(parser)
+    _add_texts(parser)
     add("--prediction", default="auto", help=", ".join(["with --control: auto (as the model says)", *PREDICTIONS]))
     add(
         "--zsnr",
@@ -111,99 +161,51 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     add("--align-mode", default="gradient", help=", ".join(ALIGN_MODES))
     add("--align-scale", default="bounded", help=f"of gradient's step: {', '.join(ALIGN_SCALES)} (the paper's)")
-    add_flow(parser)
-    add("--sampler", default=Settings.sampler, help=f"{', '.join(SAMPLERS)}; SDATC takes ddpm")
+    _add_flow(parser)
+    add("--sampler", default=SAMPLER, help=f"{', '.join(SAMPLERS)}; SDATC takes ddpm")
     add("--seed", type=int, default=0)
     add("--denoise", type=float, default=1.0, help="below 1: start from the LR latent at partial noise")
+    add("--start-sigma", type=float, metavar="SIGMA", help="start from the LR latent at this noise level, in all steps")
     add("--batch", type=int, default=1, help="spatial tiles through the UNet together")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:0 ..., mps")
     add("--dtype", default="auto", help=", ".join(["auto", *DTYPES]))
 
 
-def files_read(args: argparse.Namespace) -> list[Path]:
-    """The files that the options of weights name: no output may be one of them. Raises CheckpointError for a UNet that
-    is not there."""
-    given = {str(getattr(args, name)) for name in _WEIGHTS} - _NAMES
-    found = [file for path in map(Path, sorted(given)) if path.exists() for file in files_of(path)]
-    return found + ([] if args.unet == "none" else find_unet(Path(args.unet)).files())
-
-
-def settings_of(args: argparse.Namespace) -> Settings:
-    """The options of sampling as settings, gaps filled by what the weights were trained with. Raises SettingError."""
-    if args.sap_mode not in SAP_MODES:
-        raise SettingError(f"SAP mode is {args.sap_mode!r}: expected one of {', '.join(SAP_MODES)}")
-    propagation = Propagation.named(
-        args.propagation,
-        sap_lagged=args.sap_mode == "lagged",
-        sap_rate=args.sap_rate,
-        tap_frames=args.tap_frames,
-        tap_rate=args.tap_rate,
-    )
-    return Settings(
-        steps=steps_of(args),
-        guidance=guidance_of(args),
-        cfg=args.cfg,
-        guidance_scale=args.guidance_scale,
-        rho=args.rho,
-        tile=None if args.tile is None else TileSize.parse(args.tile),
-        overlap=args.overlap,
-        layout=layout_of(args),
-        propagation=propagation,
-        color=color_of(args),
-        seed=args.seed,
-        denoise=args.denoise,
-        batch=args.batch,
-        align=args.align,
-        align_mode=args.align_mode,
-        align_scale=args.align_scale,
-        sampler=args.sampler,
+def _add_texts(parser: argparse.ArgumentParser) -> None:
+    """The options of what a Stable Diffusion is told."""
+    add = parser.add_argument
+    add("--prompt", default="", metavar="TEXT", help="with --control: what the video shows; by default the empty text")
+    add("--negative", default="", metavar="TEXT", help="what cfg guides away from; by default the empty text")
+    add(
+        "--text",
+        default="none",
+        metavar="none|FILE",
+        help=f"in their place: what {EMBED} made, for a model without text encoder",
     )
 
 
-def parts_of(args: argparse.Namespace) -> PipelineModules:
-    """What stands around the diffusion, loaded. Raises VSRError."""
-    if not 0 <= args.refiner_w <= 1:
-        raise SettingError(f"refiner w is {args.refiner_w}: expected a share from 0 to 1")
-    check_w(args.decode_w)
-    device = pick_device(args.device)
-    upscaler, refiner = upscaler_of(args), refiner_of(args)
-    return PipelineModules(
-        upscale_fn=None if upscaler == "bicubic" else load_dcm("lite" if upscaler == "dcm" else upscaler, device),
-        refiner=None if refiner == "none" else load_refiner(refiner, device),
-        refiner_w=args.refiner_w,
-        cfw=load_cfw(args.cfw).to(device) if args.decode_w > 0 else None,
-        decode_w=args.decode_w,
-        stam=None if args.stam == "none" else load_stam(args.stam).to(device),
-        prompts=_prompts(args),
-        flow=flow_of(args, device),
-    )
+def _add_embed(parser: argparse.ArgumentParser) -> None:
+    """The options of the command `embed`."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH", help="a Stable Diffusion with its text encoder, or that alone")
+    add("--out", required=True, type=Path, metavar="FILE", help="a .safetensors, for --text")
+    add("--prompt", default="", metavar="TEXT", help="by default the empty text")
+    add("--negative", default="", metavar="TEXT", help="by default the empty text")
+    add("--overwrite", action="store_true", help="replace FILE")
+    add("--device", default="cpu", help="auto, cpu, cuda, cuda:0 ..., mps")
 
 
-def _prompts(args: argparse.Namespace) -> CAPMSettings | None:
-    """CAPM and what it is told; None where it is off."""
-    check_strength(args.capm_strength)
-    if args.crf >= 0:
-        level_of(args.crf)
-    if args.capm == "none" or args.capm_strength == 0:
-        return None
-    device = pick_device(args.device)
-    head = load_compression(device=device) if args.crf < 0 else None
-    return CAPMSettings(load_capms(args.capm, device), args.capm_strength, head, args.crf)
+def _add_flow(parser: argparse.ArgumentParser) -> None:
+    """--flow and --flow-weights."""
+    parser.add_argument("--flow", default="dis", help=f"of the alignment: {', '.join(FLOWS)}; raft is the paper's")
+    parser.add_argument("--flow-weights", default="none", metavar="PATH", help="RAFT's: torchvision's large or small")
 
 
-def model_of(args: argparse.Namespace) -> Backbone:
-    """SVD, or with a control Stable Diffusion. Raises VSRError."""
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    if args.control == "none":
-        refuse_texts(args)
-        return load_svd(args.model, device, dtype, None if args.unet == "none" else Path(args.unet))
-    if args.unet != "none":
-        raise SettingError(f"unet is {args.unet!r} and control {args.control!r}: expected one of them; leave one out")
-    check_control_strength(args.control_strength)
-    if args.zsnr not in _ZSNR:
-        raise SettingError(f"zsnr is {args.zsnr!r}: expected one of {', '.join(_ZSNR)}")
-    control, texts = load_control(args.control), texts_of(args, device)
-    weights = read_sd(LITE_SD if args.model == "lite" else Path(args.model), dtype)
-    weights = weights.told(None if args.prediction == "auto" else args.prediction, _ZSNR[args.zsnr])
-    return build_sd(weights, device, dtype, control, args.control_strength, texts)
+#: By name: what each command does in a line, and its options.
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "upscale": ("upscale a video, a folder of pictures or a picture", _add_upscale),
+    "plan": ("show tiles, UNet passes, memory and time before spending them", _add_plan),
+    "demo": ("upscale a bundled clip and compare it with the truth", _add_demo),
+    "evaluate": ("measure results against the truth: table, CSV and curves", _add_evaluate),
+    "embed": ("keep what a text encoder makes of a text, for a model without one", _add_embed),
+}

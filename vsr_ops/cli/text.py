@@ -1,4 +1,4 @@
-"""The command line's texts: the options that say them, and the command that keeps what an encoder makes of one."""
+"""The command line's texts: what a Stable Diffusion is told, and the command that keeps what an encoder makes of it."""
 
 from __future__ import annotations
 
@@ -14,32 +14,7 @@ from ..checkpoints.text_encoder import read_text_encoder
 from ..checkpoints.text_file import Texts, read_texts, write_texts
 from ..errors import CheckpointError, SettingError
 from ..system.outputs import files_of, refuse_inputs, refuse_taken
-
-_EMBED = "python -m vsr_ops embed"
-
-
-def add_texts(parser: argparse.ArgumentParser) -> None:
-    """The options of what a Stable Diffusion is told."""
-    add = parser.add_argument
-    add("--prompt", default="", metavar="TEXT", help="with --control: what the video shows; by default the empty text")
-    add("--negative", default="", metavar="TEXT", help="what cfg guides away from; by default the empty text")
-    add(
-        "--text",
-        default="none",
-        metavar="none|FILE",
-        help=f"in their place: what {_EMBED} made, for a model without text encoder",
-    )
-
-
-def add_embed(parser: argparse.ArgumentParser) -> None:
-    """The options of the command `embed`."""
-    add = parser.add_argument
-    add("--model", required=True, metavar="PATH", help="a Stable Diffusion with its text encoder, or that alone")
-    add("--out", required=True, type=Path, metavar="FILE", help="a .safetensors, for --text")
-    add("--prompt", default="", metavar="TEXT", help="by default the empty text")
-    add("--negative", default="", metavar="TEXT", help="by default the empty text")
-    add("--overwrite", action="store_true", help="replace FILE")
-    add("--device", default="cpu", help="auto, cpu, cuda, cuda:0 ..., mps")
+from .options import EMBED
 
 
 def refuse_texts(args: argparse.Namespace) -> None:
@@ -71,7 +46,7 @@ def texts_of(args: argparse.Namespace, device: torch.device) -> Texts | None:
     if not own:
         raise SettingError(
             f"{path}: has no text encoder, and a published Stable Diffusion was trained with one: expected the encoded"
-            f" empty text; make it with `{_EMBED}` from the model's own encoder, and give it as --text"
+            f" empty text; make it with `{EMBED}` from the model's own encoder, and give it as --text"
         )
     if args.prompt or args.negative:
         raise SettingError(

@@ -81,7 +81,7 @@ def _tensor(source: Source, key: str) -> Tensor:
     return stored if stored.dtype in (torch.int64, torch.bool) else source.tensor(key, torch.float32)
 
 
-def _spans(extent: int) -> tuple[Span, ...]:
+def tile_spans(extent: int) -> tuple[Span, ...]:
     """An axis in as few tiles as there can be, no longer than they must be; multiples of 8, as many models' windows."""
     shared = round(TILE * OVERLAP)
     parts = max(1, math.ceil((extent - shared) / (TILE - shared)))
@@ -97,7 +97,7 @@ def load_dcm(path: Path | str, device: torch.device, dtype: torch.dtype = torch.
     @torch.no_grad()
     def enlarge(frames: Tensor) -> Tensor:
         count, _, height, width = frames.shape
-        plan = TilePlan(count, height, width, _spans(height), _spans(width), (Window(Span(0, count), 0),))
+        plan = TilePlan(count, height, width, tile_spans(height), tile_spans(width), (Window(Span(0, count), 0),))
         merger = Merger(plan.magnified(scale))
         for m in range(len(plan.spatial)):
             part = model(cut_tile(plan, 0, m, frames).to(device, dtype))

@@ -1,6 +1,6 @@
-"""What a run will take before it is spent: tiles, UNet passes, banks, memory, time.
+"""What a run will take before it is spent: tiles, UNet passes, banks, memory. What time it takes: part_times.py.
 
-Counts are exact; bytes of banks are exact for the plan; activation memory and time are estimates and labelled so.
+Counts are exact; bytes of banks are exact for the plan; activation memory is an estimate and labelled so.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..sampling.tiling import TileSize
 from ..system.memory import free_bytes
 from ..units import readable
 from .job import Job
-from .plan_cost import EFFICIENCY, Bank, grids, lagged_bytes, matmul_speed, tap_bytes
-from .sampler import NoiseRange, Settings, run_steps, strengths, unet_calls
+from .plan_cost import Bank, grids, lagged_bytes, tap_bytes
+from .sampler import NoiseRange, Settings, run_steps, strengths, tile_passes, unet_calls
 
 #: Live copies of the widest activation at the peak of a UNet call: rough, good to a factor of about 2.
 ACTIVATION_COPIES = 24
@@ -31,7 +31,7 @@ ACTIVATION_COPIES = 24
 
 @dataclass(frozen=True)
 class Estimate:
-    """Numbers of a planned run; bytes and seconds."""
+    """Numbers of a planned run."""
 
     unet_calls: int
     tile_passes: int
@@ -39,8 +39,6 @@ class Estimate:
     lagged_bytes: int
     tap_bytes: int
     activation_bytes: int
-    flops: float
-    seconds: float
 
 
 def banks(model: Backbone, tile: TileSize, layers: str = "ends") -> list[Bank]:
@@ -99,56 +97,52 @@ def tile_flops(model: Backbone, tile: TileSize) -> float:
 
 
 def estimate(model: Backbone, layout: TileLayout, settings: Settings) -> Estimate:
-    """Numbers for tiles whose SAP mode is decided (`resolve_sap`). Measures the device for a tenth of a second."""
+    """Counts and bytes for tiles whose SAP mode is decided (`resolve_sap`)."""
     plan = layout.largest
     tile = max((plan.tile_size(n) for n in range(len(plan.windows))), key=lambda t: t.frames)
     layers = banks(model, tile, settings.propagation.layers)
     noise, synchronous = NoiseRange.of(model), not settings.propagation.sap_lagged
-    guidance, powers, steps = guide(settings.guidance), strengths(settings, noise), run_steps(settings, noise)
-    plans = [layout.at(step.index) for step in steps]
-    tile_passes = sum(guidance.passes(power) * each.tiles for power, each in zip(powers, plans, strict=True))
+    steps = run_steps(settings, noise)
     together = max(
-        len(call.tiles)
-        for step, each in zip(steps, plans, strict=True)
-        for call in calls(each, step, COND, settings.batch, synchronous=synchronous)
+        (
+            len(call.tiles)
+            for step in steps
+            for call in calls(layout.at(step.index), step, COND, settings.batch, synchronous=synchronous)
+        ),
+        default=0,
     )
-    flops = tile_flops(model, tile)
-    seconds = tile_passes * flops / (EFFICIENCY * matmul_speed(model.device, model.dtype))
     held = [model.unet, model.vae, *([model.control] if isinstance(model, SD) and model.control is not None else [])]
     weights = sum(p.nbytes for module in held for p in module.parameters())
     size = model.dtype.itemsize
-    branches = guidance.passes(powers[0])
+    branches = max(map(guide(settings.guidance).passes, strengths(settings, noise)), default=1)
     return Estimate(
         unet_calls=unet_calls(layout, settings, noise),
-        tile_passes=tile_passes,
+        tile_passes=tile_passes(layout, settings, noise),
         weights_bytes=weights,
         lagged_bytes=lagged_bytes(plan, settings.propagation, branches, layers, size),
         tap_bytes=tap_bytes(plan, settings.propagation, settings.batch, layers, size),
         activation_bytes=activation_bytes(model, tile, together),
-        flops=flops,
-        seconds=seconds,
     )
 
 
-def describe(job: Job, layout: TileLayout, settings: Settings, numbers: Estimate) -> str:
-    """The plan as text for a person."""
+def describe(job: Job, layout: TileLayout, settings: Settings, numbers: Estimate, scenes: str) -> str:
+    """Counts and bytes of a plan as text for a person; `scenes` says what is known of its scenes."""
     height, width = job.size
     plan = layout.settled
-    scenes = plan.windows[-1].scene + 1
     mode = "lagged" if settings.propagation.sap_lagged else "synchronous"
     kinds = " + ".join(settings.propagation.kinds) or "none"
     lines = [
         f"input        {job.info.width}x{job.info.height}, {job.frames} of {job.info.frames} frames",
+        f"scenes       {scenes}",
         f"output       {width}x{height}; latents {plan.width}x{plan.height}",
-        f"tiles        {grids(layout)} of {plan.tile_size(0)} latents, {scenes} scene(s) ({settings.layout})",
+        f"tiles        {grids(layout)} of {plan.tile_size(0)} latents ({settings.layout})",
         f"propagation  {kinds}" + (f" (SAP {mode})" if "sap" in settings.propagation.kinds else ""),
-        f"UNet         {numbers.unet_calls} calls, {numbers.tile_passes} tile passes of {numbers.flops / 1e9:.1f} GFLOP"
-        f" ({settings.guidance}, {settings.steps} steps)",
+        f"UNet         {numbers.tile_passes:,} tile passes in {numbers.unet_calls:,} calls ({settings.guidance},"
+        f" {settings.steps} steps)",
         f"memory       weights {readable(numbers.weights_bytes)}, activations about"
         f" {readable(numbers.activation_bytes)},"
         f" TAP banks {readable(numbers.tap_bytes)}; in host memory: SAP's lagged banks"
         f" {readable(numbers.lagged_bytes)},"
         f" latents {readable(5 * 4 * 4 * plan.frames * plan.height * plan.width)}",
-        f"time         about {numbers.seconds / 60:.1f} minutes of sampling (good to a factor of 2)",
     ]
     return "\n".join(lines)

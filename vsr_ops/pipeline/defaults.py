@@ -70,6 +70,8 @@ OWN = {"bicubic": "bicubic", "dcm": "dcm", "lite": "dcm"}
 PAPER_GUIDANCE = "dssag"
 #: SDATC's.
 DDPM_STEPS = 50
+#: The paper's rho of DSSAG, and SVD's sampler.
+RHO, SAMPLER = 0.5, "euler"
 
 #: By kind of model: the bundled ones, which learnt from the results of few steps without guidance, DC-VSR's, and others
 #: of full size. DC-VSR has 25 steps, DSSAG, bicubic pictures and no colour step; SDATC its DCM and AdaIN. What they

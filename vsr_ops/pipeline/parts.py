@@ -28,7 +28,7 @@ from ..system.memory import free_bytes
 from ..system.precision import dtype_of
 from ..vae.budget import decoder_bytes, fitting_tile, modules_bytes, tile_side
 from ..vae.decoder_modules import DecoderModules
-from ..vae.latents import VAE_TILE, decode_frames
+from ..vae.latents import VAE_TILE
 from ..vae.layout import is_temporal
 from ..vae.stream import Streaming, stream_decode
 from ..video import Frame
@@ -145,8 +145,6 @@ def decoded(
 ) -> Iterator[Tensor]:
     """Frames `(3, 8h, 8w)` of unscaled latents, not clamped, through the modules that there are."""
     modules = parts.of_decoder.acting
-    if not modules.found:
-        return decode_frames(model, latents, model.tile.frames, cuts)
     reference: Rolling | None = None
     if modules.cfw is not None:
         reference = Rolling((frame.image for frame in references()), latents.shape[0], size)

@@ -1,21 +1,19 @@
-"""Arithmetic of a plan's cost: bytes of banks, time of a matrix product. Needs no model."""
+"""Arithmetic of a plan's cost, and its words: bytes of banks, tile passes, times. Needs no model."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from itertools import pairwise
 
 from ..sampling.layouts import TileLayout
 from ..sampling.propagation import Propagation, sap_rate
 from ..sampling.tiling import TilePlan
 from ..units import readable
+from .tile_time import TileSeconds
 
-#: Share of a matrix product's speed that a UNet reaches: rough, good to a factor of about 2.
-EFFICIENCY = 0.45
+#: How many times fewer tile passes another layout must take to be named.
+WORTH = 1.25
 
 
 @dataclass(frozen=True)
@@ -48,33 +46,42 @@ def tap_bytes(plan: TilePlan, settings: Propagation, batch: int, layers: Sequenc
     return 2 * batch * settings.tap_frames * tokens * itemsize
 
 
-def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a matrix product here, in about a tenth of a second."""
-    size = 1024 if device.type == "cpu" else 4096
-    a = torch.randn(size, size, device=device).to(dtype)
-
-    def run() -> float:
-        start = time.perf_counter()
-        out: Tensor = a @ a
-        out[0, 0].item()  # waits for the device
-        return time.perf_counter() - start
-
-    run()
-    return 2 * size**3 / min(run() for _ in range(3))
-
-
 def grids(layout: TileLayout) -> str:
-    """The tile grids of a layout in words: each phase, and that of the last steps."""
+    """How many tiles there are in a layout, rows by columns by windows: in each phase, and in the last steps."""
 
     def words(plan: TilePlan) -> str:
-        return f"{len(plan.rows)} rows x {len(plan.cols)} columns x {len(plan.windows)} windows"
+        return f"{len(plan.rows)}x{len(plan.cols)}x{len(plan.windows)}"
 
-    moving = " and ".join(words(plan) for plan in layout.phases)
+    moving = ", ".join(dict.fromkeys(words(plan) for plan in layout.phases))
     return (
-        moving
-        if layout.settling == 0
-        else f"{moving} in turn, the last {layout.settling} steps {words(layout.settled)},"
+        moving if layout.settling == 0 else f"{moving} in turn, {words(layout.settled)} in the last {layout.settling}"
     )
+
+
+def plan_cuts(plan: TilePlan) -> tuple[int, ...]:
+    """The first frames of a plan's scenes but the first."""
+    return tuple(b.span.start for a, b in pairwise(plan.windows) if a.scene != b.scene)
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
+
+
+def passes_in_all(layout: TileLayout, steps: int, passes: int, guided: int | None = None) -> int:
+    """Tile passes of a run of so many steps, `guided` of which (None: every one), spread evenly, take all the `passes`
+    over the video; the others take one."""
+    guided = steps if guided is None else min(guided, steps)
+    spent = [passes if (step + 1) * guided // steps > step * guided // steps else 1 for step in range(steps)]
+    return sum(layout.over(steps).at(step).tiles * each for step, each in enumerate(spent))
+
+
+def measured_words(tile: TileSeconds) -> str:
+    """What a tile pass was measured to take, and on what."""
+    each = f"{tile.of('plain'):.3g} s a tile pass"
+    return each if tile.measured == tile.tile else f"{each}, by operations from a tile of {tile.measured}"
 
 
 def describe_plan(
@@ -83,27 +90,32 @@ def describe_plan(
     steps: int,
     passes: int,
     *,
+    guided: int | None = None,
     lagged: float,
     tap: float,
     weights: float,
     activations: float,
-    flops: float,
-    speed: float,
+    tile: TileSeconds,
+    others: Mapping[str, TileLayout],
 ) -> str:
-    """A plan as text. Bytes, `flops` of one tile's UNet call, `speed` of a matrix product in operations a second."""
+    """A plan of sampling as text: passes as `passes_in_all` counts them, bytes, what `tile` takes here, and `others`:
+    layouts that might have been chosen, by name."""
     plan = layout.settled
-    tile, tiles = plan.tile_size(0), len(plan.spatial)
-    calls = passes * sum(layout.over(steps).at(step).tiles for step in range(steps))
-    mode = " (SAP lagged)" if settings.sap_lagged and "sap" in settings.kinds else ""
-    seconds = calls * flops / (EFFICIENCY * speed)
-    return "\n".join(
-        [
-            f"latents      {plan.width}x{plan.height}, {plan.frames} frames, {plan.windows[-1].scene + 1} scene(s)",
-            f"tiles        {grids(layout)} of {tile}",
-            f"propagation  {' + '.join(settings.kinds) or 'none'}{mode if tiles > 1 else ''}",
-            f"UNet         {calls} tile passes of {flops / 1e9:.1f} GFLOP ({steps} steps, {passes} passes a step)",
-            f"memory       weights {readable(weights)}, activations about {readable(activations)}, TAP banks"
-            f" {readable(tap)}; in host memory: SAP's lagged banks {readable(lagged)}",
-            f"time         about {seconds / 60:.1f} minutes of sampling (good to a factor of 2)",
-        ]
-    )
+    calls = passes_in_all(layout, steps, passes, guided)
+    mode = " (SAP lagged)" if settings.sap_lagged and "sap" in settings.kinds and len(plan.spatial) > 1 else ""
+    fewer = {name: passes_in_all(other, steps, passes, guided) for name, other in others.items()}
+    lines = [
+        f"latents      {plan.width}x{plan.height}, {plan.frames} frames, {plan.windows[-1].scene + 1} scene(s)",
+        f"tiles        {grids(layout)} of {plan.tile_size(0)}",
+        f"propagation  {' + '.join(settings.kinds) or 'none'}{mode}",
+        f"UNet         {calls:,} tile passes ({steps} steps, {steps if guided is None else guided} of {passes} passes)",
+        f"memory       weights {readable(weights)}, activations about {readable(activations)}, TAP banks"
+        f" {readable(tap)}; in host memory: SAP's lagged banks {readable(lagged)}",
+        f"time         about {duration(calls * tile.of('plain'))} of sampling ({measured_words(tile)})",
+        *(
+            f"cheaper      layout {name}: {count:,} tile passes, {duration(count * tile.of('plain'))}"
+            for name, count in fewer.items()
+            if WORTH * count <= calls
+        ),
+    ]
+    return "\n".join(lines)

@@ -20,6 +20,7 @@ from ..flow.field import Flow, streamed_flow
 from ..flow.raft import Estimator
 from ..image.color import correct
 from ..sampling.align import SHARE
+from ..sampling.calls import Call
 from ..sampling.tiling import TilePlan
 from ..system.allocator import give_back
 from ..system.outputs import claimed
@@ -27,7 +28,7 @@ from ..vae.latents import CELL, encode_frames
 from ..video import Frame, check_output, open_writer
 from .job import Job, UpscaledFrames, scene_cuts
 from .parts import PipelineModules, apply_capm, decoded, refined
-from .sampler import NoiseRange, Settings, make_layout, sample, unet_calls
+from .sampler import NoiseRange, Settings, make_layout, sample, tile_passes
 
 #: (stage, done, total): called after every unit of work; raising stops the run.
 Progress = Callable[[str, int, int], None]
@@ -58,7 +59,7 @@ def upscale(
     parts.check_fits(model)
     cuts = scene_cuts(job) if cuts is None else cuts
     layout = make_layout(job, settings, model.tile, model.factor, NoiseRange.of(model), cuts)
-    plan = layout.settled
+    plan, tiles = layout.settled, _Tiles(tile_passes(layout, settings, NoiseRange.of(model)), progress)
     with claimed(output), closing(UpscaledFrames(job, parts.upscale_fn, output.parent)) as upscaled:
         flow = _latent_flow(job, settings, plan, upscaled, cuts, progress, parts.flow)
         lr = torch.empty(job.frames, 4, plan.height, plan.width)
@@ -69,7 +70,6 @@ def upscale(
         give_back()
         levels = None if parts.prompts is None else parts.prompts.levels(job)
         context = _contexts(model, upscaled, cuts)
-        calls_done, total = count(1), unet_calls(layout, settings, NoiseRange.of(model))
         with apply_capm(model, parts.prompts, levels):
             result = sample(
                 model,
@@ -77,10 +77,11 @@ def upscale(
                 layout,
                 settings,
                 context,
-                tick=lambda _: progress("sample", next(calls_done), total),
+                tick=tiles.begin,
                 flow=flow,
                 first_frame=job.start,
             )
+        tiles.end()
         give_back()
         progress("decode", 0, job.frames)
         pictures = decoded(model, result / model.scaling_factor, parts, levels, upscaled, job.size, cuts)
@@ -93,6 +94,23 @@ def upscale(
                 image = correct(settings.color, frame[None], reference.image[None])[0].clamp(0, 1)
                 writer.write(Frame(image, reference.alpha, reference.pts))
                 progress("decode", i + 1, job.frames)
+
+
+class _Tiles:
+    """Reports the tile passes that are done."""
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self._begun, self._total, self._progress = 0, total, progress
+
+    def begin(self, call: Call) -> None:
+        """Called before each UNet call: all before it are done. One that ran out of memory is begun again in parts."""
+        self._progress("sample", min(self._begun, self._total), self._total)
+        self._begun += len(call.tiles)
+
+    def end(self) -> None:
+        """Called after the last."""
+        if self._total:
+            self._progress("sample", self._total, self._total)
 
 
 def _contexts(model: Backbone, upscaled: UpscaledFrames, cuts: Sequence[int]) -> Tensor | None:

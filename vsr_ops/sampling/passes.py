@@ -36,11 +36,18 @@ def evaluate_within(run: TileRun, call: Call, evaluate: Callable[[Call], Tensor]
     return evaluate_within(run, call, evaluate)
 
 
-def run_pass(run: TileRun, step: Step, branch: Branch, evaluate: Callable[[Call], Tensor], batch: int = 1) -> Tensor:
+def run_pass(
+    run: TileRun,
+    step: Step,
+    branch: Branch,
+    evaluate: Callable[[Call], Tensor],
+    batch: int = 1,
+    watch: Callable[[Call, Merger], None] = lambda call, merger: None,
+) -> Tensor:
     """One pass over the video: every tile evaluated, checked and blended; `(frames, c, height, width)`.
 
-    `evaluate` gives `(tiles*frames, c, h, w)` for a call. Raises SamplingError, naming step and tile, for a value that
-    is not finite.
+    `evaluate` gives `(tiles*frames, c, h, w)` for a call. `watch` is told of every call whose tiles are blended. Raises
+    SamplingError, naming step and tile, for a value that is not finite.
     """
     run.begin(step, branch)
     merger = Merger(run.plan)
@@ -51,6 +58,7 @@ def run_pass(run: TileRun, step: Step, branch: Branch, evaluate: Callable[[Call]
         run.finish(call)
         for i, m in enumerate(call.tiles):
             merger.add(call.window, m, value[i * call.frames : (i + 1) * call.frames])
+        watch(call, merger)
     # Read once a pass: each reading waits until the device has done all that it was given.
     if not bool(torch.stack([each for _, each in finite]).all()):
         call = next(call for call, each in finite if not bool(each))

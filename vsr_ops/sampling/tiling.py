@@ -255,6 +255,16 @@ class Merger:
             self._blend[key] = to_device(blend_weight(self._plan, window, tile), device)
         return self._blend[key]
 
+    def so_far(self, frame: int) -> tuple[Tensor, Tensor]:
+        """One frame as the tiles added so far have it, `(1, c, height, width)`, 0 where none lies, and a mask
+        `(1, 1, height, width)` of these places. For previews, once a tile has been added."""
+        assert self._total is not None and self._weight is not None
+        if self._plan.tiles == 1:
+            return self._total[frame : frame + 1], torch.zeros_like(self._weight[frame : frame + 1], dtype=torch.bool)
+        weight = self._weight[frame : frame + 1]
+        missing = weight == 0
+        return self._total[frame : frame + 1] / weight.masked_fill(missing, 1), missing
+
     def result(self) -> Tensor:
         """The blended video `(frames, c, height, width)` in the tiles' dtype, once every tile has been added."""
         assert self._total is not None and self._weight is not None

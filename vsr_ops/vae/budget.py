@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from ..modules.stam import POSITIONS
+from ..system.memory import free_bytes
 from .decoder_modules import DecoderModules
 from .layout import DecoderOp, layout_of, output_name
 
@@ -21,6 +24,11 @@ DECODER_COPIES = 6.0
 #: values, and attention; of CFW: dense blocks, which keep all they made; of
 #: CAPM, which computes in float32: the features, and tokens of a quarter of their width.
 STAM_COPIES, STRIP_COPIES, CFW_COPIES, CAPM_COPIES = 4.0, 12.0, 12.0, 6.0
+#: Of whole activations that are kept where every tile is computed once: what a sweep reads and what it writes.
+#: CFW at its levels: the encoder's features, beside them the decoder's, both joined, and a branch.
+KEPT_COPIES, KEPT_CFW_COPIES = 2.0, 5.0
+#: Share of the free memory that they may take.
+KEPT_SHARE = 0.5
 #: Share of the free memory that a tile may take, the step of its side in latents, and the smallest that is tried.
 SHARE, STEP, SMALLEST = 0.8, 8, 16
 
@@ -61,6 +69,37 @@ def modules_bytes(vae: Any, modules: DecoderModules, frames: int, sides: Sequenc
             width = acting.capm.shape.widths.get(output_name(top, op), 0)
             found.append(CAPM_COPIES * pixels * width * 4)
     return max(found)
+
+
+def kept_bytes(vae: Any, modules: DecoderModules, frames: int, sides: Sequence[int], itemsize: int) -> float:
+    """What whole activations take for `frames` that go together, of pictures of `sides` latents."""
+    ops = layout_of(vae).decoder(vae.decoder)
+    values = [KEPT_COPIES * _pixels(op, ops[0].level, sides) * int(op.norms[0].num_channels) for op in ops if op.norms]
+    fused = _fused_values(vae, modules, sides)
+    return frames * itemsize * (max(*values, *(KEPT_CFW_COPIES * value for value in fused)) + sum(fused))
+
+
+def features_bytes(vae: Any, modules: DecoderModules, frames: int, sides: Sequence[int], itemsize: int) -> float:
+    """Of that, what the encoder's features take that CFW mixes in."""
+    return frames * itemsize * sum(_fused_values(vae, modules, sides))
+
+
+def _fused_values(vae: Any, modules: DecoderModules, sides: Sequence[int]) -> list[int]:
+    """Numbers in a frame's features, level by level that CFW fuses."""
+    cfw, top = modules.acting.cfw, layout_of(vae).decoder(vae.decoder)[0].level
+    if cfw is None:
+        return []
+    cells = [1 << (top - level) for level in cfw.shape.levels]
+    return [sides[0] * sides[1] * cell**2 * width for cell, width in zip(cells, cfw.shape.widths, strict=True)]
+
+
+def home_of_kept(needed: float, device: torch.device, allowed: float | None) -> torch.device | None:
+    """Where whole activations of so many bytes are kept: on the device, else in the machine's memory, within `allowed`
+    bytes or a share of what is free there; None where there is no room."""
+    for home in dict.fromkeys((device, torch.device("cpu"))):
+        if needed <= (KEPT_SHARE * free_bytes(home) if allowed is None else allowed):
+            return home
+    return None
 
 
 def fitting_tile(tile: int, needed: Callable[[int], float], free: float) -> int:

@@ -15,6 +15,7 @@ from ..modules.capm import CAPM, CODE_STRIDE
 from ..modules.windows import WINDOW, Place
 from .group_norm import exact
 from .layout import Box, DecoderOp
+from .sweeps import At, Sweep
 
 
 @dataclass
@@ -33,8 +34,36 @@ class TiledCAPM:
 
     def op(self, name: str, level: int) -> DecoderOp:
         """The prompts after the level `name` of the decoder, whose output lies on `level` of the picture."""
-        run = partial(self._run, name)
-        return DecoderOp(f"{name}_capm", (self.model.part(name),), lambda x: x, level, window=WINDOW, placed=run)
+        modules, run = (self.model.part(name),), partial(self._run, name)
+        return DecoderOp(
+            f"{name}_capm",
+            modules,
+            lambda x: x,
+            level,
+            window=WINDOW,
+            placed=run,
+            sweeps=lambda: self._sweeps(name, DecoderOp("", modules, lambda x: x, level).reach),
+        )
+
+    def _sweeps(self, name: str, reach: int) -> list[Sweep]:
+        """One that gathers d, where a frame's level is not known, and one that applies the prompts."""
+
+        def gather(x: Tensor, beside: Tensor | None, at: At) -> None:
+            self.model.told(name, at.hint, lambda: self._codes(name, x, at.place, at.own))
+
+        def apply(x: Tensor, beside: Tensor | None, at: At) -> Tensor:
+            code = self.model.told(name, at.hint, lambda: self._taken(name))
+            return self.model(name, x, weights=self.model.weigh(name, code), strength=self.strength, place=at.place)
+
+        return [
+            Sweep(gather, writes=None, reach=reach, window=WINDOW, ends=self._known),
+            Sweep(apply, reach=reach, window=WINDOW),
+        ]
+
+    def _known(self) -> None:
+        """Ends a sweep that gathered: what was seen is what there is."""
+        self.used.update({name: total / count for name, (total, count) in self.seen.items()})
+        self.seen = {}
 
     def _run(self, name: str, x: Tensor, place: Place | None, own: Box | None, hint: Tensor | None) -> Tensor:
         """Features `x` at `place` of their picture (None: all of it); `own` is the part of the picture to gather,
@@ -47,19 +76,28 @@ class TiledCAPM:
 
     def _code(self, name: str, x: Tensor, place: Place, own: Box) -> Tensor:
         """d of the whole picture as far as it is known; what lies in `own` is gathered."""
+        inner = self._codes(name, x, place, own)
+        if self.sketching:
+            self.sketch[name] = inner.mean((2, 3))
+            self.used[name] = self.sketch[name] + self.offset.get(name, 0)
+        return self._taken(name)
+
+    def _taken(self, name: str) -> Tensor:
+        """The d that tiles take, as the model computes."""
+        return self.used[name].to(next(self.model.parameters()))
+
+    def _codes(self, name: str, x: Tensor, place: Place, own: Box) -> Tensor:
+        """What d is the mean of, in `own`; gathered where no mosaic is run."""
         codes = self.model.codes(name, x)
         rows, cols = (
             slice(-(-(span.start - start) // CODE_STRIDE), -(-(span.stop - start) // CODE_STRIDE))
             for span, start in zip(own, (place.top, place.left), strict=True)
         )
         inner = exact(codes[..., rows, cols])
-        if self.sketching:
-            self.sketch[name] = inner.mean((2, 3))
-            self.used[name] = self.sketch[name] + self.offset.get(name, 0)
-        else:
+        if not self.sketching:
             total, count = self.seen.get(name, (0, 0))
             self.seen[name] = (total + inner.sum((2, 3)), count + inner[0, 0].numel())
-        return self.used[name].to(codes)
+        return inner
 
     def settle(self) -> list[Tensor]:
         """Ends a pass over the tiles; returns by how much the d they took was off what they saw, as a share, level by

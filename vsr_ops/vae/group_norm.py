@@ -42,6 +42,34 @@ class Moments:
         return (apart / deviation).max()
 
 
+def moments_of(norm: nn.GroupNorm, x: Tensor) -> Moments:
+    """Those of each group of `(n, c, ...)`."""
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        # Ten times as fast here as var_mean, and as exact; it makes the normalised values, too.
+        shape = (x.shape[0], norm.num_channels, x[0, 0].numel(), norm.num_groups)
+        _, mean, scale = torch.native_group_norm(x.contiguous(), None, None, *shape, norm.eps)
+        mean, variance = exact(mean), exact(scale).pow(-2) - norm.eps
+    else:
+        values = x.reshape(x.shape[0], norm.num_groups, -1).float()
+        variance, mean = (exact(side) for side in torch.var_mean(values, -1, correction=0))
+    return Moments(x[0].numel() // norm.num_groups, mean, variance)
+
+
+def normalised(norm: nn.GroupNorm, x: Tensor, moments: Moments) -> Tensor:
+    """`(n, c, ...)` normalised by `moments` of n or of one, in its own precision."""
+    tail = (1,) * (x.ndim - 2)
+    scale = (moments.variance + norm.eps).rsqrt()
+    each = norm.num_channels // norm.num_groups
+    scale, shift = (
+        side.float().repeat_interleave(each, -1).reshape(-1, norm.num_channels, *tail)
+        for side in (scale, -moments.mean * scale)
+    )
+    if norm.affine:
+        weight, bias = (side.to(scale).reshape(-1, *tail) for side in (norm.weight, norm.bias))
+        scale, shift = scale * weight, shift * weight + bias
+    return torch.addcmul(shift, x, scale).to(x.dtype)
+
+
 @dataclass
 class Statistics:
     """What the group norms of some steps take for mean and variance, and what they see meanwhile.
@@ -83,23 +111,10 @@ class Statistics:
     def _normalise(self, norm: nn.GroupNorm, x: Tensor) -> Tensor:
         if self.inner is not None:
             self._gather(norm, x[(..., *self.inner)])
-        moments = self.used[norm]
-        tail = (1,) * (x.ndim - 2)
-        scale = (moments.variance + norm.eps).rsqrt()
-        each = norm.num_channels // norm.num_groups
-        scale, shift = (
-            side.float().repeat_interleave(each, -1).reshape(-1, norm.num_channels, *tail)
-            for side in (scale, -moments.mean * scale)
-        )
-        if norm.affine:
-            weight, bias = (side.to(scale).reshape(-1, *tail) for side in (norm.weight, norm.bias))
-            scale, shift = scale * weight, shift * weight + bias
-        return torch.addcmul(shift, x, scale).to(x.dtype)
+        return normalised(norm, x, self.used[norm])
 
     def _gather(self, norm: nn.GroupNorm, own: Tensor) -> None:
-        values = own.reshape(own.shape[0], norm.num_groups, -1).float()
-        variance, mean = torch.var_mean(values, -1, correction=0)
-        moments = Moments(values.shape[-1], exact(mean), exact(variance))
+        moments = moments_of(norm, own)
         if not self.sketching:
             self.seen[norm] = self.seen[norm].with_more(moments) if norm in self.seen else moments
             return

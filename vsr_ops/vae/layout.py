@@ -5,11 +5,11 @@ Positions are whole pixels of the picture, halved at each level; nothing here to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,9 @@ class DecoderOp:
     `modules` are those whose reach and norms count; `resize` is 1 where it doubles the picture, -1 where it halves it.
     With a `window`, values matter in whole windows of so many pixels of the frame's grid. `placed` takes the place of
     `run` where it must be known where the features lie (None: they are the whole picture's), which part of the picture
-    is theirs to gather from, and the frames' compression levels.
+    is theirs to gather from, and the frames' compression levels. `guided` takes its place where the encoder's features
+    of the reference go in, over the same part, and where that lies. Beyond the whole windows, `before` pixels more are
+    needed of the input. `sweeps` says how the step is run without doing any of it twice; None: as its modules tell.
     """
 
     name: str
@@ -41,9 +43,11 @@ class DecoderOp:
     level: int
     resize: int = 0
     residual: bool = False
-    fuse: Callable[[Tensor, Tensor], Tensor] | None = None
+    guided: Callable[[Tensor, Tensor, Place | None, Box | None], Tensor] | None = None
     window: int = 1
+    before: int = 0
     placed: Callable[[Tensor, Place | None, Box | None, Tensor | None], Tensor] | None = None
+    sweeps: Callable[[], list[Any]] | None = None
 
     @property
     def reach(self) -> int:
@@ -180,6 +184,12 @@ def layout_of(vae: Any) -> Layout:
     )
 
 
+def is_known(vae: Any) -> bool:
+    """Whether an autoencoder is of a known layout."""
+    decoder = getattr(vae, "decoder", None)
+    return decoder is not None and any(layout.fits(decoder) for layout in LAYOUTS.values())
+
+
 def cell_of(vae: Any) -> int:
     """Picture pixels of one latent along each side."""
     return 1 << layout_of(vae).decoder(vae.decoder)[0].level
@@ -218,7 +228,20 @@ def _width(step: DecoderOp) -> int:
 # --- Where tiles lie ------------------------------------------------------------------------------------------------
 
 
-def _needed(step: DecoderOp, out: Span, extent: int) -> Span:
+class Reaching(Protocol):
+    """What says how much of its input a part of its output needs."""
+
+    @property
+    def reach(self) -> int: ...
+    @property
+    def resize(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+    @property
+    def before(self) -> int: ...
+
+
+def needed_span(step: Reaching, out: Span, extent: int) -> Span:
     """What part of a step's input, `extent` long, `out` of its output depends on."""
     if step.resize > 0:
         start, stop = (out.start - step.reach) // 2, -(-(out.stop + step.reach) // 2)
@@ -228,6 +251,7 @@ def _needed(step: DecoderOp, out: Span, extent: int) -> Span:
     else:
         start, stop = out.start - step.reach, out.stop + step.reach
         start, stop = start // step.window * step.window, -(-stop // step.window) * step.window
+        start, stop = start - step.before, stop + step.before
     return Span(max(start, 0), min(stop, extent))
 
 
@@ -238,17 +262,17 @@ def resized(span: Span, resize: int) -> Span:
     return Span(span.start // 2, span.stop // 2) if resize < 0 else span
 
 
-def _plan(steps: Sequence[DecoderOp], out: Span, extent: int, taps: Mapping[int, Span]) -> list[Span]:
+def _plan(steps: Sequence[DecoderOp], out: Span, extent: int, taps: Sequence[tuple[int, Span]]) -> list[Span]:
     """One axis: the part of each step's input that is needed, then `out` itself. `extent` is the picture's length.
 
-    `taps` are parts that must be there after the last residual block of a level.
+    `taps` are levels, and parts that must be there after the last residual block of each.
     """
     plan = [out]
     for step in reversed(steps):
         length = extent >> step.level
-        span = _needed(step, plan[0], length)
+        span = needed_span(step, plan[0], length)
         if step.resize < 0:
-            if tap := taps.get(step.level):
+            for tap in (tap for level, tap in taps if level == step.level):
                 span = Span(min(span.start, tap.start), max(span.stop, tap.stop))
             # A halved picture begins at an even pixel.
             span = Span(span.start - span.start % 2, span.stop)
@@ -262,13 +286,18 @@ def crop(x: Tensor, have: Box, want: Box) -> Tensor:
     return x[..., rows, cols]
 
 
-def needed_boxes(
-    steps: Sequence[DecoderOp], out: Box, extent: tuple[int, int], taps: Mapping[int, Box] | None = None
-) -> list[Box]:
+@dataclass(frozen=True)
+class Tap:
+    """A part of the encoder's features after the last residual block of a level, in that level's pixels."""
+
+    level: int
+    box: Box
+
+
+def needed_boxes(steps: Sequence[DecoderOp], out: Box, extent: tuple[int, int], taps: Iterable[Tap] = ()) -> list[Box]:
     """Rows and columns that every step needs of its input for `out`, then `out`; `extent` is the picture's size."""
     rows, cols = (
-        _plan(steps, out[axis], extent[axis], {level: box[axis] for level, box in (taps or {}).items()})
-        for axis in (0, 1)
+        _plan(steps, out[axis], extent[axis], [(tap.level, tap.box[axis]) for tap in taps]) for axis in (0, 1)
     )
     return list(zip(rows, cols, strict=True))
 

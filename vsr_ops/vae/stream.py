@@ -12,17 +12,20 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import SettingError
 from ..modules.capm_hints import check_hint
+from ..modules.cfw import FuseLayer
+from ..modules.windows import Place
 from ..sampling.tiling import spans
 from ..system.memory import home_of
 from ..system.precision import decoded_within, run_like
 from .capm_tiles import TiledCAPM
 from .decoder_modules import DecoderModules
 from .latents import VAE_OVERLAP, VAE_TILE, chunk_bytes, pad_to
-from .layout import DecoderOp, is_temporal, layout_of, output_name
+from .layout import Box, DecoderOp, is_temporal, layout_of, output_name
+from .sweeps import fuse_sweeps
 from .tiles import TOLERANCE, ComputedIn, TiledDecoder
 
 #: Frames that see each other: what SVD's decoder was trained on.
@@ -44,8 +47,10 @@ class Video(Protocol):
 @dataclass(frozen=True)
 class Streaming:
     """How a decoder goes over a video: frames that see each other in chunks of `chunk`, tiles of at most `tile` latents
-    a side, passes until the group norms move by less than `tolerance`. `check_interrupted` is called before every tile
-    and may raise. `computed_in` says where the decoder computes; else where its weights lie, and in their precision.
+    a side. Whole activations may take `kept` bytes, so that each tile is computed once (None: half of what is free);
+    where they do not fit, tiles are run in passes until the group norms move by less than `tolerance`.
+    `check_interrupted` is called before every tile and may raise. `computed_in` says where the decoder computes; else
+    where its weights lie, and in their precision.
 
     Raises SettingError for a tile or chunk under 1.
     """
@@ -53,6 +58,7 @@ class Streaming:
     chunk: int = CHUNK
     tile: int = VAE_TILE
     tolerance: float = TOLERANCE
+    kept: float | None = None
     check_interrupted: Callable[[], None] = lambda: None
     computed_in: ComputedIn | None = None
 
@@ -107,12 +113,10 @@ def _assemble(vae: Any, modules: DecoderModules, how: Streaming) -> TiledDecoder
         ops.append(op)
         if stam is not None and op.name in stam.names:
             block = stam.block(op.name)
-            ops.append(
-                replace(op, name=f"{op.name}_stam", modules=(block,), run=partial(run_like, block), residual=False)
-            )
+            run = partial(run_like, block)
+            ops.append(replace(op, name=f"{op.name}_stam", modules=(block,), run=run, residual=False))
         if cfw is not None and op.residual and op.level in cfw.shape.levels and not plain[index + 1].residual:
-            fuse = partial(_fused, cfw.layer(op.level), modules.w)
-            ops.append(DecoderOp(f"fuse_{op.level}", (cfw.layer(op.level),), lambda x: x, op.level, fuse=fuse))
+            ops.append(_fusing(f"fuse_{op.level}", op.level, cfw.layer(op.level), modules.w))
         if prompts is not None and (op.resize or index == len(plain) - 2):
             name = output_name(plain[0].level, op)
             # One that does not act would only widen the margins, and so the rounding.
@@ -130,18 +134,24 @@ def _assemble(vae: Any, modules: DecoderModules, how: Streaming) -> TiledDecoder
         ops[:split],
         ops[split:],
         encoder,
+        modules,
         how.tile,
         how.tolerance,
+        how.kept,
         how.check_interrupted,
         prompts,
         how.computed_in,
     )
 
 
-def _fused(layer: nn.Module, w: float, encoded: Tensor, decoded: Tensor) -> Tensor:
-    """As `CFW.fuse`, in the decoder's precision; no module that acts has w 0."""
-    # The layer takes the encoder's features first.
-    return decoded + w * run_like(layer, encoded.to(decoded), decoded)
+def _fusing(name: str, level: int, layer: FuseLayer, w: float) -> DecoderOp:
+    """CFW at one level: as `CFW.fuse`, in the decoder's precision; no module that acts has w 0."""
+
+    def guided(encoded: Tensor, decoded: Tensor, place: Place | None, own: Box | None) -> Tensor:
+        # The layer takes the encoder's features first.
+        return decoded + w * run_like(layer, encoded.to(decoded), decoded)
+
+    return DecoderOp(name, (layer,), lambda x: x, level, guided=guided, sweeps=lambda: fuse_sweeps(layer, name, w))
 
 
 def _check_levels(latents: Tensor, levels: Tensor | None) -> None:

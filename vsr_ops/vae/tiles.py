@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -31,11 +31,14 @@ from torch import Tensor, nn
 from ..modules.windows import Place
 from ..sampling.tiling import Span
 from ..system.precision import widen
+from .budget import features_bytes, home_of_kept, kept_bytes
 from .capm_tiles import TiledCAPM
+from .decoder_modules import DecoderModules
 from .group_norm import Statistics
 from .layout import (
     Box,
     DecoderOp,
+    Tap,
     at_level,
     axis_parts,
     cell_of,
@@ -46,13 +49,15 @@ from .layout import (
     pick,
     resized,
 )
+from .lockstep import Arena, Lockstep
+from .sweeps import sweeps_of
 
 #: Passes end when no group's mean or deviation moves by more than this share of the deviation: 4 or 5 passes, and a
 #: picture within 1e-3 of that of one pass. At 1e-2 it is about a pass less, and within 2/255.
 TOLERANCE = 1e-3
 
-Features = Mapping[int, Tensor]
-"""What the encoder makes of the reference, by level: 0 is the picture's resolution, 1 half of it ..."""
+Features = Mapping[str, Tensor]
+"""What the encoder makes of the reference, by the steps that it goes into."""
 
 
 def _walk(
@@ -63,30 +68,31 @@ def _walk(
     statistics: Statistics,
     extent: tuple[int, int],
     own: Box | None = None,
-    taps: Mapping[int, Box] | None = None,
+    taps: Mapping[str, Tap] | None = None,
     hint: Tensor | None = None,
-) -> tuple[Tensor, dict[int, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """One tile through `steps`: what comes out over the last of `boxes`, and the features over `taps`.
 
     `extent` is the whole picture's size, `own` the part of it that is this tile's alone, for the statistics to be
     gathered from; `hint` the frames' compression levels, for CAPM.
     """
-    tapped: dict[int, Tensor] = {}
+    tapped: dict[str, Tensor] = {}
     for index, step in enumerate(steps):
         have = boxes[index]
-        if taps and step.resize < 0 and step.level in taps:
-            tapped[step.level] = crop(x, have, taps[step.level])
+        if taps and step.resize < 0:
+            tapped.update({name: crop(x, have, tap.box) for name, tap in taps.items() if tap.level == step.level})
         statistics.inner = None
         if own is not None:
             rows, cols = (
                 slice(o.start - h.start, o.stop - h.start) for o, h in zip(at_level(own, step.level), have, strict=True)
             )
             statistics.inner = (rows, cols)
+        place = Place(have[0].start, have[1].start, extent[0] >> step.level, extent[1] >> step.level)
+        alone = None if own is None else at_level(own, step.level)
         if step.placed is not None:
-            place = Place(have[0].start, have[1].start, extent[0] >> step.level, extent[1] >> step.level)
-            x = step.placed(x, place, None if own is None else at_level(own, step.level), hint)
+            x = step.placed(x, place, alone, hint)
         else:
-            x = step.run(x) if step.fuse is None else step.fuse(features[step.level], x)
+            x = step.run(x) if step.guided is None else step.guided(features[step.name], x, place, alone)
         rows, cols = (resized(span, step.resize) for span in have)
         x = crop(x, (rows, cols), boxes[index + 1])
     return x, tapped
@@ -108,8 +114,10 @@ class TiledDecoder:
     head: list[DecoderOp]
     tail: list[DecoderOp]
     encoder: list[DecoderOp]
+    modules: DecoderModules
     tile: int
     tolerance: float
+    kept: float | None
     check_interrupted: Callable[[], None]
     prompts: TiledCAPM | None = None
     computed_in: ComputedIn | None = None
@@ -117,6 +125,7 @@ class TiledDecoder:
     def __post_init__(self) -> None:
         self.of_tail, self.of_encoder = Statistics(self.tail), Statistics(self.encoder)
         self.cell = cell_of(self.vae)
+        self.arena: Arena | None = None
 
     @property
     def device(self) -> torch.device:
@@ -162,6 +171,10 @@ class TiledDecoder:
         if len(tiles) == 1:
             self._put(out, tiles[0], self._tile(z, reference, tiles[0], extent, hint, gather=False))
             return out
+        if (arena := self._room(latents)) is not None:
+            self._once(arena, z, reference, hint, out)
+            return out
+        known = self._known(latents)
         little = [mosaic_index(side, self.tile) for side in latents.shape[-2:]]
         rows, cols = (Span(0, index.numel() * self.cell) for index in little)
         size = (rows.stop, cols.stop)
@@ -176,14 +189,51 @@ class TiledDecoder:
         with self.of_encoder.applied():
             self._passes(
                 self.of_tail,
-                lambda: self._tile(mosaic, seen, (rows, cols), size, hint),
-                lambda: [self._put(out, tile, self._tile(z, reference, tile, extent, hint)) for tile in tiles],
+                lambda: self._tile(mosaic, seen, (rows, cols), size, hint, known=known),
+                lambda: [
+                    self._put(out, tile, self._tile(z, reference, tile, extent, hint, known=known)) for tile in tiles
+                ],
                 self.prompts,
             )
         for known in (self.of_tail, self.of_encoder, self.prompts):
             if known is not None:
                 known.lend()
         return out
+
+    def _room(self, latents: Tensor) -> Arena | None:
+        """Memory for whole activations, where there is enough and the steps are known to be made of sweeps."""
+        if self.arena is None and sweeps_of([*self.encoder, *self.tail]) is not None:
+            itemsize = self._in(self.vae.decoder).dtype.itemsize
+            needed = kept_bytes(self.vae, self.modules, latents.shape[0], latents.shape[-2:], itemsize)
+            home = home_of_kept(needed, self.device, self.kept)
+            self.arena = None if home is None else Arena(home)
+        return self.arena
+
+    def _known(self, latents: Tensor) -> dict[tuple[Box, tuple[int, int]], Features] | None:
+        """For what the encoder makes of each tile, which no later pass changes; None where there is no room."""
+        itemsize = self._in(self.vae.encoder).dtype.itemsize
+        needed = features_bytes(self.vae, self.modules, latents.shape[0], latents.shape[-2:], itemsize)
+        return {} if home_of_kept(needed, self.device, self.kept) == self.device else None
+
+    def _once(self, arena: Arena, z: Tensor, reference: Tensor | None, hint: Tensor | None, out: Tensor) -> None:
+        """Every tile once, from one group norm to the next."""
+        steps = Lockstep(self.device, arena, self.check_interrupted, self.tile * self.cell)
+        features = {} if reference is None else self._whole_features(steps, reference)
+        steps.run(sweeps_of(self.tail) or [], z, lambda tile, x: self._put(out, tile, x), hint, features)
+
+    def _whole_features(self, steps: Lockstep, reference: Tensor) -> dict[str, Tensor]:
+        """What the encoder makes of whole frames, one by one, by the steps that it goes into."""
+        found: dict[str, list[Tensor]] = {step.name: [] for step in self.tail if step.guided is not None}
+        for frame in reference:
+            x = frame[None].to(*self._in(self.vae.encoder)) * 2 - 1
+            for level, part in groupby(self.encoder, lambda step: step.level + (step.resize < 0)):
+                x = steps.run(sweeps_of(list(part)) or [], x)
+                assert x is not None
+                for step in self.tail:
+                    if step.guided is not None and step.level == level:
+                        found[step.name].append(x.clone())
+            steps.arena.give(x)
+        return {name: torch.cat(frames) for name, frames in found.items()}
 
     @property
     def _channels(self) -> int:
@@ -223,14 +273,23 @@ class TiledDecoder:
         extent: tuple[int, int],
         hint: Tensor | None,
         gather: bool = True,
+        known: dict[tuple[Box, tuple[int, int]], Features] | None = None,
     ) -> Tensor:
-        """The decoder's picture of one tile, in [-1, 1], of whole latent-level activations `z`."""
+        """The decoder's picture of one tile, in [-1, 1], of whole latent-level activations `z`; what the encoder made
+        of it before, in a picture of the size, is `known`, where there is room to keep it."""
         self.check_interrupted()
         boxes = needed_boxes(self.tail, tile, extent)
-        fused = {step.level: box for step, box in zip(self.tail, boxes, strict=False) if step.fuse is not None}
+        fused = {
+            step.name: Tap(step.level, box)
+            for step, box in zip(self.tail, boxes, strict=False)
+            if step.guided is not None
+        }
         features: Features = {}
         if reference is not None:
-            features = self._features(reference, fused, extent)
+            features = (known or {}).get((tile, extent)) or self._features(reference, fused, extent)
+            if known is not None:
+                # Copies: a view would keep all around it.
+                known.setdefault((tile, extent), {name: value.clone() for name, value in features.items()})
         rows, cols = boxes[0]
         x = self._there(z[..., rows.slice, cols.slice])
         return _walk(self.tail, x, boxes, features, self.of_tail, extent, tile if gather else None, hint=hint)[0]
@@ -241,12 +300,18 @@ class TiledDecoder:
         boxes = needed_boxes(self.encoder, at_level(tile, self.encoder[-1].level), extent)
         _walk(self.encoder, self._cut(reference, boxes[0]), boxes, {}, self.of_encoder, extent, tile)
 
-    def _features(self, reference: Tensor, taps: Mapping[int, Box], extent: tuple[int, int]) -> Features:
-        deepest = self.encoder[-1].level
-        boxes = needed_boxes(self.encoder, taps[deepest], extent, taps)
+    def _features(self, reference: Tensor, taps: Mapping[str, Tap], extent: tuple[int, int]) -> Features:
+        last = self.encoder[-1].level
+        deepest = {name: tap.box for name, tap in taps.items() if tap.level == last}
+        (first, *more) = deepest.values()
+        rows, cols = (
+            Span(min(box[axis].start for box in (first, *more)), max(box[axis].stop for box in (first, *more)))
+            for axis in (0, 1)
+        )
+        boxes = needed_boxes(self.encoder, (rows, cols), extent, taps.values())
         x = self._cut(reference, boxes[0])
-        last, features = _walk(self.encoder, x, boxes, {}, self.of_encoder, extent, taps=taps)
-        return {**features, deepest: last}
+        x, features = _walk(self.encoder, x, boxes, {}, self.of_encoder, extent, taps=taps)
+        return {**features, **{name: crop(x, (rows, cols), box) for name, box in deepest.items()}}
 
     def _cut(self, reference: Tensor, box: Box) -> Tensor:
         return reference[..., box[0].slice, box[1].slice].to(*self._in(self.vae.encoder)) * 2 - 1

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .reader import Frame, VideoInfo, made_info, probe, read_frames
+from .reader import Frame, VideoInfo, glance, made_info, probe, read_frames
 from .sinks import CODECS, OutputFormat
 from .writer import Writer, check_output, open_writer
 
@@ -16,6 +16,7 @@ __all__ = [
     "VideoInfo",
     "Writer",
     "check_output",
+    "glance",
     "made_info",
     "open_writer",
     "probe",

@@ -58,6 +58,18 @@ def picture_stream(container: InputContainer, path: Path) -> VideoStream:
     return stream
 
 
+def promised_frames(container: InputContainer, stream: VideoStream) -> int:
+    """How many frames the header says there are, or its length and rate; 0 where it says neither."""
+    if stream.frames:
+        return stream.frames
+    rate = stream.average_rate or stream.guessed_rate
+    if stream.duration is not None and stream.time_base is not None:
+        length = stream.duration * stream.time_base
+    else:
+        length = Fraction(container.duration or 0, av.time_base)
+    return round(length * rate) if rate else 0
+
+
 def audio_streams(container: InputContainer) -> list[AudioStream]:
     """The sound streams whose codec FFmpeg knows."""
     return [s for s in container.streams.audio if s.codec_context is not None]  # pyright: ignore[reportUnnecessaryComparison]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
@@ -92,13 +92,22 @@ def probe(path: str | Path) -> VideoInfo:
     know the number of frames in every container, and damage shows before any work is spent. Pictures run at
     24 frames per second. Raises VideoError.
     """
-    path = Path(path)
+    return _looked_at(Path(path), _probe_video)
+
+
+def glance(path: str | Path) -> VideoInfo:
+    """As `probe`, in an instant: of a video the first frame alone is decoded, its length is what the header says and
+    its frames are evenly spaced. For estimates. Raises VideoError."""
+    return _looked_at(Path(path), _glance_at_video)
+
+
+def _looked_at(path: Path, video: Callable[[Path], VideoInfo]) -> VideoInfo:
     try:
         if not path.exists():
             raise VideoError(f"'{path}' does not exist; give a video, a picture or a folder of pictures")
         if path.is_dir():
             return _probe_pictures(path, pictures.list_pictures(path))
-        return _probe_pictures(path, [path]) if pictures.is_picture(path) else _probe_video(path)
+        return _probe_pictures(path, [path]) if pictures.is_picture(path) else video(path)
     except OSError as error:
         raise VideoError(f"'{path}' cannot be read ({error.strerror}); check its permissions") from error
 
@@ -190,6 +199,20 @@ def _probe_video(path: Path) -> VideoInfo:
         first = first or frame
         length = duration
         times.append(frame.pts)
+    return _video_info(path, first, times, length)
+
+
+def _glance_at_video(path: Path) -> VideoInfo:
+    source = container.open_input(path)
+    with source:
+        frames = container.promised_frames(source, container.picture_stream(source, path))
+    if frames == 0:
+        return _probe_video(path)
+    first, length = next(container.decode(path), (None, 0))
+    return _video_info(path, first, [None] * frames, length)
+
+
+def _video_info(path: Path, first: VideoFrame | None, times: list[int | None], length: int) -> VideoInfo:
     if first is None:
         raise VideoError(f"'{path}' has no frames that can be decoded; expected one or more: export it again")
     if first.interlaced_frame:

@@ -170,15 +170,20 @@ def test_branches_together_or_apart_are_one(
     assert relative(apart, together) < 1e-5
 
 
-def test_another_packs_attention_stays(host: ModuleType, nodes: dict[str, Any], lite: Any, wide: Any) -> None:
-    calls: list[int] = []
+def test_another_packs_attention_stays(
+    host: ModuleType, nodes: dict[str, Any], lite: Any, wide: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Joined keys for another's, as exact as keys apart, which the host's gets where it is torch's."""
+    core, apart, calls = importlib.import_module(f"{NAME}.vsr_ops.sampling.attention"), list[int](), list[int]()
+    inner = core.merged
+    monkeypatch.setattr(core, "merged", lambda *args: apart.append(1) or inner(*args))
 
     def theirs(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         calls.append(args[0].shape[1])
         return func(*args, **kwargs)
 
     expected = sampled(host, dssag(nodes, tiled(nodes, lite[0])), wide)
-    counts: list[int] = []
+    counts, asked = list[int](), len(apart)
     for model in (
         dssag(nodes, tiled(nodes, overridden(lite[0], theirs))),
         overridden(dssag(nodes, tiled(nodes, lite[0])), theirs),
@@ -187,6 +192,7 @@ def test_another_packs_attention_stays(host: ModuleType, nodes: dict[str, Any], 
         assert relative(sampled(host, model, wide), expected) < 1e-6
         counts.append(len(calls))
     assert counts[0] == counts[1] > 100
+    assert len(apart) == asked > 0
 
 
 @pytest.mark.parametrize("name", ["dssag", "pag", "sag"])

@@ -41,7 +41,7 @@ def test_the_plan_in_words(host: ModuleType, nodes: dict[str, Any], models: dict
     latent = wire()[2]
     picture, text = nodes["VSRTilePreview"].execute(model, 10, 2, latent=latent).args
     assert (picture.shape[0], picture.shape[2], picture.shape[3]) == (SHAPE[0], SHAPE[3] * 8, 3)
-    assert f"{2 * 10 * plan_of(SHAPE).tiles} tile passes" in text
+    assert f"{2 * 10 * plan_of(SHAPE).tiles:,} tile passes" in text and "s a tile pass" in text
 
 
 def test_stock_tile(nodes: dict[str, Any], sd21: Any) -> None:

@@ -1,0 +1,115 @@
+"""A call is the same work whichever tile it is of: compiled once it serves them all, and a CUDA graph can replay it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.support.one_layer import ENDS, project
+from tests.support.tensors import latents, relative
+from vsr_ops.sampling.attention import Tempered
+from vsr_ops.sampling.calls import Call, gather_tiles
+from vsr_ops.sampling.guidance import Branch
+from vsr_ops.sampling.passes import run_pass
+from vsr_ops.sampling.propagation import Propagation, TileRun
+from vsr_ops.sampling.schedule import step_at
+from vsr_ops.sampling.tiling import TileSize, plan_tiles
+
+#: Two spatial tiles, three windows.
+PLAN = plan_tiles(8, 8, 16, TileSize(8, 8, 4), 0.5, factor=8)
+BLURRED = Branch("blurred", attention=Tempered(0.5))
+#: A read value, or a shape that depends on one, makes the host wait and cannot be captured.
+DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+KINDS = [("plain", False), ("sap", False), ("sap", True), ("tap", False)]
+
+
+def settings(kind: str, lagged: bool) -> Propagation:
+    return Propagation(() if kind == "plain" else (kind,), lagged, sap_rate=2)  # type: ignore[arg-type]
+
+
+class Work(TorchDispatchMode):
+    """What is done, in order: each operator with its tensors' shapes and types, and those that wait for values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[tuple[Any, ...]] = []
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        self.done.append((func, *((tuple(x.shape), x.dtype, x.stride()) for x in tensors)))
+        if DEPENDENT & set(func.tags):
+            self.waits.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize(("kind", "lagged"), KINDS)
+def test_every_call_of_a_pass_is_the_same_work(kind: str, lagged: bool) -> None:
+    """But for the first window's at a TAP step, which has no neighbour, and the last one's, which hands nothing on. Of
+    the layer where calls meet: `test_waits.py` has the UNet around it, which knows of no call."""
+    run, video, works = TileRun(PLAN, settings(kind, lagged)), latents(PLAN), dict[int, list[Work]]()
+
+    def evaluate(call: Call) -> Tensor:
+        q, k, v = project(gather_tiles(run.plan, call, video))
+        run.serve(call)
+        with Work() as work:
+            out = run.attend(call, ENDS, q, k, v)
+        works.setdefault(call.window, []).append(work)
+        return rearrange(out, "b h (y x) d -> b (h d) y x", y=call.height)
+
+    for index in range(2 if lagged else 1):
+        works.clear()
+        run_pass(run, step_at(index, run.settings.kinds), BLURRED, evaluate)
+    assert all(not work.waits and len(work.done) > 10 for window in works.values() for work in window)
+    for window in works.values():
+        assert all(work.done == window[0].done for work in window)
+    between = [works[n][0].done for n in works]
+    different = sum(done != between[1] for done in between)
+    assert different == (2 if kind == "tap" else 0)
+
+
+def test_what_waits_would_be_seen() -> None:
+    with Work() as work:
+        torch.ones(3).nonzero()
+        float(torch.ones(1))
+    assert work.waits == ["aten.nonzero.default", "aten._local_scalar_dense.default"]
+
+
+@pytest.mark.parametrize(("kind", "lagged", "least"), [("plain", False, 1), ("sap", True, 2), ("tap", False, 3)])
+def test_compiled_whole_a_layer_serves_every_call(kind: str, lagged: bool, least: int) -> None:
+    """A graph for each kind of call and none for another tile: TAP's with a neighbour on both sides, and at both ends;
+    lagged SAP's with what the step before left, and without. What cannot be compiled is an error."""
+    import torch._dynamo
+
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def outputs(attend: Any) -> Tensor:
+        run = TileRun(PLAN, settings(kind, lagged))
+
+        def evaluate(call: Call) -> Tensor:
+            q, k, v = project(gather_tiles(run.plan, call, latents(PLAN)))
+            run.serve(call)
+            return rearrange(attend(run, call, q, k, v), "b h (y x) d -> b (h d) y x", y=call.height)
+
+        for index in range(2 if lagged else 1):
+            out = run_pass(run, step_at(index, run.settings.kinds), BLURRED, evaluate)
+        return out
+
+    def attend(run: TileRun, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return run.attend(call, ENDS, q, k, v)
+
+    torch._dynamo.reset()
+    compiled = outputs(torch.compile(attend, backend=backend, fullgraph=True, dynamic=False))
+    assert len(graphs) == least < PLAN.tiles
+    assert relative(compiled, outputs(attend)) < 1e-6
