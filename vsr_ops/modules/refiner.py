@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, product
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -255,7 +256,8 @@ def load_refiner(path: Path | str, device: torch.device | str = "cpu") -> Refine
         raise CheckpointError(f"{file}: its configuration {stored.config} is no refiner's; get it again") from error
     fill(file, model, KIND, stored.tensors)
     # Convolutions take two thirds of the time on a CPU where channels lie together, and no longer elsewhere.
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    laid_out: Any = cast(Any, model).to(device=device, memory_format=torch.channels_last)
+    return cast(Refiner, laid_out).eval().requires_grad_(False)
 
 
 def write_refiner(path: Path, model: Refiner, trained_on: str) -> None:

@@ -7,6 +7,7 @@ FFmpeg's scaler only unpacks here, at an unchanged bit depth. Its own YUV to RGB
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -234,8 +235,8 @@ def _codes(frame: VideoFrame, index: int, bits: int) -> Tensor:
     plane = frame.planes[index]
     kind = np.dtype("u1" if bits == 8 else "<u2")
     # A copy where memory is read-only, which torch has no tensors of.
-    raw = np.require(np.frombuffer(plane, kind), requirements="W")
-    return torch.from_numpy(raw.reshape(plane.height, -1))[:, : plane.width]
+    raw: Any = np.require(np.frombuffer(cast(Any, plane), kind), requirements="W")
+    return torch.as_tensor(raw.reshape(plane.height, -1))[:, : plane.width]
 
 
 def _blank_padding(plane: VideoPlane) -> None:
