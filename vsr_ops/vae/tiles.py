@@ -209,7 +209,7 @@ class TiledDecoder:
             itemsize = self._in(self.vae.decoder).dtype.itemsize
             needed = kept_bytes(self.vae, self.modules, latents.shape[0], latents.shape[-2:], itemsize)
             home = home_of_kept(needed, self.device, self.kept)
-            self.arena = None if home is None else Arena(home)
+            self.arena = None if home is None else Arena(home, self.device.type == "cpu")
         return self.arena
 
     def _known(self, latents: Tensor) -> dict[tuple[Box, tuple[int, int]], Features] | None:
