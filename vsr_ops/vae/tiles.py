@@ -6,17 +6,16 @@ Convolutions reach a few pixels. Each tile is cut with exactly the margin that i
 from its own pixels, and is cropped as the need shrinks.
 
 Group norms reach the whole picture: all tiles take one set of means and variances, gathered over every tile's own
-pixels. A norm's are right only once all norms before it are. Where there is room to keep every tile until then, all step
-from one norm to the next together, and each is computed once (`lockstep`). Where there is not, for that room grows with
-the picture, all tiles are run again, each time with what the last pass saw, until nothing moves; after
-n passes the first n norms are exact, so this ends. To end after about four passes, a mosaic, one tile in size, of
-runs of latents from all over the picture goes before each of them: it estimates every norm in one go, corrected by
-how far the picture's statistics were off the mosaic's in the pass before. The corrections serve the next frames of
-the scene too.
+pixels. A norm's are right only once all norms before it are. Where there is room to keep every tile until then, all
+step from one norm to the next together, and each is computed once (`lockstep`). Where there is not, for that room grows
+with the picture, all tiles are run again, each time with what the last pass saw, until nothing moves; after n passes
+the first n norms are exact, so this ends. To end after about four passes, a mosaic, one tile in size, of runs of
+latents from all over the picture goes before each of them: it estimates every norm in one go, corrected by how far the
+picture's statistics were off the mosaic's in the pass before. The corrections serve the next frames of the scene too.
 
-In passes nothing is ever held but the picture, the latents' own level (1/64 of the area: what comes before the first doubling
-runs over whole frames) and one tile's activations. A picture of one tile takes one pass, through the VAE's own
-modules.
+In passes nothing is ever held but the picture, the latents' own level (1/64 of the area: what comes before the first
+doubling runs over whole frames), one tile's activations and, where they fit, the encoder's features of the reference. A
+picture of one tile takes one pass, through the VAE's own modules.
 """
 
 from __future__ import annotations
