@@ -1,1 +1,1 @@
-"""Scripts that print tables: `python -m benchmarks.attention`, also align, guidance, memory, modules, propagation."""
+"""Scripts that print tables: `python -m benchmarks.attention`, also align, cpu, guidance, memory, modules, propagation."""

@@ -22,6 +22,7 @@ from vsr_ops.pipeline.sampler import Settings, sample
 from vsr_ops.sampling.align import ROUNDS, SHARE, align, bounded
 from vsr_ops.sampling.propagation import Propagation
 from vsr_ops.sampling.tiling import TilePlan, TileSize, plan_tiles
+from vsr_ops.system.allocator import keep_freed
 from vsr_ops.vae.latents import CELL
 
 STEP, FLOW = "tiles alone", "flow by DIS, a pair of frames"
@@ -69,4 +70,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed()
     main()

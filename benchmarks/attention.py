@@ -29,6 +29,7 @@ from vsr_ops.sampling.layers import Layer
 from vsr_ops.sampling.propagation import Propagation, TileRun
 from vsr_ops.sampling.schedule import Step
 from vsr_ops.sampling.tiling import plan_tiles
+from vsr_ops.system.allocator import keep_freed
 
 #: Width and heads of the layers at the UNet's own resolution.
 SHAPES = {"full": (320, 5), "lite": (UNET_LITE["block_out_channels"][0], UNET_LITE["num_attention_heads"][0])}
@@ -105,4 +106,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed()
     main()

@@ -19,6 +19,7 @@ from vsr_ops.backbones.svd import SVD
 from vsr_ops.pipeline.sampler import Settings, sample
 from vsr_ops.sampling.propagation import Propagation
 from vsr_ops.sampling.tiling import TilePlan, TileSize, plan_tiles
+from vsr_ops.system.allocator import keep_freed
 
 
 @dataclass(frozen=True)
@@ -83,4 +84,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed()
     main()

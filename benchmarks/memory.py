@@ -26,6 +26,7 @@ from vsr_ops.backbones.svd import SVD
 from vsr_ops.pipeline.sampler import VIDEO_COPIES, Settings, sample
 from vsr_ops.sampling.propagation import Propagation
 from vsr_ops.sampling.tiling import plan_tiles
+from vsr_ops.system.allocator import keep_freed
 from vsr_ops.vae import latents
 from vsr_ops.vae.latents import CELL, CHUNK_COPIES, decode_frames, encode_frames
 
@@ -150,4 +151,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed()
     main()

@@ -29,6 +29,7 @@ from vsr_ops.pipeline.job import Job, UpscaledFrames
 from vsr_ops.pipeline.parts import PipelineModules
 from vsr_ops.pipeline.sampler import Settings
 from vsr_ops.pipeline.upscale import upscale
+from vsr_ops.system.allocator import keep_freed
 from vsr_ops.vae.decoder_modules import DecoderModules
 from vsr_ops.vae.layout import level_widths, residual_widths
 from vsr_ops.vae.stream import Streaming, stream_decode
@@ -142,4 +143,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed()
     main()

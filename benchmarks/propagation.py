@@ -27,6 +27,7 @@ from vsr_ops.sampling.layers import Layer
 from vsr_ops.sampling.propagation import Propagation, TileRun, sap_rate
 from vsr_ops.sampling.schedule import Kind, Step
 from vsr_ops.sampling.tiling import Merger, TileSize, plan_tiles
+from vsr_ops.system.allocator import keep_freed
 from vsr_ops.system.memory import ran_out
 
 TILES_ALONE = "tiles alone"
@@ -90,6 +91,7 @@ class Bench:
 
     def fill(self, run: TileRun, call: Call) -> None:
         """Lets `run` bank every layer's keys and values as if `call` went through the UNet: one query is enough."""
+        run.serve(call)
         for layer, k, v in self.seen.values():
             run.attend(call, layer, k[:, :, :1].clone(), k, v)
 
@@ -201,4 +203,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed()
     main()

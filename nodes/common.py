@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..vsr_ops.errors import SettingError
+from ..vsr_ops.sampling.interval import ALL_NOISE
 from ..vsr_ops.sampling.layers import LAYERS
 from . import host
 
@@ -78,6 +79,24 @@ def node_defaults(node: type[io.ComfyNode]) -> dict[str, Any]:
     """The values that a node's widgets begin with, by name."""
     inputs = node.define_schema().inputs
     return {each.id: each.default for each in inputs if getattr(each, "default", None) is not None}
+
+
+def interval_inputs() -> list[Any]:
+    """Where a guidance acts: the last widgets of the nodes that guide. At their defaults it acts everywhere."""
+    return [
+        number(
+            "sigma_min", 0.0, 0.0, ALL_NOISE, "Guided where the noise level (sigma) is no lower; 0: to the end.",
+            step=0.001, optional=True,
+        ),
+        number(
+            "sigma_max", ALL_NOISE, 0.0, ALL_NOISE, "Guided where the noise level is no higher; 10000: from the start.",
+            step=0.001, optional=True,
+        ),
+        count(
+            "every", 1, 1, 1000, "Its passes are spent at every n-th step; those between add what it found there.",
+            optional=True,
+        ),
+    ]  # fmt: skip
 
 
 def layers_input(default: str, **rest: Any) -> Any:

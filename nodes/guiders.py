@@ -6,8 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..vsr_ops.sampling.interval import ALL_NOISE, GuidanceInterval
 from . import host
-from .common import CATEGORY, layers_input, number
+from .common import CATEGORY, interval_inputs, layers_input, number
 from .patches import RHO_TIP, SCALE_TIP
 
 
@@ -55,15 +56,26 @@ class DSSAGGuider(io.ComfyNode):
                 number("rho", 0.5, 0.01, 100.0, RHO_TIP),
                 layers_input("ends"),
                 negative(),
+                *interval_inputs(),
             ],
             outputs=[guider_output()],
         )
 
     @classmethod
     def execute(
-        cls, model: Any, positive: Any, scale: float, rho: float, layers: str, negative: Any = None
+        cls,
+        model: Any,
+        positive: Any,
+        scale: float,
+        rho: float,
+        layers: str,
+        negative: Any = None,
+        sigma_min: float = 0.0,
+        sigma_max: float = ALL_NOISE,
+        every: int = 1,
     ) -> io.NodeOutput:
-        return io.NodeOutput(host.dssag_guider(model, positive, negative, scale, rho, layers))
+        dssag = host.GuidancePatch(scale, layers, rho, GuidanceInterval(sigma_min, sigma_max, every))
+        return io.NodeOutput(host.dssag_guider(model, positive, negative, dssag))
 
 
 class PAGGuider(io.ComfyNode):
@@ -85,15 +97,26 @@ class PAGGuider(io.ComfyNode):
                 number("scale", 1.0, 0.0, 100.0, SCALE_TIP),
                 layers_input("middle"),
                 negative(),
+                *interval_inputs(),
             ],
             outputs=[guider_output()],
         )
 
     @classmethod
     def execute(
-        cls, model: Any, positive: Any, cfg: float, scale: float, layers: str, negative: Any = None
+        cls,
+        model: Any,
+        positive: Any,
+        cfg: float,
+        scale: float,
+        layers: str,
+        negative: Any = None,
+        sigma_min: float = 0.0,
+        sigma_max: float = ALL_NOISE,
+        every: int = 1,
     ) -> io.NodeOutput:
-        patched = host.patch_perturbed(model, "pag", scale, layers)
+        interval = GuidanceInterval(sigma_min, sigma_max, every)
+        patched = host.patch_perturbed(model, "pag", scale, layers, interval=interval)
         return io.NodeOutput(host.guider(patched, positive, negative, cfg))
 
 
@@ -115,11 +138,23 @@ class SAGGuider(io.ComfyNode):
                 number("cfg", 1.0, 0.0, 100.0, CFG_TIP),
                 number("scale", 0.5, 0.0, 100.0, SCALE_TIP),
                 negative(),
+                *interval_inputs(),
             ],
             outputs=[guider_output()],
         )
 
     @classmethod
-    def execute(cls, model: Any, positive: Any, cfg: float, scale: float, negative: Any = None) -> io.NodeOutput:
-        patched = host.patch_perturbed(model, "sag", scale, "middle")
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        cfg: float,
+        scale: float,
+        negative: Any = None,
+        sigma_min: float = 0.0,
+        sigma_max: float = ALL_NOISE,
+        every: int = 1,
+    ) -> io.NodeOutput:
+        interval = GuidanceInterval(sigma_min, sigma_max, every)
+        patched = host.patch_perturbed(model, "sag", scale, "middle", interval=interval)
         return io.NodeOutput(host.guider(patched, positive, negative, cfg))

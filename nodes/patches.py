@@ -8,13 +8,25 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..vsr_ops.errors import SettingError
+from ..vsr_ops.pipeline.defaults import AUTO
+from ..vsr_ops.sampling.interval import ALL_NOISE, GuidanceInterval
 from ..vsr_ops.sampling.layouts import LAYOUTS
 from ..vsr_ops.sampling.propagation import PROPAGATION, SAP_MODES, Propagation
 from ..vsr_ops.sampling.tiling import TileSize
 from ..vsr_ops.video.scenes import find_cuts
 from ..vsr_ops.views.tile_overlay import preview
 from . import host
-from .common import CATEGORY, check_choice, choice, count, layers_input, number, to_frames, to_image
+from .common import (
+    CATEGORY,
+    check_choice,
+    choice,
+    count,
+    interval_inputs,
+    layers_input,
+    number,
+    to_frames,
+    to_image,
+)
 
 
 class TiledDiffusion(io.ComfyNode):
@@ -62,10 +74,11 @@ class TiledDiffusion(io.ComfyNode):
                 ),
                 choice(
                     "layout",
-                    LAYOUTS,
-                    "paper",
+                    (*LAYOUTS, AUTO),
+                    AUTO,
                     "How tiles lie. paper: overlap between all. balanced: evenly, with less overlap, half the tiles."
-                    " shifted: barely touching, borders elsewhere from step to step, a quarter of the tiles.",
+                    " shifted: barely touching, borders elsewhere from step to step, a quarter of the tiles. auto: as"
+                    " measured for the MODEL.",
                     optional=True,
                 ),
             ],
@@ -90,7 +103,7 @@ class TiledDiffusion(io.ComfyNode):
         end_percent: float,
         tile_batch: int,
         latent: dict[str, Any] | None = None,
-        layout: str = "paper",
+        layout: str = AUTO,
     ) -> io.NodeOutput:
         carried = Propagation.named(
             propagation, sap_rate=sap_rate or None, tap_frames=tap_frames, tap_rate=tap_rate, layers=layers
@@ -104,7 +117,7 @@ class TiledDiffusion(io.ComfyNode):
             end_percent,
             tile_batch,
             None if latent is None else host.latent_scenes(latent),
-            check_choice("layout", layout, LAYOUTS),
+            host.defaults_of(model).laid_out(check_choice("layout", layout, (*LAYOUTS, AUTO))),
         )
         return io.NodeOutput(host.patch_tiles(model, tiles))
 
@@ -134,13 +147,24 @@ class DSSAG(io.ComfyNode):
                 number("scale", 1.0, 0.0, 100.0, SCALE_TIP),
                 number("rho", 0.5, 0.01, 100.0, RHO_TIP),
                 layers_input("ends"),
+                *interval_inputs(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model, guided.")],
         )
 
     @classmethod
-    def execute(cls, model: Any, scale: float, rho: float, layers: str) -> io.NodeOutput:
-        return io.NodeOutput(host.patch_perturbed(model, "dssag", scale, layers, rho))
+    def execute(
+        cls,
+        model: Any,
+        scale: float,
+        rho: float,
+        layers: str,
+        sigma_min: float = 0.0,
+        sigma_max: float = ALL_NOISE,
+        every: int = 1,
+    ) -> io.NodeOutput:
+        interval = GuidanceInterval(sigma_min, sigma_max, every)
+        return io.NodeOutput(host.patch_perturbed(model, "dssag", scale, layers, rho, interval))
 
 
 class TilePreview(io.ComfyNode):
@@ -159,6 +183,14 @@ class TilePreview(io.ComfyNode):
                 count("passes", 2, 1, 4, "UNet passes a step: none 1; CFG or DSSAG 2; PAG or SAG 2, with CFG 3."),
                 io.Image.Input("image", optional=True, tooltip="The video at the size of the result."),
                 io.Latent.Input("latent", optional=True, tooltip="Or its latent."),
+                count(
+                    "guided_steps",
+                    0,
+                    0,
+                    1000,
+                    "Steps that take those passes, where guidance has an interval; the others take one. 0: all.",
+                    optional=True,
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="preview", tooltip="Every frame with its tiles and windows."),
@@ -168,7 +200,13 @@ class TilePreview(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, steps: int, passes: int, image: Tensor | None = None, latent: dict[str, Any] | None = None
+        cls,
+        model: Any,
+        steps: int,
+        passes: int,
+        image: Tensor | None = None,
+        latent: dict[str, Any] | None = None,
+        guided_steps: int = 0,
     ) -> io.NodeOutput:
         if image is not None:
             frames = to_frames(image)
@@ -178,4 +216,5 @@ class TilePreview(io.ComfyNode):
             raise SettingError("neither image nor latent is wired: expected one of them; wire the upscaled video")
         cuts = find_cuts(iter(frames)) if latent is None else host.latent_cuts(latent)
         layout = host.preview_layout(model, frames, cuts)
-        return io.NodeOutput(to_image(preview(layout.phases[0], frames)), host.describe(model, layout, steps, passes))
+        plan = host.describe(model, layout, steps, passes, guided_steps)
+        return io.NodeOutput(to_image(preview(layout.phases[0], frames)), plan)

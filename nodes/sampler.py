@@ -12,6 +12,7 @@ from torch import Tensor
 from ..vsr_ops.image.color import COLOR
 from ..vsr_ops.modules.dcm import read_dcm
 from ..vsr_ops.pipeline.defaults import AUTO, Defaults
+from ..vsr_ops.sampling.layouts import LAYOUTS
 from ..vsr_ops.sampling.propagation import PROPAGATION, SAP_MODES
 from . import host
 from .common import CATEGORY, REFINER, check_choice, choice, count, node_defaults, number
@@ -140,6 +141,7 @@ class TiledSVDSampler(io.ComfyNode):
                     " the pack's DCM for lite, bicubic for DC-VSR; at scale 1 nothing does.",
                     optional=True,
                 ),
+                choice("layout", (*LAYOUTS, AUTO), AUTO, "How tiles lie; see Tiled Diffusion.", optional=True),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The sampled video, to decode or refine."),
@@ -174,6 +176,7 @@ class TiledSVDSampler(io.ComfyNode):
         refiner: Any = None,
         clip_vision: Any = None,
         upscaler: str = AUTO,
+        layout: str = AUTO,
     ) -> io.NodeOutput:
         own = host.defaults_of(model)
         guide = GUIDERS[own.guided(check_choice("guidance", guidance, (*GUIDERS, AUTO)), strength=cfg != 1)]
@@ -192,6 +195,7 @@ class TiledSVDSampler(io.ComfyNode):
             overlap=overlap,
             propagation=propagation,
             sap_mode=sap_mode,
+            layout=layout,
         )
         positive, negative, latent = SVDConditioning.execute(
             **{

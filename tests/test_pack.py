@@ -17,6 +17,7 @@ import pytest
 
 from vsr_ops.cli import demo_clip
 from vsr_ops.pipeline.defaults import AUTO
+from vsr_ops.sampling.interval import ALL_NOISE
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST_FILES = sorted((ROOT / "nodes/host").glob("*.py"))
@@ -187,7 +188,7 @@ MAKERS = {
     for node in tree.body
     if isinstance(node, ast.FunctionDef) and node.name not in WIDGETS
 }
-NAMED = {"demo_clip.FRAMES": demo_clip.FRAMES, "AUTO": AUTO}
+NAMED = {"demo_clip.FRAMES": demo_clip.FRAMES, "AUTO": AUTO, "ALL_NOISE": ALL_NOISE}
 
 
 def made(node: ast.expr, given: dict[str, ast.expr] | None = None) -> Iterator[tuple[ast.Call, dict[str, ast.expr]]]:

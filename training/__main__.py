@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 from vsr_ops.errors import VSRError
+from vsr_ops.system.allocator import keep_freed
 from vsr_ops.system.outputs import files_of, refuse_inputs
 
 
@@ -67,4 +68,5 @@ def _run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed()
     sys.exit(main())

@@ -30,6 +30,7 @@ from .pipeline.sampler import NoiseRange, Settings, make_layout
 from .pipeline.upscale import upscale
 from .sampling.layouts import TileLayout
 from .sampling.tiling import TilePlan, TileSize, plan_tiles
+from .system.allocator import keep_freed
 from .system.memory import ran_out
 from .system.outputs import files_of, held_folder
 from .video import CODECS, VideoInfo, check_output, probe
@@ -286,4 +287,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed()
     sys.exit(main())

@@ -1,6 +1,6 @@
 """All that touches ComfyUI's internals, as it is in 0.3.64 to 0.33.0; `contract` lists what the pack leans on there."""
 
-from ..session.run import Tiles
+from ..session.run import GuidancePatch, Tiles
 from .capm import patch_capm
 from .context import scene_contexts
 from .control import load_host_control
@@ -17,6 +17,7 @@ from .sampling import SAMPLERS, SCHEDULERS, dssag_guider, fps_key, guider, null_
 __all__ = [
     "SAMPLERS",
     "SCHEDULERS",
+    "GuidancePatch",
     "HostVAE",
     "Tiles",
     "decoded",

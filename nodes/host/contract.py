@@ -88,6 +88,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "test_hooks.py::test_another_packs_attention_stays": (
         "comfy.ldm.modules.attention ~ optimized_attention_override",
         "comfy.ldm.modules.attention ~ activations_shape",
+        "comfy.ldm.modules.attention.attention_pytorch(q, k, v, heads)",
         "comfy.ldm.modules.attention ~ block_index",
         f'{_UNET} ~ transformer_options["block',
         f"{_UNET}.UNetModel: input_blocks, middle_block, output_blocks, out",

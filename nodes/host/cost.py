@@ -101,8 +101,9 @@ def tile_flops(model: Any, tile: TileSize) -> float:
     return float(counter.get_total_flops())
 
 
-def describe(model: Any, layout: TileLayout, steps: int, passes: int) -> str:
-    """The plan as text: tiles, UNet calls, memory, and an estimate of time good to a factor of about 2."""
+def describe(model: Any, layout: TileLayout, steps: int, passes: int, guided: int = 0) -> str:
+    """The plan as text: tiles, UNet calls, memory, and an estimate of time good to a factor of about 2. Of the steps
+    `guided` take all the passes (0: all do), the others one."""
     tiles = tiles_of(model)
     assert tiles is not None
     plan = layout.largest
@@ -117,6 +118,7 @@ def describe(model: Any, layout: TileLayout, steps: int, passes: int) -> str:
         carried,
         steps,
         passes,
+        guided=guided or None,
         lagged=lagged_bytes(plan, carried, passes, layers, dtype.itemsize),
         tap=tap_bytes(plan, carried, at_once, layers, dtype.itemsize),
         weights=model.model_size(),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.model_patcher
 import torch
@@ -51,6 +53,11 @@ def uncompiled() -> AbstractContextManager[object]:
     # Whatever compiles has loaded torch's compiler by now; loading it takes seconds.
     loaded = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
+
+
+def is_torchs(function: object) -> bool:
+    """Whether an attention function, as the host hands it to an override, does torch's own and nothing else."""
+    return function is inspect.unwrap(comfy.ldm.modules.attention.attention_pytorch)
 
 
 def intermediate_dtype() -> torch.dtype:

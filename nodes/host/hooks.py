@@ -7,7 +7,7 @@ every patch and installed once: wiring order cannot matter. What a run remembers
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
 from ...vsr_ops.sampling.calls import Call
-from ...vsr_ops.sampling.guidance import COND, UNCOND, Branch, add_dssag, add_pag, add_sag, cfg_branches
+from ...vsr_ops.sampling.guidance import COND, UNCOND, Branch, Evaluate, add_dssag, add_pag, add_sag, cfg_branches
+from ...vsr_ops.sampling.interval import EVERY_STEP, GuidanceInterval, add_difference
 from ...vsr_ops.sampling.layers import check_layers
 from ...vsr_ops.sampling.layouts import TileLayout
 from ...vsr_ops.sampling.passes import run_pass
@@ -32,7 +33,7 @@ from ..session.checks import check_run, run_cuts
 from ..session.inputs import Inputs
 from ..session.run import KEY, GuidancePatch, Run, Tiles, changed, pack_settings, sap_lagged
 from .control import CONTROLS, merged
-from .device import MEMORY, is_compiled, uncompiled
+from .device import MEMORY, is_compiled, is_torchs, uncompiled
 from .model import context_width, factor, is_svd, layout_for, require_unet, spatial_layers, together
 
 log = logging.getLogger(__name__)
@@ -42,14 +43,14 @@ def make_run(model: Any, settings: Mapping[str, Any], shape: Sequence[int], sigm
     """A run's memory, from the settings of its MODEL, the shape of its latent video and where its scenes change."""
     tiles: Tiles | None = settings.get("tiles")
     frames, _, height, width = shape
+    schedule: list[float] = sigmas.tolist()
+    before = steps_before(schedule, float(model.get_model_object("model_sampling").sigma_max))
     if tiles is None:
-        whole = plan_tiles(frames, height, width, TileSize(height, width, frames), factor=1)
-        return Run(model, sigmas.tolist(), spatial_layers(model), TileLayout.still(whole), None, Propagation(()))
+        whole = TileLayout.still(plan_tiles(frames, height, width, TileSize(height, width, frames), factor=1))
+        return Run(model, schedule, spatial_layers(model), whole, None, Propagation(()), before=before)
     layout = layout_for(model, tiles, frames, height, width, cuts)
     at_once = together(model, tiles, layout.largest)
     propagation = replace(tiles.propagation, sap_lagged=sap_lagged(tiles, layout.largest, at_once))
-    schedule: list[float] = sigmas.tolist()
-    before = steps_before(schedule, float(model.get_model_object("model_sampling").sigma_max))
     layout = layout.over(before + len(schedule) - 1 if schedule[-1] == 0 else None)
     layers = spatial_layers(model)
     return Run(model, schedule, layers, layout, tiles, propagation, tiles.batch, at_once, before)
@@ -75,7 +76,9 @@ def patch(model: Any, name: str, value: object) -> Any:
     return m
 
 
-def patch_perturbed(model: Any, name: str, scale: float, layers: str, rho: float = 0.5) -> Any:
+def patch_perturbed(
+    model: Any, name: str, scale: float, layers: str, rho: float = 0.5, interval: GuidanceInterval = EVERY_STEP
+) -> Any:
     """A MODEL with DSSAG, PAG or SAG on it, or at scale 0 without. Raises SettingError for one without layers."""
     check_layers(layers)
     if not any(layers in layer.places for layer in spatial_layers(model).values()):
@@ -87,7 +90,7 @@ def patch_perturbed(model: Any, name: str, scale: float, layers: str, rho: float
         # Off is off even where an earlier node has turned it on.
         known = model.model_options["transformer_options"].get(KEY, {})
         return patch(model, name, None) if known.get(name) is not None else model
-    return patch(model, name, GuidancePatch(scale, layers, rho))
+    return patch(model, name, GuidancePatch(scale, layers, rho, interval))
 
 
 def patch_tiles(model: Any, tiles: Tiles) -> Any:
@@ -115,6 +118,13 @@ def outer_sample(
         )
     if is_compiled(guider.model_patcher):
         log.warning("Torch Compile is without effect here: VSR's patches change from call to call; take it off")
+    for name in GUIDANCES:
+        patch: GuidancePatch | None = settings.get(name)
+        if patch is not None and "new" not in patch.interval.acts(run.sigmas[:-1]):
+            log.warning(
+                "%s acts at none of this run's noise levels, %.4g to %.4g: its interval is %g to %g",
+                *(name.upper(), run.sigmas[0], run.sigmas[-2], patch.interval.sigma_min, patch.interval.sigma_max),
+            )
     guider.model_options = changed(guider.model_options, run=run)
     return executor(noise, latent, sampler, sigmas, *rest, **more)
 
@@ -138,31 +148,54 @@ def calc_cond_batch(
     executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
 ) -> Any:
     """Names the branches of this evaluation, so that none shares a bank; perturbs (DC-VSR, equation 9) and observes
-    where guidance asks."""
+    where guidance asks. CFG's two branches go by the intervals of the guidances that there are."""
     settings = pack_settings(model_options)
     run: Run = settings["run"]
-    if "branches" not in settings:
-        first, run.order = run.order == 0, run.order + 1
-        branches = [Branch(f"{run.order}.{i}") for i, _ in enumerate(conds)]
-        if first and len(conds) > 2 and (unable := [name for name in ("dssag", "sag") if settings.get(name)]):
-            raise SettingError(
-                f"{unable[0].upper()} met a guider with {len(conds)} conditionings: expected a positive and at most one"
-                " negative; use the pack's guiders, CFGGuider or KSampler"
-            )
-        if first and len(conds) == 2:
-            dssag = settings.get("dssag") if conds[1] is not None else None
-            gamma = None if dssag is None else run.gamma(float(timestep.max()), dssag.rho)
-            layers = "ends" if dssag is None else dssag.layers
-            branches = cfg_branches(gamma, layers, observe=settings.get("sag") is not None)
-        model_options = changed(model_options, branches=tuple(branches))
-    return executor(model, conds, x, timestep, model_options)
+    if "branches" in settings:
+        return executor(model, conds, x, timestep, model_options)
+    first, run.order = run.order == 0, run.order + 1
+    if first and len(conds) > 2 and (unable := [name for name in ("dssag", "sag") if settings.get(name)]):
+        raise SettingError(
+            f"{unable[0].upper()} met a guider with {len(conds)} conditionings: expected a positive and at most one"
+            " negative; use the pack's guiders, CFGGuider or KSampler"
+        )
+    if first and len(conds) == 2:
+        return _cfg(lambda conds, options: executor(model, conds, x, timestep, options), conds, timestep, model_options)
+    branches = tuple(Branch(f"{run.order}.{i}") for i, _ in enumerate(conds))
+    return executor(model, conds, x, timestep, changed(model_options, branches=branches))
+
+
+def _cfg(
+    evaluate: Callable[[list[Any], dict[str, Any]], list[Tensor]],
+    conds: list[Any],
+    timestep: Tensor,
+    model_options: dict[str, Any],
+) -> list[Tensor]:
+    """The estimates of CFG's two branches. Where no guidance acts the second is the first, so that CFG adds nothing; at
+    steps between, the first without the difference that was kept."""
+    settings, sigma = pack_settings(model_options), float(timestep.max())
+    run: Run = settings["run"]
+    acts = {name: run.act(name, settings[name].interval, sigma) for name in GUIDANCES if settings.get(name)}
+    spent = {run.act("cfg", settings[name].interval, sigma) for name in acts}
+    cfg = conds[1] is not None
+    if cfg and spent and "new" not in spent:
+        (cond,) = evaluate(conds[:1], changed(model_options, branches=(COND,)))
+        return [cond, cond if "kept" not in spent else add_difference(cond, -run.kept["cfg"])]
+    dssag = settings.get("dssag") if cfg and acts.get("dssag", "off") != "off" else None
+    gamma = None if dssag is None else run.gamma(sigma, dssag.rho)
+    layers = "ends" if dssag is None else dssag.layers
+    branches = cfg_branches(gamma, layers, observe=acts.get("sag") == "new")
+    estimates = evaluate(conds, changed(model_options, branches=branches))
+    if cfg and spent:
+        run.keep("cfg", max((settings[name].interval for name in acts), key=lambda each: each.every), *estimates)
+    return estimates
 
 
 def post_cfg(args: dict[str, Any]) -> Tensor:
     """DSSAG without CFG (DC-VSR, equation 8), PAG and SAG: what each adds to the guided estimate."""
     settings = pack_settings(args["model_options"])
     run: Run = settings["run"]
-    x, sigma, denoised = args["input"], float(args["sigma"].max()), args["denoised"]
+    sigma, denoised = float(args["sigma"].max()), args["denoised"]
     cfg = args["uncond"] is not None and args["cond_scale"] != 1
 
     def evaluate(x: Tensor, branch: Branch) -> Tensor:
@@ -170,21 +203,50 @@ def post_cfg(args: dict[str, Any]) -> Tensor:
         cond = args["cond" if branch.conditional else "uncond"]
         return comfy.samplers.calc_cond_batch(args["model"], [cond], x, args["sigma"], options)[0]
 
-    if (dssag := settings.get("dssag")) is not None and not cfg:
-        gamma = run.gamma(sigma, dssag.rho)
-        denoised = add_dssag(evaluate, x, denoised, args["cond_denoised"], gamma, dssag.scale, dssag.layers)
-    if (pag := settings.get("pag")) is not None:
-        denoised = add_pag(evaluate, x, denoised, args["cond_denoised"], pag.scale, pag.layers)
-    if (sag := settings.get("sag")) is not None:
-        weak, estimate = (UNCOND, args["uncond_denoised"]) if cfg else (COND, args["cond_denoised"])
-        saliency = next((p.saliency for (seen, _), p in run.passes.items() if seen == weak.name and p.saliency), None)
-        if saliency is None:
-            raise SettingError(
-                "SAG saw no attention at this step: expected conditioning that acts over the whole run; take its"
-                " timestep range off"
-            )
-        denoised = add_sag(evaluate, x, denoised, weak, estimate, saliency.result(), sag.scale)
+    for name, add in ADDED.items():
+        patch: GuidancePatch | None = settings.get(name)
+        act = "off" if patch is None or (name == "dssag" and cfg) else run.act(name, patch.interval, sigma)
+        if patch is None or act == "off":
+            continue
+        if act == "new":
+            guided = add(evaluate, args, denoised, patch)
+            run.keep(name, patch.interval, guided, denoised)
+            denoised = guided
+        elif name != "dssag" or run.gamma(sigma, patch.rho) > 0:
+            denoised = add_difference(denoised, run.kept[name])
     return denoised
+
+
+def _add_dssag(evaluate: Evaluate, args: dict[str, Any], denoised: Tensor, dssag: GuidancePatch) -> Tensor:
+    gamma = pack_settings(args["model_options"])["run"].gamma(float(args["sigma"].max()), dssag.rho)
+    return add_dssag(evaluate, args["input"], denoised, args["cond_denoised"], gamma, dssag.scale, dssag.layers)
+
+
+def _add_pag(evaluate: Evaluate, args: dict[str, Any], denoised: Tensor, pag: GuidancePatch) -> Tensor:
+    return add_pag(evaluate, args["input"], denoised, args["cond_denoised"], pag.scale, pag.layers)
+
+
+def _add_sag(evaluate: Evaluate, args: dict[str, Any], denoised: Tensor, sag: GuidancePatch) -> Tensor:
+    run: Run = pack_settings(args["model_options"])["run"]
+    cfg = args["uncond"] is not None and args["cond_scale"] != 1
+    weak, estimate = (UNCOND, args["uncond_denoised"]) if cfg else (COND, args["cond_denoised"])
+    saliency = next((p.saliency for (seen, _), p in run.passes.items() if seen == weak.name and p.saliency), None)
+    if saliency is None:
+        raise SettingError(
+            "SAG saw no attention at this step: expected conditioning that acts over the whole run; take its"
+            " timestep range off"
+        )
+    return add_sag(evaluate, args["input"], denoised, weak, estimate, saliency.result(), sag.scale)
+
+
+#: What each guidance adds to the estimate of CFG's branches: (evaluate, the host's arguments, estimate, its settings).
+ADDED: dict[str, Callable[[Evaluate, dict[str, Any], Tensor, GuidancePatch], Tensor]] = {
+    "dssag": _add_dssag,
+    "pag": _add_pag,
+    "sag": _add_sag,
+}
+#: The guidances whose settings a MODEL may have.
+GUIDANCES = tuple(ADDED)
 
 
 def apply_model(
@@ -246,7 +308,7 @@ def _branch(executor: Any, run: Run, branch: Branch, inputs: Inputs, options: di
 
     def evaluate(call: Call) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        override = attention_override(tile_run, call, run.layers, inner)
+        override = attention_override(tile_run, call, run.layers, inner, is_torchs)
         plan = tile_run.plan
         part = inputs.tiles(plan, call)
         frames = plan.windows[call.window].span.slice

@@ -15,6 +15,7 @@ import latent_preview
 import torch
 
 from ...vsr_ops.errors import SettingError
+from ..session.run import GuidancePatch
 from .device import intermediate_dtype
 from .hooks import patch_perturbed
 from .model import CLIP_TOKENS, context_tokens_of, context_width
@@ -66,10 +67,10 @@ def guider(model: Any, positive: Any, negative: Any, cfg: float) -> Any:
     return made
 
 
-def dssag_guider(model: Any, positive: Any, negative: Any, scale: float, rho: float, layers: str) -> Any:
+def dssag_guider(model: Any, positive: Any, negative: Any, dssag: GuidancePatch) -> Any:
     """DC-VSR equation 8 without a negative; equation 9, where the host's cfg is 1 + s, with one."""
-    patched = patch_perturbed(model, "dssag", scale, layers, rho)
-    return guider(patched, positive, negative, 1.0 if negative is None else 1.0 + scale)
+    patched = patch_perturbed(model, "dssag", dssag.scale, dssag.layers, dssag.rho, dssag.interval)
+    return guider(patched, positive, negative, 1.0 if negative is None else 1.0 + dssag.scale)
 
 
 def sample(

@@ -10,17 +10,26 @@ from einops import rearrange
 from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
-from ...vsr_ops.sampling.attention import batch_limit, identity, in_chunks
+from ...vsr_ops.sampling.attention import batch_limit, fused_attention, identity, in_chunks
 from ...vsr_ops.sampling.calls import Call
 from ...vsr_ops.sampling.layers import Layer
 from ...vsr_ops.sampling.propagation import TileRun
 
 
 def attention_override(
-    run: TileRun, call: Call, layers: Mapping[str, Layer], inner: Callable[..., Tensor] | None
+    run: TileRun,
+    call: Call,
+    layers: Mapping[str, Layer],
+    inner: Callable[..., Tensor] | None,
+    is_torchs: Callable[[object], bool],
 ) -> Callable[..., Tensor]:
-    """The host's attention with ours in the layers where it acts, around the override that was there before."""
+    """The host's attention with ours in the layers where it acts, around the override that was there before.
+
+    Where the host's `is_torchs` it is asked for directly, for it can say its log-sum-exp: own and appended keys are
+    attended to apart. Any other, and one that was there before, gets them joined.
+    """
     seen: set[str] = set()
+    run.serve(call)
 
     def override(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         def proceed(*args: Any) -> Tensor:
@@ -39,7 +48,8 @@ def attention_override(
             return rearrange(proceed(q, k, v, heads, *rest), split, h=heads)
 
         q, k, v = (rearrange(z, split, h=heads) for z in (q, k, v))
-        out = run.attend(call, layer, q, k, v, fused)
+        plainly = inner is None and is_torchs(func) and all(each is None for each in rest)
+        out = run.attend(call, layer, q, k, v, fused_attention if plainly else fused)
         return rearrange(out, "b h n d -> b n (h d)")
 
     return override

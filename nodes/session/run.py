@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from ...vsr_ops.sampling.guidance import gamma_at
+from ...vsr_ops.sampling.interval import EVERY_STEP, Act, GuidanceInterval, difference
 from ...vsr_ops.sampling.layers import Layer
 from ...vsr_ops.sampling.layouts import TileLayout
 from ...vsr_ops.sampling.propagation import Propagation, TileRun
@@ -46,11 +49,12 @@ class Tiles:
 
 @dataclass(frozen=True)
 class GuidancePatch:
-    """A perturbed-attention guidance: its strength, its layers, and rho where it has a gamma."""
+    """A perturbed-attention guidance: its strength, its layers, rho where it has a gamma, and where it acts."""
 
     scale: float
     layers: str
     rho: float = 0.5
+    interval: GuidanceInterval = EVERY_STEP
 
 
 def pack_settings(model_options: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +82,8 @@ def sap_lagged(tiles: Tiles, plan: TilePlan, at_once: int) -> bool:
 class Run:
     """What one sampling run remembers. `before` are the steps of the model's schedule before this run's, `order` counts
     the evaluations of one step, to keep nested ones apart; `warned` is whether the artist has been told of a
-    ControlNet's features that lie between tiles' cells. `passes` has the banks of every branch and conditioning."""
+    ControlNet's features that lie between tiles' cells. `passes` has the banks of every branch and conditioning, `kept`
+    what each guidance added when it was last found, by name ("cfg": by CFG's two branches)."""
 
     model: Any
     sigmas: list[float]
@@ -92,6 +97,7 @@ class Run:
     order: int = 0
     warned: bool = False
     passes: dict[tuple[object, ...], TileRun] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def plan(self) -> TilePlan:
@@ -103,6 +109,16 @@ class Run:
         sampling = self.model.get_model_object("model_sampling")
         ends = schedule_ends(self.sigmas, float(sampling.sigma_max), float(sampling.sigma_min))
         return gamma_at(sigma, *ends, rho)
+
+    def act(self, name: str, interval: GuidanceInterval, sigma: float) -> Act:
+        """What a guidance does at a noise level. Nothing is kept where a sampler leaves the run's own levels out."""
+        act = interval.acts(self.sigmas[:-1], self.before)[min(step_index(self.sigmas, sigma), len(self.sigmas) - 2)]
+        return "new" if act == "kept" and name not in self.kept else act
+
+    def keep(self, name: str, interval: GuidanceInterval, guided: Tensor, plain: Tensor) -> None:
+        """Keeps what a guidance has added, where a step to come may add it."""
+        if interval.every > 1:
+            self.kept[name] = difference(guided, plain)
 
     def step(self, sigma: float) -> Step:
         """The step of the model's whole schedule that a noise level belongs to; plain outside the tiles' share."""

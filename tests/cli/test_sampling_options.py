@@ -83,7 +83,7 @@ def test_each_option_changes_the_frames_and_comes_out_the_same_twice(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--sampler", "heun"), "sampler is 'heun': expected one of euler, ddpm"),
+        (("--sampler", "heun"), "sampler is 'heun': expected one of euler, ddpm, dpmpp_2m"),
         (("--align-scale", "edm"), "alignment scale is 'edm': expected one of bounded, ddpm"),
         (("--align", "0.1", "--align-mode", "propagate", "--align-scale", "ddpm"), "expected bounded there"),
         (("--flow", "pwc"), "flow is 'pwc': expected one of dis, raft"),

@@ -100,13 +100,13 @@ def test_it_acts_on_the_whole_videos_estimate_after_tiles_and_guidance(tiny: SVD
 def test_every_step_goes_on_from_what_was_aligned(tiny: SVD, scale: str, sampler: str) -> None:
     """By hand, with the noise of each step drawn for the frames' numbers in their source."""
     lr, noise, flow, schedule = latents(ONE), latents(ONE, 1), flow_of(ONE), sigmas(3)
-    x = noise * (schedule[0] ** 2 + 1) ** 0.5
+    x, step = noise * (schedule[0] ** 2 + 1) ** 0.5, SAMPLERS[sampler]()
     with torch.no_grad():
         for i, (sigma, following) in enumerate(pairwise(schedule)):
             x0, v = tiny.denoise(x, sigma, lr, tiny.context(None), len(lr)), SCALES[scale](sigma, following)
             x0 = align(x0, flow, 0.05, v, rounds=ROUNDS)
             draw = partial(frame_noise, range(40, 43), lr.shape[1:], 9, i + 1)
-            x = SAMPLERS[sampler](x, x0, sigma, following, draw)
+            x = step(x, x0, sigma, following, draw)
     settings = Settings(steps=3, guidance="none", propagation=Propagation(()), align=0.05, seed=9)
     settings = replace(settings, align_scale=scale, sampler=sampler)
     assert torch.equal(sample(tiny, lr, ONE, settings, noise=noise, flow=flow, first_frame=40), x)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vsr_ops.errors import SettingError, VideoError
 from vsr_ops.pipeline.job import Job
-from vsr_ops.pipeline.sampler import Settings, make_plan
+from vsr_ops.pipeline.sampler import SVD_NOISE, Settings, make_layout
 from vsr_ops.pipeline.upscale import upscale
 from vsr_ops.sampling.tiling import TileSize
 from vsr_ops.video import VideoInfo, made_info, probe, read_frames
@@ -37,7 +37,7 @@ def test_jobs_of_any_size_fit_the_unet() -> None:
         out_height, out_width = job.size
         assert rows % factor == 0 and cols % factor == 0
         assert 0 <= rows * 8 - out_height < 8 * factor and 0 <= cols * 8 - out_width < 8 * factor
-        plan = make_plan(job, Settings(), TileSize(2 * factor, 2 * factor, 2), factor, (1,))
+        plan = make_layout(job, Settings(), TileSize(2 * factor, 2 * factor, 2), factor, SVD_NOISE, (1,)).settled
         assert (plan.frames, plan.height, plan.width, len(plan.windows)) == (3, rows, cols, 2)
 
 

@@ -9,6 +9,7 @@ from vsr_ops.pipeline.plan_cost import Bank, describe_plan, lagged_bytes, tap_by
 from vsr_ops.sampling.calls import Call, calls
 from vsr_ops.sampling.guidance import COND
 from vsr_ops.sampling.layers import Layer
+from vsr_ops.sampling.layouts import TileLayout
 from vsr_ops.sampling.propagation import Propagation, TileRun
 from vsr_ops.sampling.schedule import Step
 from vsr_ops.sampling.tiling import TileSize, plan_tiles
@@ -26,7 +27,9 @@ def test_lagged_banks_hold_exactly_what_was_said(rate: int | None) -> None:
     run.begin(step, COND)
     for call in calls(PLAN, step, COND, 1, synchronous=False):
         q, k, v = (torch.randn(call.frames, 2, 64, 3) for _ in range(3))
+        run.serve(call)
         run.attend(call, LAYER, q, k, v)
+        run.finish(call)
     assert run.bank_bytes == lagged_bytes(PLAN, settings, 1, BANKS, 4)
     assert lagged_bytes(PLAN, settings, 2, BANKS, 4) == 2 * run.bank_bytes
 
@@ -46,6 +49,7 @@ def test_taps_banks_never_exceed_what_was_said() -> None:
     run.begin(step, COND)
     for call in calls(PLAN, step, COND, 2, synchronous=False):
         q, k, v = (torch.randn(len(call.tiles) * call.frames, 2, 64, 3) for _ in range(3))
+        run.serve(call)
         run.attend(call, LAYER, q, k, v)
         most = max(most, held(run))
         run.finish(call)
@@ -54,12 +58,22 @@ def test_taps_banks_never_exceed_what_was_said() -> None:
 
 def held(run: TileRun) -> int:
     """Bytes of TAP's banks that are alive."""
-    return sum(kv.keys.nbytes + kv.values.nbytes for bank in run._tap.values() for kv in bank.values())
+    banks = (*(bank.values() for bank in run._tap.values()), *run._handed.values())
+    return sum(kv.keys.nbytes + kv.values.nbytes for bank in banks for kv in bank)
 
 
 def test_the_text_counts_every_tile_of_every_pass() -> None:
     text = describe_plan(
-        PLAN, Propagation(sap_lagged=True), 5, 2, lagged=0, tap=2048, weights=2**30, activations=1, flops=1e9, speed=1e9
+        TileLayout.still(PLAN),
+        Propagation(sap_lagged=True),
+        5,
+        2,
+        lagged=0,
+        tap=2048,
+        weights=2**30,
+        activations=1,
+        flops=1e9,
+        speed=1e9,
     )
     expected = 5 * 2 * len(PLAN.spatial) * len(PLAN.windows)
     assert f"{expected} tile passes" in text and "SAP lagged" in text and "1.00 GiB" in text

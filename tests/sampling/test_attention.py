@@ -18,6 +18,11 @@ def draw(seed: int, videos: int = 2, tokens: int = 20, scale: float = 1.0) -> Te
     return scale * randn(videos * FRAMES, 2, tokens, 8, seed=seed)
 
 
+def appended(seed: int, tokens: int = 20, scale: float = 1.0, videos: int = 2, frames: int = FRAMES) -> KeyValue:
+    """Keys and values for all, where `videos` or `frames` is 1."""
+    return KeyValue(*(scale * randn(videos, frames, 2, tokens, 8, seed=s) for s in (seed, seed + 1)))
+
+
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, divisor: Tensor | float = 1.0) -> Tensor:
     """softmax(Q K^T / (divisor sqrt(d))) V, every sum written out, float64."""
     scores = q.double() @ k.double().transpose(-1, -2) / (divisor * math.sqrt(q.shape[-1]))
@@ -31,8 +36,8 @@ def equation_7(q: Tensor, k: Tensor, v: Tensor, gamma: float, extra: KeyValue | 
     for i in range(0, len(q), FRAMES):
         own = slice(i, i + FRAMES)
         peak = float(q[own].double().abs().max() * k[own].double().abs().max())
-        keys = k[own] if extra is None else torch.cat([k[own], extra.keys[own]], dim=2)
-        values = v[own] if extra is None else torch.cat([v[own], extra.values[own]], dim=2)
+        keys = k[own] if extra is None else torch.cat([k[own], extra.keys[i // FRAMES]], dim=2)
+        values = v[own] if extra is None else torch.cat([v[own], extra.values[i // FRAMES]], dim=2)
         out.append(softmax_attention(q[own], keys, values, max(gamma**2 * peak, 1.0)))
     return torch.cat(out)
 
@@ -44,19 +49,21 @@ def test_plain_is_softmax_attention() -> None:
 
 def test_extended_attention_is_attention_over_the_union() -> None:
     q, k, v = draw(0), draw(1), draw(2)
-    own, extra = KeyValue(k[:, :, :13], v[:, :, :13]), KeyValue(k[:, :, 13:], v[:, :, 13:])
+    own = KeyValue(k[:, :, :13], v[:, :, :13])
+    extra = KeyValue(*(x[:, :, 13:].unflatten(0, (2, FRAMES)) for x in (k, v)))
     assert relative(plain(q, *own, extra, FRAMES), softmax_attention(q, k, v)) < 1e-6
     assert relative(plain(q, *own, None, FRAMES), softmax_attention(q, k, v)) > 1e-2
 
 
 def test_the_own_tokens_doubled_change_nothing() -> None:
     q, k, v = draw(0), draw(1), draw(2)
-    assert relative(plain(q, k, v, KeyValue(k, v), FRAMES), plain(q, k, v, None, FRAMES)) < 1e-6
+    own = KeyValue(*(x.unflatten(0, (2, FRAMES)) for x in (k, v)))
+    assert relative(plain(q, k, v, own, FRAMES), plain(q, k, v, None, FRAMES)) < 1e-6
 
 
 def test_a_bank_of_another_dtype_is_taken_in_the_layers() -> None:
     q, k, v = draw(0).half(), draw(1).half(), draw(2).half()
-    out = plain(q, k, v, KeyValue(draw(3), draw(4)), FRAMES)
+    out = plain(q, k, v, appended(3), FRAMES)
     assert out.dtype == torch.float16 and out.shape == q.shape
 
 
@@ -65,7 +72,7 @@ def test_a_bank_of_another_dtype_is_taken_in_the_layers() -> None:
 def test_tempered_is_equation_7(gamma: float, extended: bool) -> None:
     q, k, v = draw(0, scale=3), draw(1, scale=3), draw(2)
     # Larger than the layer's own keys: they must not enter the peak.
-    extra = KeyValue(draw(3, tokens=7, scale=9), draw(4, tokens=7)) if extended else None
+    extra = appended(3, tokens=7, scale=9) if extended else None
     expected = equation_7(q, k, v, gamma, extra)
     out = Tempered(gamma)(q.clone(), k, v, extra, FRAMES)
     assert relative(out, expected) < 1e-6
@@ -87,7 +94,7 @@ def test_where_the_maximum_is_one_tempered_is_plain_bit_for_bit() -> None:
 @pytest.mark.parametrize("extended", [False, True])
 def test_gamma_zero_is_plain_bit_for_bit(extended: bool) -> None:
     q, k, v = draw(0, scale=5), draw(1, scale=5), draw(2)
-    extra = KeyValue(draw(3), draw(4)) if extended else None
+    extra = appended(3) if extended else None
     assert torch.equal(Tempered(0.0)(q.clone(), k, v, extra, FRAMES), plain(q, k, v, extra, FRAMES))
 
 

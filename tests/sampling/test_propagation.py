@@ -293,7 +293,7 @@ def test_nothing_is_left_of_tap_after_a_pass_and_little_within(batch: int, forwa
     def watched(call: Call) -> Tensor:
         nonlocal most
         out = evaluate(call)
-        most = max(most, sum(len(bank) for bank in run._tap.values()))
+        most = max(most, sum(len(bank) for bank in (*run._tap.values(), *run._handed.values())))
         return out
 
     run_pass(run, Step(0, "tap", forward), COND, watched, batch)

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
 from tests.support.tensors import generator, randn, relative
 from vsr_ops.backbones.sd import model_sigmas, sigma_at, timestep_of
 from vsr_ops.errors import SettingError
 from vsr_ops.sampling.align import SCALES
-from vsr_ops.sampling.samplers import SAMPLERS, check_sampler, ddpm, euler, step_variance
+from vsr_ops.sampling.samplers import SAMPLERS, check_sampler, ddpm, dpmpp_2m, euler, step_variance
 
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SHAPE = (3, 4, 5, 6)
@@ -112,10 +112,10 @@ def test_euler_is_diffusers(steps: int) -> None:
 def run(
     sampler: str, x: Tensor, schedule: list[float], estimate: Callable[[Tensor, float], Tensor], seed: int
 ) -> Tensor:
-    rng = generator(seed)
+    rng, step = generator(seed), SAMPLERS[sampler]()
     for sigma, following in pairwise(schedule):
         draw = partial(torch.randn, x.shape, generator=rng, dtype=x.dtype)
-        x = SAMPLERS[sampler](x, estimate(x, sigma), sigma, following, draw)
+        x = step(x, estimate(x, sigma), sigma, following, draw)
     return x
 
 
@@ -164,8 +164,68 @@ def chain_variance(schedule: list[float], sampler: str) -> float:
 def test_euler_and_the_last_step_draw_nothing() -> None:
     x, x0 = randn(*SHAPE, seed=12), randn(*SHAPE, seed=13)
     assert torch.equal(euler(x, x0, 2.0, 1.0, never), x0 + (x - x0) * 0.5)
-    for step in SAMPLERS.values():
+    for made in SAMPLERS.values():
+        step = made()
         assert torch.equal(step(x, x0, 2.0, 0.0, never), x0)
+
+
+def formula(before: tuple[Tensor, float] | None, x: Tensor, x0: Tensor, sigma: float, following: float) -> Tensor:
+    """Lu et al.'s algorithm 2 as k-diffusion writes it, in t = -ln sigma."""
+    if following == 0:
+        return x0
+    h = math.log(sigma) - math.log(following)
+    towards = x0
+    if before is not None:
+        r = (math.log(before[1]) - math.log(sigma)) / h
+        towards = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * before[0]
+    return (following / sigma) * x - math.expm1(-h) * towards
+
+
+def test_dpmpp_2m_is_its_formula_and_remembers_one_run_alone() -> None:
+    schedule = [700.0, 250.0, 30.0, 2.0, 0.9, 0.03, 0.002, 0.0]
+    runs = [dpmpp_2m(), dpmpp_2m()]
+    for seed, step in enumerate(runs):
+        x, before = schedule[0] * randn(*SHAPE, seed=seed).double(), None
+        for sigma, following in pairwise(schedule):
+            x0 = 0.3 * x / (1 + sigma) + randn(*SHAPE, seed=7).double()
+            found = step(x, x0, sigma, following, never)
+            assert relative(found, formula(before, x, x0, sigma, following)) < 1e-12
+            x, before = found, (x0, sigma)
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+def test_dpmpp_2m_is_diffusers(steps: int) -> None:
+    """DPMSolverMultistepScheduler's second order on Stable Diffusion's chain; its last step to 0 is of first order."""
+    scheduler = DPMSolverMultistepScheduler(
+        **BETAS, timestep_spacing="linspace", final_sigmas_type="zero", euler_at_final=True
+    )
+    scheduler.set_timesteps(steps)
+    schedule = [float(sigma) for sigma in scheduler.sigmas]
+    z, step = randn(*SHAPE, seed=1), dpmpp_2m()
+    x = z * (1 + schedule[0] ** 2) ** 0.5
+    for t, (sigma, following) in zip(scheduler.timesteps, pairwise(schedule), strict=True):
+        x0 = x - sigma * linear_epsilon(x / (1 + sigma**2) ** 0.5, 0.0)
+        z = scheduler.step(linear_epsilon(z, 0.0), t, z).prev_sample
+        x = step(x, x0, sigma, following, never)
+        assert relative(x / (1 + following**2) ** 0.5, z) < 1e-5
+
+
+def test_orders_on_a_flow_that_is_known() -> None:
+    """The flow of N(0, 1)'s diffusion goes from x at sigma a to x sqrt((1 + b^2) / (1 + a^2)) at b: halving the steps
+    of ln sigma quarters DPM++ 2M's error and halves Euler's."""
+    above, below, x = 20.0, 0.05, randn(*SHAPE, seed=3).double()
+    exact = x * math.sqrt((1 + below**2) / (1 + above**2))
+
+    def error(sampler: str, steps: int) -> float:
+        schedule = [above * (below / above) ** (i / steps) for i in range(steps + 1)]
+        return relative(run(sampler, x, schedule, lambda x, sigma: x / (1 + sigma**2), 1), exact)
+
+    for sampler, order in (("euler", 1), ("dpmpp_2m", 2)):
+        errors = [error(sampler, steps) for steps in (40, 80, 160)]
+        found = [math.log2(a / b) for a, b in pairwise(errors)]
+        print(f"{sampler}: errors {', '.join(f'{each:.1e}' for each in errors)}, orders {found}")
+        assert all(each == pytest.approx(order, abs=0.15) for each in found)
+    assert error("dpmpp_2m", 20) < error("euler", 160)
 
 
 def test_another_sampler_is_refused() -> None:

@@ -42,6 +42,7 @@ def one_layer(run: TileRun, video: Tensor, layer: Layer = ENDS) -> Callable[[Cal
     """A model that is a single self-attention layer on the latent's pixels."""
 
     def evaluate(call: Call) -> Tensor:
+        run.serve(call)
         out = run.attend(call, layer, *project(gather_tiles(run.plan, call, video)))
         return rearrange(out, "b h (y x) d -> b (h d) y x", y=call.height)
 

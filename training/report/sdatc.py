@@ -38,6 +38,7 @@ from vsr_ops.modules.refiner import load_refiner
 from vsr_ops.modules.stam import load_stam
 from vsr_ops.pipeline.parts import CAPMSettings, PipelineModules
 from vsr_ops.pipeline.sampler import Settings
+from vsr_ops.system.allocator import keep_freed
 from vsr_ops.system.outputs import files_of, held_folder, refuse_inputs, refuse_taken
 from vsr_ops.system.outputs import whole as whole_file
 from vsr_ops.video import probe, read_frames
@@ -255,4 +256,5 @@ def _run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed()
     main()

@@ -37,6 +37,7 @@ from vsr_ops.pipeline.upscale import upscale
 from vsr_ops.sampling.guidance import GUIDANCE
 from vsr_ops.sampling.propagation import PROPAGATION, Propagation
 from vsr_ops.sampling.tiling import TilePlan
+from vsr_ops.system.allocator import keep_freed
 from vsr_ops.system.outputs import files_of, held_folder, refuse_inputs
 from vsr_ops.video import Frame, made_info, open_writer, probe
 
@@ -198,4 +199,5 @@ def _run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed()
     main()

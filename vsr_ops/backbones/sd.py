@@ -23,7 +23,6 @@ from ..checkpoints.text_file import Texts
 from ..errors import SettingError
 from ..modules.control import Control, check_strength
 from ..sampling.tiling import TileSize
-from ..system.memory import to_device
 from .attention import use_chunks
 from .svd import Backbone, build_vae, context_width
 
@@ -60,6 +59,13 @@ def sigma_at(timestep: float, zero_snr: bool = False) -> float:
     low = min(int(timestep), TIMESTEPS - 2)
     levels = model_sigmas(zero_snr)[low : low + 2].log()
     return float((levels[0] + (levels[1] - levels[0]) * (timestep - low)).exp())
+
+
+def time_at(sigma: float, zero_snr: bool = False) -> float:
+    """The timestep in [0, 999] of a noise level within the model's: what `sigma_at` leads back from."""
+    levels, level = model_sigmas(zero_snr).log(), torch.tensor(sigma, dtype=torch.float64).log()
+    low = min(max(int(torch.searchsorted(levels, level)) - 1, 0), TIMESTEPS - 2)
+    return low + float((level - levels[low]) / (levels[low + 1] - levels[low]))
 
 
 @dataclass
@@ -104,9 +110,10 @@ class SD(Backbone):
     def sigma_min(self) -> float:
         return float(model_sigmas(self.zero_snr)[0])
 
-    def sigmas(self, steps: int) -> list[float]:
-        """At timesteps spaced evenly from the last to the first: the host's scheduler "normal"."""
-        times = torch.linspace(TIMESTEPS - 1, 0, steps, dtype=torch.float64)
+    def sigmas(self, steps: int, start: float | None = None) -> list[float]:
+        """At timesteps spaced evenly from the last, or that of `start`, to the first: the host's scheduler "normal"."""
+        first = TIMESTEPS - 1 if start is None else time_at(start, self.zero_snr)
+        times = torch.linspace(first, 0, steps, dtype=torch.float64)
         return [*(sigma_at(float(time), self.zero_snr) for time in times), 0.0]
 
     def context(self, image: Tensor | None) -> Tensor:
@@ -124,7 +131,8 @@ class SD(Backbone):
         `lr_latents` holds the LR latents (unscaled): the control's hint. `context` is `(1, tokens, dim)`.
         """
         scaled = (x.float() / (sigma**2 + 1) ** 0.5).to(self.device, self.dtype)
-        timestep = to_device(torch.tensor(timestep_of(sigma, self.zero_snr)), self.device)
+        # Filled in on the device: nothing crosses over within a call.
+        timestep = torch.full((), timestep_of(sigma, self.zero_snr), device=self.device)
         tokens = context.to(self.device, self.dtype).expand(x.shape[0], -1, -1)
         skips, middle = self._controlled(scaled, timestep, tokens, lr_latents)
         found: Tensor = self.unet(

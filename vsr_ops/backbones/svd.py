@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,6 @@ from ..sampling.calls import Call
 from ..sampling.layers import Layer, place_layers
 from ..sampling.propagation import TileRun
 from ..sampling.tiling import TileSize
-from ..system.memory import to_device
 from ..system.precision import decoded_within, dtype_of, narrow
 from .attention import ChunkedAttention, OneTokenAttention, PatchedAttention
 
@@ -105,8 +105,9 @@ class Backbone(ABC):
         """The least."""
 
     @abstractmethod
-    def sigmas(self, steps: int) -> list[float]:
-        """`steps` falling noise levels and a final 0, spaced as the model's own sampler has them."""
+    def sigmas(self, steps: int, start: float | None = None) -> list[float]:
+        """`steps` falling noise levels and a final 0, spaced as the model's own sampler has them, from `start` (None:
+        the most noise) to the least."""
 
     @abstractmethod
     def denoise(self, x: Tensor, sigma: float, lr_latents: Tensor, context: Tensor, frames: int) -> Tensor:
@@ -116,6 +117,7 @@ class Backbone(ABC):
     @contextmanager
     def serving(self, run: TileRun, call: Call) -> Generator[None]:
         """Lets the attention layers know what is being evaluated."""
+        run.serve(call)
         self.active = (run, call)
         try:
             yield
@@ -165,8 +167,8 @@ class SVD(Backbone):
     def sigma_min(self) -> float:
         return SIGMA_MIN
 
-    def sigmas(self, steps: int) -> list[float]:
-        return sigmas(steps)
+    def sigmas(self, steps: int, start: float | None = None) -> list[float]:
+        return sigmas(steps, start)
 
     def denoise(self, x: Tensor, sigma: float, lr_latents: Tensor, context: Tensor, frames: int) -> Tensor:
         """Denoised estimate of tiles `(videos*frames, 4, h, w)` float32: DC-VSR equation 12, EDM's preconditioning, of
@@ -178,14 +180,14 @@ class SVD(Backbone):
         videos = x.shape[0] // frames
         scaled = (x.float() / (sigma**2 + 1) ** 0.5).to(self.device, self.dtype)
         model_input = torch.cat([scaled, lr_latents.to(self.device, self.dtype)], dim=1)
-        noise = torch.tensor(sigma, dtype=torch.float64).log().mul(0.25)
-        timestep = to_device(noise.float(), self.device)
-        conditions = to_device(torch.tensor([MICRO_CONDITIONS], dtype=self.dtype), self.device)
+        # Filled in on the device: nothing crosses over within a call.
+        timestep = torch.full((), 0.25 * math.log(sigma), dtype=torch.float32, device=self.device)
+        conditions = [torch.full((videos, 1), x, dtype=self.dtype, device=self.device) for x in MICRO_CONDITIONS]
         v = self.unet(
             rearrange(model_input, "(b t) c h w -> b t c h w", t=frames),
             timestep,
             repeat(context, "1 n d -> b n d", b=videos),
-            conditions.expand(videos, -1),
+            torch.cat(conditions, dim=1),
             return_dict=False,
         )[0]
         v = rearrange(v, "b t c h w -> (b t) c h w").float().to(x.device)
@@ -208,13 +210,14 @@ def clip_pixels(image: Tensor) -> Tensor:
     return (small / 2 + 0.5 - mean.to(small)) / deviation.to(small)
 
 
-def sigmas(steps: int) -> list[float]:
-    """`steps` falling noise levels and a final 0: diffusers' scheduler, set up as stock SVD's."""
+def sigmas(steps: int, start: float | None = None) -> list[float]:
+    """`steps` falling noise levels from `start` (None: SIGMA_MAX), and a final 0: diffusers' scheduler, set up as stock
+    SVD's."""
     scheduler: Any = EulerDiscreteScheduler(
         prediction_type="v_prediction",
         use_karras_sigmas=True,
         sigma_min=SIGMA_MIN,
-        sigma_max=SIGMA_MAX,
+        sigma_max=SIGMA_MAX if start is None else start,
         timestep_type="continuous",
         timestep_spacing="leading",
         steps_offset=1,

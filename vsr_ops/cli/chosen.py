@@ -47,6 +47,11 @@ def refiner_of(args: argparse.Namespace) -> str:
     return defaults_of(args).refiner if args.refiner == AUTO else str(args.refiner)
 
 
+def layout_of(args: argparse.Namespace) -> str:
+    """The layout of tiles asked for, else the model's own."""
+    return defaults_of(args).laid_out(args.layout)
+
+
 def color_of(args: argparse.Namespace) -> str:
     """The colour correction asked for, else the model's own."""
     return defaults_of(args).colored(args.color, refined=refiner_of(args) != "none")

@@ -26,12 +26,13 @@ from ..pipeline.sampler import Settings
 from ..sampling.align import MODES as ALIGN_MODES
 from ..sampling.align import SCALES as ALIGN_SCALES
 from ..sampling.guidance import GUIDANCE
+from ..sampling.interval import GuidanceInterval
 from ..sampling.layouts import LAYOUTS
 from ..sampling.propagation import PROPAGATION, SAP_MODES, Propagation
 from ..sampling.samplers import SAMPLERS
 from ..sampling.tiling import TileSize
 from ..system.outputs import files_of
-from .chosen import color_of, guidance_of, refiner_of, steps_of, upscaler_of
+from .chosen import color_of, guidance_of, layout_of, refiner_of, steps_of, upscaler_of
 from .flow import add_flow, flow_of
 from .text import add_texts, refuse_texts, texts_of
 
@@ -65,12 +66,14 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--cfg", type=float, help="classifier-free guidance; 1 is off. With dssag it is DC-VSR equation 9's 1 + s")
     add("--guidance-scale", type=float, help="the s of dssag, pag and sag; 0 is off")
     add("--rho", type=float, default=Settings.rho, help="how fast dssag's blur fades over the steps; larger is sooner")
+    add("--guidance-interval", metavar="MIN:MAX", help="guided at noise levels (sigmas) in it alone; all by default")
+    add("--guidance-every", type=int, default=1, metavar="N", help="keep what guidance adds for N - 1 steps out of N")
     add("--tile", metavar="HxWxT", help="in latents (8 pixels each) and frames; the model's own by default")
     add("--overlap", type=float, default=0.5, help="share of a tile, 0 to 0.75")
     add(
         "--layout",
-        default=Settings.layout,
-        help=f"how tiles lie: {', '.join(LAYOUTS)} (the fewest)",
+        default=AUTO,
+        help=f"how tiles lie: {', '.join(LAYOUTS)} (the fewest tiles), or auto, the model's own",
     )
     add("--propagation", default="sap+tap", help=", ".join(PROPAGATION))
     add("--sap-mode", default="auto", help=", ".join(SAP_MODES))
@@ -115,6 +118,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--sampler", default=Settings.sampler, help=f"{', '.join(SAMPLERS)}; SDATC takes ddpm")
     add("--seed", type=int, default=0)
     add("--denoise", type=float, default=1.0, help="below 1: start from the LR latent at partial noise")
+    add("--start-sigma", type=float, metavar="SIGMA", help="start from the LR latent at this noise level, in all steps")
     add("--batch", type=int, default=1, help="spatial tiles through the UNet together")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:0 ..., mps")
     add("--dtype", default="auto", help=", ".join(["auto", *DTYPES]))
@@ -126,6 +130,22 @@ def files_read(args: argparse.Namespace) -> list[Path]:
     given = {str(getattr(args, name)) for name in _WEIGHTS} - _NAMES
     found = [file for path in map(Path, sorted(given)) if path.exists() for file in files_of(path)]
     return found + ([] if args.unet == "none" else find_unet(Path(args.unet)).files())
+
+
+def interval_of(text: str | None, every: int) -> GuidanceInterval:
+    """Where and how often guidance acts, of MIN:MAX in sigmas; an end that is left out is open. Raises SettingError."""
+    if text is None:
+        return GuidanceInterval(every=every)
+    low, colon, high = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        ends = float(low or 0), float(high or "inf")
+    except ValueError:
+        raise SettingError(
+            f"guidance interval is {text!r}: expected MIN:MAX in sigmas, such as 0.1:50, 0.1: or :50"
+        ) from None
+    return GuidanceInterval(*ends, every)
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -145,13 +165,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
         cfg=args.cfg,
         guidance_scale=args.guidance_scale,
         rho=args.rho,
+        interval=interval_of(args.guidance_interval, args.guidance_every),
         tile=None if args.tile is None else TileSize.parse(args.tile),
         overlap=args.overlap,
-        layout=args.layout,
+        layout=layout_of(args),
         propagation=propagation,
         color=color_of(args),
         seed=args.seed,
         denoise=args.denoise,
+        start_sigma=args.start_sigma,
         batch=args.batch,
         align=args.align,
         align_mode=args.align_mode,

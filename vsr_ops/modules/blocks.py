@@ -16,4 +16,4 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features `(n, c, h, w)` with their change."""
-        return x + self.conv2(torch.relu(self.conv1(x)))
+        return x + self.conv2(torch.relu_(self.conv1(x)))

@@ -5,6 +5,7 @@ The paper's is a SwinIR; any upscaler of one picture that spandrel knows will do
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..checkpoints.safefile import PICKLE_SUFFIXES, Source, open_safely, read_pickle
 from ..errors import CheckpointError
 from ..image.upscale import of_factor
-from ..sampling.tiling import Merger, TileSize, cut_tile, plan_tiles
+from ..sampling.tiling import Merger, Span, TilePlan, Window, cut_tile, spans
 from ..weights import bundled
 
 UpscaleFn = Callable[[Tensor], Tensor]
@@ -25,8 +26,9 @@ UpscaleFn = Callable[[Tensor], Tensor]
 
 #: The weights that come with the pack: x4.
 LITE_DCM = bundled("dcm_lite")
-#: Larger pictures go through in tiles of this many LR pixels a side: memory is flat in area.
-TILE, OVERLAP = 192, 0.25
+#: Larger pictures go through in equal tiles of at most this many LR pixels a side, which share this part of it with
+#: their neighbours: memory is flat in area.
+TILE, OVERLAP = 512, 3 / 32
 _ANY = re.compile("")
 
 
@@ -79,6 +81,14 @@ def _tensor(source: Source, key: str) -> Tensor:
     return stored if stored.dtype in (torch.int64, torch.bool) else source.tensor(key, torch.float32)
 
 
+def _spans(extent: int) -> tuple[Span, ...]:
+    """An axis in as few tiles as there can be, no longer than they must be; multiples of 8, as many models' windows."""
+    shared = round(TILE * OVERLAP)
+    parts = max(1, math.ceil((extent - shared) / (TILE - shared)))
+    side = 8 * math.ceil((extent + (parts - 1) * shared) / (8 * parts))
+    return spans(extent, side, shared / side)
+
+
 def load_dcm(path: Path | str, device: torch.device, dtype: torch.dtype = torch.float32) -> UpscaleFn:
     """The upscale model at `path` ("lite": the bundled one) as a function of frames, tiled. Errors as `read_dcm`."""
     model = read_dcm(path).to(device=device, dtype=dtype)
@@ -87,7 +97,7 @@ def load_dcm(path: Path | str, device: torch.device, dtype: torch.dtype = torch.
     @torch.no_grad()
     def enlarge(frames: Tensor) -> Tensor:
         count, _, height, width = frames.shape
-        plan = plan_tiles(count, height, width, TileSize(TILE, TILE, count), OVERLAP, factor=1)
+        plan = TilePlan(count, height, width, _spans(height), _spans(width), (Window(Span(0, count), 0),))
         merger = Merger(plan.magnified(scale))
         for m in range(len(plan.spatial)):
             part = model(cut_tile(plan, 0, m, frames).to(device, dtype))

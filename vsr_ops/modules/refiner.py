@@ -6,8 +6,11 @@ looks at both and decides per pixel.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby, product
 from pathlib import Path
 
 import torch
@@ -16,19 +19,20 @@ from torch import Tensor, nn
 
 from ..checkpoints.module_file import fill, read_module, write_module
 from ..errors import CheckpointError, SettingError
-from ..flow.warp import SMALLEST, dis_flow, visibility, warp
 from ..image.video_tensor import empty_video
-from ..sampling.tiling import cores
+from ..sampling.tiling import cores, even_part
+from ..system.memory import home_of
 from ..weights import bundled
 from .blocks import ResidualBlock
+from .neighbours import Pair, followed, neighbours
 
 KIND = "refiner"
 #: The weights that come with the pack, made for its lite SVD.
 LITE_REFINER = bundled("refiner_lite")
 #: Pixels a side of what goes through at once; a margin of the network's reach makes the seams exact.
-TILE = 512
-#: Frames that are refined together, beside their neighbours.
-CHUNK = 8
+TILE = 1024
+#: Frames that are refined together.
+CHUNK = 4
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,20 @@ class _Mix(nn.Module):
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        before, after = torch.cat([x[:1], x[:-1]]), torch.cat([x[1:], x[-1:]])
-        return x + self.conv(torch.cat([before, after], 1))
+    def forward(self, x: Tensor, held: Tensor | None, last: bool) -> tuple[Tensor, Tensor | None]:
+        """The frames that are settled by the next ones `x` `(n, c, h, w)`, and those to hold for the call after: each
+        frame waits for the one behind it, the scene's last for none."""
+        if held is None:
+            if not len(x):
+                return x, None
+            held = x[:1]
+        known = torch.cat([held, x, *([x[-1:] if len(x) else held[-1:]] if last else [])])
+        # The convolution of both side by side, without putting them there.
+        of_before, of_after = self.conv.weight.chunk(2, 1)
+        settled = nn.functional.conv2d(known[:-2], of_before, self.conv.bias).add_(known[1:-1])
+        settled = settled.add_(nn.functional.conv2d(known[2:], of_after))
+        # A copy: a view would hold the whole piece in memory.
+        return settled, None if last else known[-2:].clone()
 
 
 class Refiner(nn.Module):
@@ -81,53 +96,49 @@ class Refiner(nn.Module):
         given = [decoded - 0.5, upscaled - 0.5]
         if self.shape.follows:
             given.append(neighbours(upscaled) if around is None else around)
-        both = rearrange(torch.cat(given, 1), "t c (h i) (w j) -> t (c i j) h w", i=2, j=2)
-        entered = x = self.enter(both)
+        return self._settled(given, Carry.of(self), last=True)
+
+    def advance(self, given: Sequence[Tensor], carry: Carry, last: bool) -> Tensor:
+        """As `forward` of a whole scene that comes piece by piece: what is added to the frames that the next piece
+        settles, `(n, 3, h, w)`. `given` are its decoded frames, its upscaled ones and what is around them; `carry`
+        holds what comes of the pieces before and is brought up to date; `last` says that no piece follows."""
+        decoded, upscaled, *around = given
+        return self._settled([decoded - 0.5, upscaled - 0.5, *around], carry, last)
+
+    def _settled(self, given: Sequence[Tensor], carry: Carry, last: bool) -> Tensor:
+        folded = rearrange(torch.cat(list(given), 1), "t c (h i) (w j) -> t (c i j) h w", i=2, j=2)
+        x = self.enter(folded)
+        entered = x if carry.entered is None else torch.cat([carry.entered, x])
         for index, block in enumerate(self.body):
-            x = block(self.mix[index](x) if index < len(self.mix) else x)
-        return rearrange(self.leave(entered + x), "t (c i j) h w -> t c (h i) (w j)", i=2, j=2)
+            if index < len(self.mix):
+                x, carry.mixed[index] = self.mix[index](x, carry.mixed[index], last)
+            x = block(x)
+        carry.entered = None if last else entered[len(x) :].clone()
+        return rearrange(self.leave(entered[: len(x)] + x), "t (c i j) h w -> t c (h i) (w j)", i=2, j=2)
 
     @property
     def reach(self) -> int:
         """How many pixels away a value can matter: the margin that tiles need. Even, as pixels are folded in pairs."""
         return 2 * (2 + 2 * self.shape.blocks)
 
-    @property
-    def frames(self) -> int:
-        """How many frames away a value can matter."""
-        return self.shape.mixes + self.shape.follows
 
+@dataclass
+class Carry:
+    """What a refiner's next frames need of those before: the two frames that each mix saw last, and the entered frames
+    that are not settled yet; features `(n, width, h / 2, w / 2)`."""
 
-def neighbours(video: Tensor) -> Tensor:
-    """What the frames before and after each frame of one scene `(frames, 3, h, w)` add to it: `(frames, 6, h, w)`.
+    mixed: list[Tensor | None]
+    entered: Tensor | None = None
 
-    Both are brought onto the frame along DIS flow, and the frame is taken away; 0 where they do not show what it shows,
-    at the scene's ends, and for frames too small for a flow.
-    """
-    return _around(_between(video))
+    @classmethod
+    def of(cls, model: Refiner) -> Carry:
+        """A scene's start."""
+        return cls([None] * model.shape.mixes)
 
-
-def _between(video: Tensor) -> Tensor:
-    """Of frames `(n, 3, h, w)` and those after them, `(n - 1, 6, h, w)`: what the first adds to the second, and what
-    the second adds to the first. As `neighbours`, but frame pair by frame pair."""
-    if video.shape[0] < 2 or min(video.shape[-2:]) < SMALLEST:
-        return video.new_zeros(max(video.shape[0] - 1, 0), 6, *video.shape[-2:])
-    now, after = video[:-1].float(), video[1:].float()
-    forward, backward = dis_flow(now, after), dis_flow(after, now)
-    to_after = (warp(now, backward) - after) * visibility(backward, forward)
-    to_now = (warp(after, forward) - now) * visibility(forward, backward)
-    return torch.cat([to_after, to_now], 1).to(video.dtype)
-
-
-def _continued(between: Tensor, video: Tensor) -> Tensor:
-    """`_between(video)`, of which the first pairs are known."""
-    return torch.cat([between, _between(video[len(between) :])])
-
-
-def _around(between: Tensor) -> Tensor:
-    """Frame by frame what `_between` says pair by pair: `(n - 1, 6, h, w)` to `(n, 6, h, w)`."""
-    nothing = between.new_zeros(1, 3, *between.shape[-2:])
-    return torch.cat([torch.cat([nothing, between[:, :3]]), torch.cat([between[:, 3:], nothing])], 1)
+    def to(self, device: torch.device) -> None:
+        """Moves it."""
+        self.mixed = [None if x is None else x.to(device) for x in self.mixed]
+        self.entered = None if self.entered is None else self.entered.to(device)
 
 
 def check_w(w: float) -> None:
@@ -142,51 +153,67 @@ def refine_frames(
 ) -> Iterator[Tensor]:
     """Refined frames `(3, h, w)` in [0, 1] of pairs (decoded, upscaled), one by one; no frame sees past a cut.
 
-    Holds a chunk of frames and the neighbours it needs; the result does not depend on the chunks. The flow between two
-    frames is estimated once. Raises SettingError for `w` outside [0, 1].
+    A chunk of frames is evaluated at a time, each frame once: what the next chunk needs of it is carried over. The
+    result does not depend on the chunks. Raises SettingError for `w` outside [0, 1].
     """
     check_w(w)
-    margin, starts = model.frames, {0, *cuts}
-    held: list[tuple[Tensor, Tensor]] = []
-    between: Tensor | None = None
-    lead = 0
+    scenes = groupby(enumerate(pairs), lambda numbered: bisect_right(cuts, numbered[0]))
+    for _, scene in scenes:
+        yield from _refined_scene(model, (pair for _, pair in scene), w)
 
-    def flush(last: bool) -> Iterator[Tensor]:
-        nonlocal between
-        stop = len(held) if last else len(held) - margin
-        if stop > lead:
-            decoded, upscaled = (torch.stack(list(side)) for side in zip(*held, strict=True))
-            if model.shape.follows:
-                between = _between(upscaled) if between is None else _continued(between, upscaled)
-            yield from _in_tiles(model, decoded, upscaled, between, w)[lead:stop]
 
-    for index, pair in enumerate(pairs):
-        if index in starts and held:
-            yield from flush(last=True)
-            held, between, lead = [], None, 0
+def _refined_scene(model: Refiner, pairs: Iterator[Pair], w: float) -> Iterator[Tensor]:
+    waiting: deque[Tensor] = deque()
+    tiles: _Tiles | None = None
+    chunks = _chunks(pairs)
+    following = followed(chunks) if model.shape.follows else ((chunk, None, last) for chunk, last in chunks)
+    for chunk, around, last in following:
+        decoded, upscaled = (torch.stack(list(side)) for side in zip(*chunk, strict=True))
+        tiles = tiles or _Tiles(model, upscaled)
+        waiting.extend(upscaled)
+        given = [decoded, upscaled] if around is None else [decoded, upscaled, around]
+        for added in tiles.advance(given, last):
+            yield (waiting.popleft() + (1 - w) * added).clamp(0, 1)
+
+
+def _chunks(pairs: Iterator[Pair]) -> Iterator[tuple[list[Pair], bool]]:
+    """Frames in chunks, and whether a chunk is the last."""
+    held: list[Pair] = []
+    for pair in pairs:
+        if len(held) == CHUNK:
+            yield held, False
+            held = []
         held.append(pair)
-        if len(held) == lead + CHUNK + margin:
-            yield from flush(last=False)
-            gone = CHUNK + lead - min(margin, lead + CHUNK)
-            held, lead = held[gone:], min(margin, lead + CHUNK)
-            between = None if between is None else between[gone:].clone()
-    yield from flush(last=True)
+    if held:
+        yield held, True
 
 
-def _in_tiles(model: Refiner, decoded: Tensor, upscaled: Tensor, between: Tensor | None, w: float) -> Tensor:
-    """Frames of one scene `(frames, 3, h, w)`, refined tile by tile; `between` as `_between`, for one that follows."""
-    out = torch.empty_like(upscaled)
-    parameter = next(model.parameters())
-    for rows in cores(out.shape[-2], TILE, model.reach):
-        for cols in cores(out.shape[-1], TILE, model.reach):
-            part = [x[..., rows.outer, cols.outer] for x in (decoded, upscaled)]
-            if between is not None:
-                part.append(_around(between[..., rows.outer, cols.outer]))
-            pad = (0, part[0].shape[-1] % 2, 0, part[0].shape[-2] % 2)
-            even = [nn.functional.pad(x, pad, mode="replicate").to(parameter) for x in part]
-            added = model(*even)[..., rows.inner, cols.inner].to(out)
-            out[..., rows.core, cols.core] = (upscaled[..., rows.core, cols.core] + (1 - w) * added).clamp(0, 1)
-    return out
+class _Tiles:
+    """A refiner on one scene, tile by tile; each tile's `Carry` waits where there is room for all of them."""
+
+    def __init__(self, model: Refiner, video: Tensor) -> None:
+        height, width = video.shape[-2:]
+        self._model, self._parameter = model, next(model.parameters())
+        rows, cols = (cores(side, even_part(side, TILE), model.reach) for side in (height, width))
+        self._places = list(product(rows, cols))
+        self._carries = [Carry.of(model) for _ in self._places]
+        carried = 3 * model.shape.mixes * model.shape.width * height * width // 4
+        self._home = home_of(self._parameter.device, carried * self._parameter.itemsize)
+
+    def advance(self, given: list[Tensor], last: bool) -> Tensor:
+        """What is added to the frames that are settled by the next ones given: `(n, 3, h, w)` in their precision."""
+        parts: list[Tensor] = []
+        for (rows, cols), carry in zip(self._places, self._carries, strict=True):
+            cut = [x[..., rows.outer, cols.outer] for x in given]
+            odd = (0, cut[0].shape[-1] % 2, 0, cut[0].shape[-2] % 2)
+            even = [nn.functional.pad(x, odd, mode="replicate").to(self._parameter) for x in cut]
+            carry.to(self._parameter.device)
+            parts.append(self._model.advance(even, carry, last)[..., rows.inner, cols.inner].to(given[1]))
+            carry.to(self._home)
+        out = given[1].new_empty(len(parts[0]), *given[1].shape[1:])
+        for (rows, cols), part in zip(self._places, parts, strict=True):
+            out[..., rows.core, cols.core] = part
+        return out
 
 
 def refine(
@@ -227,7 +254,8 @@ def load_refiner(path: Path | str, device: torch.device | str = "cpu") -> Refine
     except TypeError as error:
         raise CheckpointError(f"{file}: its configuration {stored.config} is no refiner's; get it again") from error
     fill(file, model, KIND, stored.tensors)
-    return model.to(device).eval().requires_grad_(False)
+    # Convolutions take two thirds of the time on a CPU where channels lie together, and no longer elsewhere.
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def write_refiner(path: Path, model: Refiner, trained_on: str) -> None:

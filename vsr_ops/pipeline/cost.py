@@ -117,7 +117,7 @@ def estimate(model: Backbone, layout: TileLayout, settings: Settings) -> Estimat
     held = [model.unet, model.vae, *([model.control] if isinstance(model, SD) and model.control is not None else [])]
     weights = sum(p.nbytes for module in held for p in module.parameters())
     size = model.dtype.itemsize
-    branches = guidance.passes(powers[0])
+    branches = max(map(guidance.passes, powers), default=1)
     return Estimate(
         unet_calls=unet_calls(layout, settings, noise),
         tile_passes=tile_passes,

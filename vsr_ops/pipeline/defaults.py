@@ -12,8 +12,8 @@ from ..errors import SettingError
 class Defaults:
     """`steps` of the model's own schedule; a `guidance` (a name in GUIDANCE); a `color` correction (a name in COLOR),
     unless a refiner has put the colours back; the `upscaler` of the input: "bicubic", "dcm" (the bundled one) or the
-    name of a file, and whether the model is known to have been `trained_on` its pictures; and the bundled `refiner`,
-    where it was made for the model."""
+    name of a file, and whether the model is known to have been `trained_on` its pictures; the bundled `refiner`, where
+    it was made for the model; and the `layout` of tiles (a name in LAYOUTS)."""
 
     steps: int
     guidance: str
@@ -21,6 +21,7 @@ class Defaults:
     upscaler: str
     trained_on: bool = False
     refiner: str = "none"
+    layout: str = "paper"
 
     def steps_of(self, sampler: str) -> int:
         """Those that suit the model, or the paper's number where it is the sampler that wants many."""
@@ -53,6 +54,10 @@ class Defaults:
             f"the model was trained on pictures enlarged by {self.upscaler}, and may take the faults of others for the"
             " video's"
         )
+
+    def laid_out(self, asked: str) -> str:
+        """The layout of tiles asked for; "auto" is the model's own."""
+        return asked if asked != AUTO else self.layout
 
     def colored(self, asked: str, refined: bool) -> str:
         """The colour correction asked for; "auto" is the model's own, and none after a refiner."""

@@ -77,12 +77,12 @@ def scene_cuts(job: Job) -> tuple[int, ...]:
 
 def to_levels(image: Tensor) -> Tensor:
     """A picture in [0, 1] in 16-bit levels."""
-    return (image.float() * LEVELS).round().to(torch.int32).to(torch.uint16)
+    return (image.float() * LEVELS).round_().to(torch.int32).to(torch.uint16)
 
 
 def from_levels(levels: Tensor) -> Tensor:
     """What `to_levels` made, float32 in [0, 1]."""
-    return levels.float() / LEVELS
+    return levels.float().div_(LEVELS)
 
 
 class UpscaledFrames:
@@ -119,8 +119,9 @@ class UpscaledFrames:
     def _image(self, number: int, small: Tensor) -> Tensor:
         if self._file is not None and number < self._kept:
             self._file.seek(number * self._bytes)
-            stored = torch.frombuffer(bytearray(self._file.read(self._bytes)), dtype=torch.uint16)
-            return from_levels(stored.view(3, *self._job.size))
+            stored = torch.empty(3, *self._job.size, dtype=torch.uint16)
+            self._file.readinto(stored.numpy().data)
+            return from_levels(stored)
         image = upscale_frames(small[None], self._job.size, upscale_fn=self._upscale_fn)[0]
         if self._upscale_fn is None:
             return image
@@ -128,6 +129,6 @@ class UpscaledFrames:
         levels = to_levels(image)
         if self._file is not None and number == self._kept:
             self._file.seek(number * self._bytes)
-            self._file.write(levels.numpy().tobytes())
+            self._file.write(levels.contiguous().numpy().data)
             self._kept += 1
         return from_levels(levels)

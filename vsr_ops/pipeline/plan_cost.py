@@ -83,6 +83,7 @@ def describe_plan(
     steps: int,
     passes: int,
     *,
+    guided: int | None = None,
     lagged: float,
     tap: float,
     weights: float,
@@ -90,10 +91,14 @@ def describe_plan(
     flops: float,
     speed: float,
 ) -> str:
-    """A plan as text. Bytes, `flops` of one tile's UNet call, `speed` of a matrix product in operations a second."""
+    """A plan as text. Bytes, `flops` of one tile's UNet call, `speed` of a matrix product in operations a second. All
+    `passes` are those of the `guided` steps (None: of every one), spread evenly over the `steps`; the others take one.
+    """
     plan = layout.settled
     tile, tiles = plan.tile_size(0), len(plan.spatial)
-    calls = passes * sum(layout.over(steps).at(step).tiles for step in range(steps))
+    guided = steps if guided is None else min(guided, steps)
+    spent = [passes if (step + 1) * guided // steps > step * guided // steps else 1 for step in range(steps)]
+    calls = sum(layout.over(steps).at(step).tiles * each for step, each in enumerate(spent))
     mode = " (SAP lagged)" if settings.sap_lagged and "sap" in settings.kinds else ""
     seconds = calls * flops / (EFFICIENCY * speed)
     return "\n".join(
@@ -101,7 +106,7 @@ def describe_plan(
             f"latents      {plan.width}x{plan.height}, {plan.frames} frames, {plan.windows[-1].scene + 1} scene(s)",
             f"tiles        {grids(layout)} of {tile}",
             f"propagation  {' + '.join(settings.kinds) or 'none'}{mode if tiles > 1 else ''}",
-            f"UNet         {calls} tile passes of {flops / 1e9:.1f} GFLOP ({steps} steps, {passes} passes a step)",
+            f"UNet         {calls} tile passes of {flops / 1e9:.1f} GFLOP ({steps} steps, {guided} of {passes} passes)",
             f"memory       weights {readable(weights)}, activations about {readable(activations)}, TAP banks"
             f" {readable(tap)}; in host memory: SAP's lagged banks {readable(lagged)}",
             f"time         about {seconds / 60:.1f} minutes of sampling (good to a factor of 2)",

@@ -18,6 +18,7 @@ from ..image.color import COLOR
 from ..sampling.align import ROUNDS, SCALES, align, check_strength
 from ..sampling.calls import Call, calls, gather_tiles
 from ..sampling.guidance import COND, Branch, GuidanceScale, gamma_at, guide, resolve_scale
+from ..sampling.interval import EVERY_STEP, Act, GuidanceInterval, IntervalGuidance
 from ..sampling.layouts import TileLayout, check_layout, laid_out, lay_out
 from ..sampling.noise import frame_noise
 from ..sampling.passes import run_pass
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from .job import Job
 
 #: Latent videos that live together while one is sampled: LR, its zeros, noise, x, two estimates, the blend under way
-#: with its weights, the update's temporaries.
-VIDEO_COPIES = 9
+#: with its weights, the update's temporaries, the estimate and the guidance of a step before.
+VIDEO_COPIES = 11
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class SamplingSettings:
     """What `sample` does. None takes the strategy's own value.
 
     `steps` 0 decodes the LR latent as it is, to see what the diffusion adds. `denoise` below 1 starts from the LR
-    latent at partial noise, keeping `steps`. `batch` is how many spatial tiles go through the UNet together where they
+    latent at partial noise, keeping `steps`: at the last `steps` levels of a longer schedule; `start_sigma` does so at
+    that very noise level. `batch` is how many spatial tiles go through the UNet together where they
     need not all. `align` is lambda of SDATC's alignment along the flow, 0 is off. `sampler` is one of SAMPLERS. Raises
     SettingError.
     """
@@ -52,9 +54,11 @@ class SamplingSettings:
     cfg: float | None = None
     guidance_scale: float | None = None
     rho: float = 0.5
+    interval: GuidanceInterval = EVERY_STEP
     propagation: Propagation = field(default_factory=Propagation)
     seed: int = 0
     denoise: float = 1.0
+    start_sigma: float | None = None
     batch: int = 1
     align: float = 0.0
     align_mode: str = "gradient"
@@ -66,11 +70,21 @@ class SamplingSettings:
             raise SettingError(f"steps is {self.steps}: expected a whole number from 1 to 1000, or 0 for no diffusion")
         if not 0.01 <= self.denoise <= 1:
             raise SettingError(f"denoise is {self.denoise}: expected a share from 0.01 to 1")
+        if self.start_sigma is not None and self.denoise != 1:
+            raise SettingError(
+                f"start sigma is {self.start_sigma} and denoise {self.denoise}: expected one of them, as both say"
+                " where to start; leave one out"
+            )
         if not 0 < self.rho <= 100:
             raise SettingError(f"rho is {self.rho}: expected a number above 0, at most 100 (0.5 is the paper's)")
         if self.batch < 1:
             raise SettingError(f"batch is {self.batch}: expected a whole number from 1")
         resolve_scale(self.guidance, self.cfg, self.guidance_scale)
+        if self.guidance == "none" and not self.interval.everywhere:
+            raise SettingError(
+                "an interval of guidance is given, or steps that keep it, but guidance is none: expected a guidance;"
+                " choose one, or leave them out"
+            )
         check_strength(self.align, self.align_mode, self.align_scale)
         check_sampler(self.sampler)
 
@@ -103,9 +117,10 @@ def make_layout(
 
 @dataclass(frozen=True)
 class NoiseRange:
-    """A model's noise levels: `sigmas` of a number of steps, falling, with a final 0; `most` and `least` it knows."""
+    """A model's noise levels: `sigmas` of a number of steps from a level (None: the most), falling, with a final 0;
+    `most` and `least` it knows."""
 
-    sigmas: Callable[[int], list[float]]
+    sigmas: Callable[[int, float | None], list[float]]
     most: float
     least: float
 
@@ -119,11 +134,19 @@ SVD_NOISE = NoiseRange(sigmas, SIGMA_MAX, SIGMA_MIN)
 
 
 def noise_schedule(settings: SamplingSettings, noise: NoiseRange = SVD_NOISE) -> list[float]:
-    """Falling sigmas with a final 0: all of them, or the last `steps` of a longer schedule at partial denoise."""
+    """Falling sigmas with a final 0: from the most noise, from the start sigma, or at partial denoise the last `steps`
+    of a longer schedule. Raises SettingError for a start that the model does not know."""
     if settings.steps == 0:
         return [0.0]
+    if (start := settings.start_sigma) is not None:
+        if not noise.least < start <= noise.most:
+            raise SettingError(
+                f"start sigma is {start}: expected a noise level of the model, above {noise.least:.4g} and at most"
+                f" {noise.most:.4g}"
+            )
+        return noise.sigmas(settings.steps, start)
     total = max(settings.steps, int(settings.steps / settings.denoise))
-    return noise.sigmas(total)[-(settings.steps + 1) :]
+    return noise.sigmas(total, None)[-(settings.steps + 1) :]
 
 
 def run_steps(settings: SamplingSettings, noise: NoiseRange = SVD_NOISE) -> list[Step]:
@@ -149,13 +172,36 @@ def unet_calls(layout: TilePlan | TileLayout, settings: SamplingSettings, noise:
 
 
 def strengths(settings: SamplingSettings, noise: NoiseRange = SVD_NOISE) -> list[GuidanceScale]:
-    """The guidance's strengths at each step, gamma included."""
+    """The guidance's strengths at each step, gamma included; off where its passes are not spent."""
+    found = zip(_strengths(settings, noise), guidance_acts(settings, noise), strict=True)
+    return [power if act == "new" else replace(power, cfg=1.0, scale=0.0) for power, act in found]
+
+
+def _strengths(settings: SamplingSettings, noise: NoiseRange) -> list[GuidanceScale]:
+    """As if every step were guided."""
     power = resolve_scale(settings.guidance, settings.cfg, settings.guidance_scale)
     schedule = noise_schedule(settings, noise)
     if settings.steps == 0:
         return []
     ends = schedule_ends(schedule, noise.most, noise.least)
     return [replace(power, gamma=gamma_at(sigma, *ends, settings.rho)) for sigma in schedule[:-1]]
+
+
+def guidance_acts(settings: SamplingSettings, noise: NoiseRange = SVD_NOISE) -> list[Act]:
+    """What guidance does at each step. Raises SettingError for an interval in which no step lies."""
+    schedule, chosen = noise_schedule(settings, noise), guide(settings.guidance)
+    acts = settings.interval.acts(schedule[:-1], steps_before(schedule, noise.most))
+    if acts and "new" not in acts:
+        raise SettingError(
+            f"the guidance interval is {settings.interval.sigma_min:g} to {settings.interval.sigma_max:g}, and none of"
+            f" the run's noise levels lies in it ({schedule[0]:.4g} to {schedule[-2]:.4g}): expected some; widen it, or"
+            " choose guidance none"
+        )
+    # DSSAG at gamma 0 adds nothing, so nothing that was kept either.
+    return [
+        "off" if chosen.passes(power) == 1 else act
+        for act, power in zip(acts, _strengths(settings, noise), strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -187,7 +233,8 @@ def sample(
     # Older MPS cannot repeat a border in `grid_sample`.
     where = model.device if model.device.type == "cuda" else lr.device
     levels = NoiseRange.of(model)
-    chosen, schedule, powers = guide(settings.guidance), noise_schedule(settings, levels), strengths(settings, levels)
+    schedule, powers = noise_schedule(settings, levels), strengths(settings, levels)
+    guidance = IntervalGuidance(guide(settings.guidance).predict, guidance_acts(settings, levels))
     shown = model.context(None) if context is None else context
     contexts = {True: _by_scene(laid_out(tiles).settled, shown), False: model.negative_context()}
     lr_by_branch = {True: lr, False: lr if model.always_sees_lr else torch.zeros_like(lr)}
@@ -197,11 +244,11 @@ def sample(
         return frame_noise(numbers, lr.shape[1:], settings.seed, stream).to(lr.device)
 
     noise = draw(0) if noise is None else noise.to(lr.device)
-    first = schedule[0]
-    x = noise * (first**2 + 1) ** 0.5 if settings.denoise == 1 else lr * model.scaling_factor + noise * first
+    first, pure = schedule[0], settings.denoise == 1 and settings.start_sigma is None
+    x = noise * (first**2 + 1) ** 0.5 if pure else lr * model.scaling_factor + noise * first
     layout = laid_out(tiles).over(total_steps(settings, levels))
     run = TileRun(layout.phases[0], settings.propagation, layout=layout)
-    steps = run_steps(settings, levels)
+    steps, next_x = run_steps(settings, levels), SAMPLERS[settings.sampler]()
     for i, ((sigma, following), step, power) in enumerate(zip(pairwise(schedule), steps, powers, strict=True)):
 
         def evaluate(x: Tensor, branch: Branch, call: Call, sigma: float = sigma) -> Tensor:
@@ -216,11 +263,11 @@ def sample(
             value = run_pass(run, step, branch, lambda call: evaluate(x, branch, call), settings.batch)
             return value, None if run.saliency is None else run.saliency.result()
 
-        x0 = chosen.predict(denoise, x, power)
+        x0 = guidance.predict(i, denoise, x, power)
         if flow is not None:
             v = SCALES[settings.align_scale](sigma, following)
             x0 = align(x0, flow, settings.align, v, settings.align_mode, ROUNDS, where)
-        x = SAMPLERS[settings.sampler](x, x0, sigma, following, partial(draw, i + 1))
+        x = next_x(x, x0, sigma, following, partial(draw, i + 1))
     return x.to(given)
 
 

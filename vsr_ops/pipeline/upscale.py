@@ -21,6 +21,7 @@ from ..flow.raft import Estimator
 from ..image.color import correct
 from ..sampling.align import SHARE
 from ..sampling.tiling import TilePlan
+from ..system.allocator import give_back
 from ..system.outputs import claimed
 from ..vae.latents import CELL, encode_frames
 from ..video import Frame, check_output, open_writer
@@ -57,7 +58,7 @@ def upscale(
     parts.check_fits(model)
     cuts = scene_cuts(job) if cuts is None else cuts
     layout = make_layout(job, settings, model.tile, model.factor, NoiseRange.of(model), cuts)
-    plan = layout.settled
+    plan, total = layout.settled, unet_calls(layout, settings, NoiseRange.of(model))
     with claimed(output), closing(UpscaledFrames(job, parts.upscale_fn, output.parent)) as upscaled:
         flow = _latent_flow(job, settings, plan, upscaled, cuts, progress, parts.flow)
         lr = torch.empty(job.frames, 4, plan.height, plan.width)
@@ -65,9 +66,10 @@ def upscale(
         for i, z in enumerate(encode_frames(model, (frame.image for frame in upscaled()), plan.height, plan.width)):
             lr[i] = z
             progress("encode", i + 1, job.frames)
+        give_back()
         levels = None if parts.prompts is None else parts.prompts.levels(job)
         context = _contexts(model, upscaled, cuts)
-        calls_done, total = count(1), unet_calls(layout, settings, NoiseRange.of(model))
+        calls_done = count(1)
         with apply_capm(model, parts.prompts, levels):
             result = sample(
                 model,
@@ -79,6 +81,7 @@ def upscale(
                 flow=flow,
                 first_frame=job.start,
             )
+        give_back()
         progress("decode", 0, job.frames)
         pictures = decoded(model, result / model.scaling_factor, parts, levels, upscaled, job.size, cuts)
         pairs = (

@@ -1,7 +1,8 @@
 """One self-attention with extended keys and values and a temperature, and the perturbed forms guidance swaps in.
 
 Tensors are `(videos*frames, heads, tokens, dim)`. Everything goes through one fused attention, torch's or a host's, in
-no more sequences at a time than CUDA takes.
+no more sequences at a time than CUDA takes. Where it can say its log-sum-exp, what is appended is attended to apart and
+merged, else the keys are joined.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from .kernels import Kernel, lse_kernel
+
 
 class KeyValue(NamedTuple):
-    """Keys and values of one layer, both `(videos*frames, heads, tokens, dim)`."""
+    """Keys and values of one layer, both `(videos*frames, heads, tokens, dim)`; those to append `(videos or 1, frames
+    or 1, heads, tokens, dim)`, 1 where all share them."""
 
     keys: Tensor
     values: Tensor
@@ -50,7 +54,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
 
 
 class SelfAttention(Protocol):
-    """`extra` holds keys and values appended to the layer's own; `frames` how many frames one video has; `fused` does
+    """`extra` holds keys and values to append to the layer's own; `frames` how many frames one video has; `fused` does
     the attention itself."""
 
     def __call__(
@@ -62,10 +66,44 @@ def plain(
     q: Tensor, k: Tensor, v: Tensor, extra: KeyValue | None, frames: int, fused: Fused = fused_attention
 ) -> Tensor:
     """softmax(Q [K; K']^T / sqrt(d)) [V; V'], DC-VSR equations 1 and 2."""
-    if extra is not None:
-        k = torch.cat([k, extra.keys.to(k)], dim=2)
-        v = torch.cat([v, extra.values.to(v)], dim=2)
-    return fused(q, k, v)
+    if extra is None:
+        return fused(q, k, v)
+    extra = KeyValue(extra.keys.to(k), extra.values.to(v))
+    kernel = lse_kernel(q, k, v) if fused is fused_attention else None
+    if kernel is None:
+        return fused(q, joined(k, extra.keys, frames), joined(v, extra.values, frames))
+    return merged(kernel, q, k, v, extra, frames)
+
+
+def merged(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, extra: KeyValue, frames: int) -> Tensor:
+    """`plain` as two attentions, to the layer's own keys and to the extra ones, weighed by their sums of exponentials.
+
+    No key is copied: the queries of all videos or frames that share the extra keys attend to them in one call.
+    """
+    out, lse = with_lse(kernel, q, k, v)
+    axes = dict(zip("mt", extra.keys.shape[:2], strict=True))
+    rows, shared = (" ".join(axis for axis, size in axes.items() if (size == 1) is one) for one in (False, True))
+    apart, folded, sizes = "(m t) h n", f"({rows}) h ({shared} n)", {"t": frames, "n": q.shape[2]}
+    other, its = with_lse(kernel, rearrange(q, f"{apart} d -> {folded} d", **sizes), *(x.flatten(0, 1) for x in extra))
+    other, its = rearrange(other, f"{folded} d -> {apart} d", **sizes), rearrange(its, f"{folded} -> {apart}", **sizes)
+    share = torch.sigmoid(its - lse).unsqueeze(-1)
+    return out.lerp_(other, share.to(out.dtype))
+
+
+def with_lse(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A kernel's attention and log-sum-exp in no more sequences at once than CUDA takes."""
+    size = batch_limit(q.shape[1])
+    parts = [kernel(*(x[first : first + size] for x in (q, k, v))) for first in range(0, q.shape[0], size)]
+    if len(parts) == 1:
+        return parts[0]
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def joined(own: Tensor, extra: Tensor, frames: int) -> Tensor:
+    """A layer's own tokens and those to append, of every frame."""
+    apart = rearrange(own, "(m t) h n d -> m t h n d", t=frames)
+    return torch.cat([apart, extra.expand(*apart.shape[:2], -1, -1, -1)], dim=3).flatten(0, 1)
 
 
 def temperature(q: Tensor, k: Tensor, gamma: float, frames: int) -> Tensor:

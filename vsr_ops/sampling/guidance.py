@@ -199,11 +199,15 @@ def sag(denoise: Denoise, x: Tensor, strength: GuidanceScale) -> Tensor:
     return add_sag(_estimate(denoise), x, guided, weak, estimate, saliency, strength.scale)
 
 
+Predict = Callable[[Denoise, Tensor, GuidanceScale], Tensor]
+"""(denoise, x, strength) -> the guided estimate of the whole video."""
+
+
 @dataclass(frozen=True)
 class Guide:
     """A strategy of the table: its function, the scale to use when none is given, and the passes it takes a step."""
 
-    predict: Callable[[Denoise, Tensor, GuidanceScale], Tensor]
+    predict: Predict
     default_scale: float
     default_cfg: float
     passes: Callable[[GuidanceScale], int]

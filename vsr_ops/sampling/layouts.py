@@ -17,10 +17,10 @@ from .tiling import Span, TilePlan, TileSize, Window, plan_tiles
 
 #: The least overlap of `balanced`, as a share of a tile, to the nearest multiple of the UNet's factor.
 LEAST = 3 / 8
-#: An axis whose tiles overlap by this share anyway need not move in `shifted`.
+#: That of the last steps of `shifted`; where an axis overlaps by as much anyway, it need not move.
 ENOUGH = 1 / 4
-#: Where `shifted` has its borders, in turn: the share of the way from one tile to the next.
-PHASES = (0.0, 0.5)
+#: Where `shifted` has its borders, in turn: the share of the way from one tile to the next. Each is far from the last.
+PHASES = (0.0, 1 / 2, 1 / 4, 3 / 4)
 #: How many last steps of `shifted` overlap.
 SETTLING = 2
 
@@ -109,12 +109,14 @@ def _balanced(plan: TilePlan, overlap: float, factor: int) -> TileLayout:
 
 
 def _shifted(plan: TilePlan, overlap: float, factor: int) -> TileLayout:
-    """As few tiles as cover the video, their borders elsewhere from step to step; `balanced` at the end."""
+    """As few tiles as cover the video, their borders elsewhere from step to step; a quarter of overlap at the end."""
     phases = tuple(
         _with_axes(plan, lambda extent, tile, k, s=share: moved_spans(even_spans(extent, tile, 0, k), s, k), factor)
         for share in PHASES
     )
-    return TileLayout(phases, _balanced(plan, overlap, factor).settled, SETTLING)
+    least = min(overlap, ENOUGH)
+    settled = _with_axes(plan, lambda extent, tile, k: even_spans(extent, tile, least, k), factor)
+    return TileLayout(phases, settled, SETTLING)
 
 
 LAYOUTS: dict[str, Callable[[TilePlan, float, int], TileLayout]] = {

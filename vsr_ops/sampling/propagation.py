@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 
 from ..errors import SettingError
@@ -162,6 +162,15 @@ class TileRun:
     #: The lagged banks of the window under way, joined and on the device, by layer.
     _joined: dict[str, KeyValue] = field(default_factory=dict[str, KeyValue])
     _joined_at: tuple[int, str, int] | None = None
+    _device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    #: Of the call that is served: what its layers find, whether they leave tokens for SAP and for TAP, and what they
+    #: have left, by layer: SAP's of all its tiles, TAP's tile by tile.
+    _served: Call | None = None
+    _lent: dict[str, KeyValue] = field(default_factory=dict[str, KeyValue])
+    _gathers: bool = False
+    _hands_over: bool = False
+    _gathered: dict[str, KeyValue] = field(default_factory=dict[str, KeyValue])
+    _handed: dict[str, list[KeyValue]] = field(default_factory=dict[str, list[KeyValue]])
 
     @property
     def bank_bytes(self) -> int:
@@ -179,10 +188,46 @@ class TileRun:
         if self.layout is not None:
             self.plan = self.layout.at(step.index)
         self._tap, self._joined, self._joined_at = {}, {}, None
+        self._forget()
         self.saliency = Saliency(self.plan) if branch.observe else None
+
+    def serve(self, call: Call) -> None:
+        """Announces the evaluation of a call, or of a part of one: its layers find what they read on the device, and
+        leave what others will read there. Nothing that tells calls of one kind apart is looked at in between, so that a
+        compiled model serves them all."""
+        self._collect()
+        self._served = call
+        left, right = self._neighbours(call)
+        several, tap = len(self.plan.spatial) > 1, call.step.kind == "tap"
+        following = step_at(call.step.index + 1, self.settings.kinds).kind
+        self._gathers = self.settings.sap_lagged and several and following == "sap"
+        self._hands_over = tap and right is not None
+        if tap and left is not None:
+            self._lent = self._taken_over(call, left)
+        elif call.step.kind == "sap" and several and self.settings.sap_lagged:
+            self._lent = self._lagged_banks(call)
+
+    def _forget(self) -> None:
+        """Nothing is served, and what was left is lost."""
+        self._served, self._lent, self._gathered, self._handed = None, {}, {}, {}
+
+    def _collect(self) -> None:
+        """Takes what the layers of the call that was served have left."""
+        if (call := self._served) is not None:
+            key = (call.branch.name, call.window)
+            for layer, all_tiles in self._gathered.items():
+                bank = self._gathering.setdefault((*key, layer), {})
+                self._device = all_tiles.keys.device
+                for i, m in enumerate(call.tiles):
+                    own = slice(i * call.frames, (i + 1) * call.frames)
+                    bank[m] = KeyValue(*(to_host(x[own], self._pin) for x in all_tiles))
+            for layer, tiles in self._handed.items():
+                self._tap.setdefault((*key, layer), {}).update(zip(call.tiles, tiles, strict=True))
+        self._forget()
 
     def finish(self, call: Call) -> None:
         """Announces that a call is done with: what only it needed is dropped."""
+        self._collect()
         left = self._neighbours(call)[0]
         for key in [key for key in self._tap if key[:2] == (call.branch.name, left)]:
             for m in call.tiles:
@@ -194,6 +239,7 @@ class TileRun:
 
     def shrink(self, call: Call) -> None:
         """Makes do with half of the call's tiles at once from now on. Synchronous SAP, which cannot, becomes lagged."""
+        self._forget()
         self.limit = len(call.tiles) // 2
         if call.step.kind == "sap" and not self.settings.sap_lagged:
             self.settings = replace(self.settings, sap_lagged=True)
@@ -221,75 +267,55 @@ class TileRun:
 
     def _extend(self, call: Call, layer: str, k: Tensor, v: Tensor) -> KeyValue | None:
         grid = token_grid(k.shape[2], call.height, call.width)
-        if self.settings.sap_lagged:
-            self._gather(call, layer, grid, k, v)
-        if call.step.kind == "sap" and len(self.plan.spatial) > 1:
-            lagged = self.settings.sap_lagged
-            return self._lagged_bank(call, layer, k) if lagged else self._shared_bank(call, grid, k, v)
-        if call.step.kind == "tap":
-            return self._hand_over(call, layer, grid, k, v)
-        return None
+        if self._gathers:
+            rate = sap_rate(self.settings, len(self.plan.spatial), grid)
+            # contiguous: a view would keep the whole layer's keys alive
+            self._gathered[layer] = KeyValue(*(subsample(x, grid, rate).contiguous() for x in (k, v)))
+        if self._hands_over:
+            tiles = (slice(first, first + call.frames) for first in range(0, len(k), call.frames))
+            self._handed[layer] = [self._sharpest(k[own], v[own], grid) for own in tiles]
+        if call.step.kind == "sap" and not self.settings.sap_lagged and len(self.plan.spatial) > 1:
+            return self._shared_bank(call, grid, k, v)
+        return self._lent.get(layer)
 
     def _shared_bank(self, call: Call, grid: tuple[int, int], k: Tensor, v: Tensor) -> KeyValue:
-        """The subsampled tokens of all tiles of the batch, per frame, for each tile."""
-        rate, tiles = sap_rate(self.settings, len(self.plan.spatial), grid), len(call.tiles)
-        banks = [
-            repeat(subsample(x, grid, rate), "(m t) h n d -> (copy t) h (m n) d", m=tiles, copy=tiles) for x in (k, v)
-        ]
+        """The subsampled tokens of all tiles of the batch, per frame, for every tile."""
+        rate = sap_rate(self.settings, len(self.plan.spatial), grid)
+        banks = (rearrange(subsample(x, grid, rate), "(m t) h n d -> 1 t h (m n) d", t=call.frames) for x in (k, v))
         return KeyValue(*banks)
 
-    def _gather(self, call: Call, layer: str, grid: tuple[int, int], k: Tensor, v: Tensor) -> None:
-        """Keeps this step's subsampled tokens for the next step, if that one is a SAP step."""
-        count = len(self.plan.spatial)
-        if count == 1 or step_at(call.step.index + 1, self.settings.kinds).kind != "sap":
-            return
-        rate = sap_rate(self.settings, count, grid)
-        bank = self._gathering.setdefault((call.branch.name, call.window, layer), {})
-        for i, m in enumerate(call.tiles):
-            own = slice(i * call.frames, (i + 1) * call.frames)
-            # contiguous: a view would keep the whole layer's keys alive on the CPU
-            bank[m] = KeyValue(*(to_host(subsample(x[own], grid, rate).contiguous(), self._pin) for x in (k, v)))
-
-    def _lagged_bank(self, call: Call, layer: str, like: Tensor) -> KeyValue | None:
+    def _lagged_banks(self, call: Call) -> dict[str, KeyValue]:
+        """What the step before left of a call's window, by layer, its tiles in a row, on the device."""
         place = (call.step.index, call.branch.name, call.window)
         if self._joined_at != place:
             self._joined, self._joined_at = {}, place
-        if layer not in self._joined:
-            own = self.plan.windows[call.window]
-            parts = [
-                self._joined_tiles((call.branch.name, n, layer), frames, like)
-                for n, frames in frames_within(own, self._lagged_windows)
-            ]
-            there = [part for part in parts if part is not None]
-            if len(there) < max(len(parts), 1):
-                return None
-            self._joined[layer] = KeyValue(*(torch.cat(each) for each in zip(*there, strict=True)))
-        return KeyValue(*(repeat(x, "t h n d -> (m t) h n d", m=len(call.tiles)) for x in self._joined[layer]))
+            found = frames_within(self.plan.windows[call.window], self._lagged_windows)
+            for layer in dict.fromkeys(layer for branch, _, layer in self._lagged if branch == call.branch.name):
+                parts = [self._joined_tiles((call.branch.name, n, layer), frames) for n, frames in found]
+                there = [part for part in parts if part is not None]
+                if there and len(there) == len(parts):
+                    self._joined[layer] = KeyValue(*(torch.cat(each).unsqueeze(0) for each in zip(*there, strict=True)))
+        return self._joined
 
-    def _joined_tiles(self, key: tuple[str, int, str], frames: slice, like: Tensor) -> KeyValue | None:
-        """Some frames of a lagged bank, its tiles in a row, on the device of `like`; nothing where there is none."""
+    def _joined_tiles(self, key: tuple[str, int, str], frames: slice) -> KeyValue | None:
+        """Some frames of a lagged bank, its tiles in a row, on the device; nothing where there is none."""
         bank = self._lagged.get(key)
         if not bank:
             return None
         # Joined on the device: in the machine's memory they may not have arrived yet.
-        tiles = [[to_device(x, like.device).to(like)[frames] for x in bank[m]] for m in sorted(bank)]
+        tiles = [[to_device(x, self._device)[frames] for x in bank[m]] for m in sorted(bank)]
         return KeyValue(*(torch.cat(parts, dim=2) for parts in zip(*tiles, strict=True)))
 
-    def _hand_over(self, call: Call, layer: str, grid: tuple[int, int], k: Tensor, v: Tensor) -> KeyValue | None:
-        """Stores this window's sharpest frames for the next window, and returns what the last one left."""
-        left, right = self._neighbours(call)
-        found = self._tap.get((call.branch.name, left, layer)) if left is not None else None
-        if right is not None:
-            bank = self._tap.setdefault((call.branch.name, call.window, layer), {})
-            for i, m in enumerate(call.tiles):
-                own = slice(i * call.frames, (i + 1) * call.frames)
-                bank[m] = self._sharpest(k[own], v[own], grid)
-        if found is None:
-            return None
-        tiles = [found[m] for m in call.tiles]
-        # for one tile a view: every frame sees the same tokens
-        joined = [torch.cat(parts) for parts in zip(*tiles, strict=True)]
-        return KeyValue(*(repeat(x, "m h n d -> (m t) h n d", t=call.frames) for x in joined))
+    def _taken_over(self, call: Call, left: int) -> dict[str, KeyValue]:
+        """What the window before left of a call's tiles, by layer, one for all frames."""
+        found: dict[str, KeyValue] = {}
+        for (branch, window, layer), bank in self._tap.items():
+            if (branch, window) == (call.branch.name, left):
+                tiles = [bank[m] for m in call.tiles]
+                # of one tile a view
+                banks = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*tiles, strict=True))
+                found[layer] = KeyValue(*(x.unsqueeze(1) for x in banks))
+        return found
 
     def _neighbours(self, call: Call) -> tuple[int | None, int | None]:
         """The windows of the same scene that run before and after the call's at a TAP step."""
@@ -302,6 +328,8 @@ class TileRun:
         return (neighbour(-1), neighbour(1)) if call.step.forward else (neighbour(1), neighbour(-1))
 
     def _sharpest(self, k: Tensor, v: Tensor, grid: tuple[int, int]) -> KeyValue:
-        frames = sharpest_frames(k, self.settings.tap_frames)
-        chosen = [subsample(x.index_select(0, frames), grid, self.settings.tap_rate) for x in (k, v)]
-        return KeyValue(*(rearrange(x, "t h n d -> 1 h (t n) d") for x in chosen))
+        if len(k) > self.settings.tap_frames:
+            frames = sharpest_frames(k, self.settings.tap_frames)
+            k, v = (x.index_select(0, frames) for x in (k, v))
+        rate = self.settings.tap_rate
+        return KeyValue(*(rearrange(subsample(x, grid, rate), "t h n d -> 1 h (t n) d") for x in (k, v)))

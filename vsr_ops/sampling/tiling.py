@@ -141,6 +141,12 @@ def cores(extent: int, size: int, margin: int) -> tuple[Core, ...]:
     return tuple(parts)
 
 
+def even_part(extent: int, most: int) -> int:
+    """The even length of an axis's parts, for as few of at most `most` as there can be, all nearly equal."""
+    parts = -(-extent // most)
+    return 2 * -(-extent // (2 * parts))
+
+
 def plan_tiles(
     frames: int,
     height: int,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .allocator import give_back
+
 #: CUDA's number for its own out-of-memory, in errors that torch does not sort (cudaErrorMemoryAllocation).
 _CUDA_NO_MEMORY = 2
 #: Newer torch has a class for what an accelerator reports later than at the allocation.
@@ -26,7 +28,8 @@ def ran_out(error: BaseException) -> bool:
 
 
 def free_cached() -> None:
-    """Gives back what torch's allocator keeps for later."""
+    """Gives back what the allocators, torch's and the C library's, keep for later."""
+    give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -187,7 +187,8 @@ class Writer:
         wanted, found = (count, *self._size), tuple(channels.shape)
         if found != wanted:
             raise VideoError(f"frame {self._written} has {name} of shape {found}; expected {wanted}")
-        if not bool(torch.isfinite(channels).all()):
+        # Infinity and NaN reach the sum, which takes a tenth of the time; a sum alone may overflow.
+        if not bool(channels.sum().isfinite()) and not bool(torch.isfinite(channels).all()):
             raise VideoError(f"frame {self._written} has {name} that is not finite; expected [0, 1]")
 
     def _abandon(self, sink: VideoSink | PictureSink) -> None:

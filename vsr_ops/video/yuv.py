@@ -6,11 +6,13 @@ FFmpeg's scaler only unpacks here, at an unchanged bit depth. Its own YUV to RGB
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
-from einops import rearrange
+from av.video.plane import VideoPlane
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,6 +32,9 @@ RGB_MATRIX = 0
 
 UNSPECIFIED = 2
 """The H.273 code for "not said", in matrices, primaries and transfers alike."""
+
+_TOGETHER = 2**18
+"""Pixels that are converted together, about: what lies between stays in the processor's cache."""
 
 _DEEP = (9, 10, 12, 14, 16)
 _SAMPLINGS = {(8, 8): "420", (8, 16): "422"}
@@ -76,18 +81,18 @@ def to_rgb(frame: VideoFrame, matrix: int, full: bool, centred: bool = False) ->
     flat = frame.reformat(format=target, src_color_range=span, dst_color_range=span, interpolation="BICUBIC")
     bits = bit_depth(flat.format)
     top = 2.0**bits - 1
-    planes = [_read_plane(flat, index, bits) for index in range(len(flat.planes))]
+    planes = [_codes(flat, index, bits) for index in range(len(flat.planes))]
     alpha = planes[3].unsqueeze(0) / top if len(planes) == 4 else None
+    image = torch.empty(3, flat.height, flat.width)
     if len(planes) == 1:
-        step = 2.0 ** (bits - 8)
-        grey = planes[0] / top if full else (planes[0] - 16 * step) / (219 * step)
-        image = grey.expand(3, -1, -1)
+        torch.clamp(_luma(planes[0], full, bits), 0, 1, out=image[0])
+        image[1:] = image[0]
     elif target.startswith("gbr"):
-        image = torch.stack([planes[2], planes[0], planes[1]]) / top
+        for out, plane in zip(image, (planes[2], planes[0], planes[1]), strict=True):
+            torch.div(plane, top, out=out)
     else:
-        chroma = _widen(torch.stack(planes[1:3]), planes[0].shape[-2], planes[0].shape[-1], centred)
-        image = _yuv_to_rgb(planes[0], chroma, matrix, full, bits)
-    return image.clamp(0, 1).contiguous(), alpha
+        _fill_from_yuv(image, planes[0], planes[1:3], _from_chroma(matrix, full, bits), full, bits, centred)
+    return image, alpha
 
 
 def from_rgb(image: Tensor, alpha: Tensor | None, pixels: str, matrix: int, full: bool) -> VideoFrame:
@@ -100,17 +105,25 @@ def from_rgb(image: Tensor, alpha: Tensor | None, pixels: str, matrix: int, full
     frame = VideoFrame(width, height, pixels)
     bits = bit_depth(frame.format)
     top = 2**bits - 1
-    rgb = image.clamp(0, 1)
-    if frame.format.is_rgb:
-        planes = list(rgb[[1, 2, 0]] * top)
-    else:
-        luma, chroma = _rgb_to_yuv(rgb, matrix, full, bits)
-        planes = [luma, *_shrink(chroma, frame.planes[1].width < width, frame.planes[1].height < height)]
-    if has_alpha(frame.format):
-        opacity = torch.ones_like(image[0]) if alpha is None else alpha[0].clamp(0, 1)
-        planes.append(opacity * top)
-    for index, plane in enumerate(planes):
-        _write_plane(frame, index, plane.round().clamp(0, top), bits)
+    for index in range(len(frame.planes)):
+        _blank_padding(frame.planes[index])
+    planes = [_codes(frame, index, bits) for index in range(len(frame.planes))]
+    halved = planes[1].shape[0] < height
+    rows = 2 * max(1, _TOGETHER // (2 * width))
+    for start in range(0, height, rows):
+        part = slice(start, min(start + rows, height))
+        rgb = image[:, part].clamp(0, 1)
+        if frame.format.is_rgb:
+            values = list(rgb[[1, 2, 0]] * top)
+        else:
+            luma, chroma = _rgb_to_yuv(rgb, matrix, full, bits)
+            values = [luma, *_shrink(chroma, planes[1].shape[1] < width, halved)]
+        if has_alpha(frame.format):
+            opacity = torch.ones_like(rgb[0]) if alpha is None else alpha[0, part].clamp(0, 1)
+            values.append(opacity * top)
+        for index, value in enumerate(values):
+            there = slice(start // 2, (part.stop + 1) // 2) if halved and index in (1, 2) else part
+            planes[index][there] = value.round_().clamp_(0, top).to(planes[index].dtype)
     return frame
 
 
@@ -131,15 +144,39 @@ def _planar(pixels: VideoFormat) -> str:
     return f"{letters}{sampling}p{suffix}"
 
 
-def _yuv_to_rgb(codes: Tensor, chroma: Tensor, matrix: int, full: bool, bits: int) -> Tensor:
-    kr, kb = MATRICES[matrix]
+def _fill_from_yuv(
+    image: Tensor, luma: Tensor, chroma: Sequence[Tensor], from_chroma: Tensor, full: bool, bits: int, centred: bool
+) -> None:
+    """Writes codes as RGB, clipped, into `image` (3, h, w), some rows at a time."""
+    height, width = luma.shape
+    halved = chroma[0].shape[0] < height
+    rows = 2 * max(1, _TOGETHER // (2 * width))
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        first, last = (max(top // 2 - 1, 0), bottom // 2 + 2) if halved else (top, bottom)
+        codes = torch.stack([plane[first:last].float() for plane in chroma]).sub_(128 * 2.0 ** (bits - 8))
+        # Linear, so that it may come before chroma is widened, where there is a quarter of it.
+        shares = torch.mm(from_chroma, codes.flatten(1)).view(3, *codes.shape[1:])
+        wide = _widen(shares, shares.shape[1] * (2 if halved else 1), width, centred)
+        start = top - 2 * first if halved else 0
+        mixed = wide[:, start : start + bottom - top].add_(_luma(luma[top:bottom], full, bits))
+        torch.clamp(mixed, 0, 1, out=image[:, top:bottom])
+
+
+def _luma(codes: Tensor, full: bool, bits: int) -> Tensor:
+    """Luma codes from 0, black, to 1, white."""
     step = 2.0 ** (bits - 8)
-    top = 2.0**bits - 1
-    luma = codes / top if full else (codes - 16 * step) / (219 * step)
-    blue, red = (chroma - 128 * step) / (top if full else 224 * step)
-    r = luma + 2 * (1 - kr) * red
-    b = luma + 2 * (1 - kb) * blue
-    return torch.stack([r, (luma - kr * r - kb * b) / (1 - kr - kb), b])
+    return codes.float().div_(2.0**bits - 1) if full else codes.float().sub_(16 * step).div_(219 * step)
+
+
+def _from_chroma(matrix: int, full: bool, bits: int) -> Tensor:
+    """What codes of blue and red difference, less their middle, add to luma: (3, 2), RGB by chroma."""
+    kr, kb = MATRICES[matrix]
+    span = 2.0**bits - 1 if full else 224 * 2.0 ** (bits - 8)
+    red, blue = 2 * (1 - kr), 2 * (1 - kb)
+    green = 1 - kr - kb
+    rows = [[0, red], [-kb * blue / green, -kr * red / green], [blue, 0]]
+    return torch.tensor(rows, dtype=torch.float64).div(span).float()
 
 
 def _rgb_to_yuv(rgb: Tensor, matrix: int, full: bool, bits: int) -> tuple[Tensor, Tensor]:
@@ -147,54 +184,61 @@ def _rgb_to_yuv(rgb: Tensor, matrix: int, full: bool, bits: int) -> tuple[Tensor
     kr, kb = MATRICES[matrix]
     step = 2.0 ** (bits - 8)
     top = 2.0**bits - 1
-    luma = kr * rgb[0] + (1 - kr - kb) * rgb[1] + kb * rgb[2]
-    chroma = torch.stack([(rgb[2] - luma) / (2 * (1 - kb)), (rgb[0] - luma) / (2 * (1 - kr))])
-    codes = luma * top if full else 16 * step + luma * 219 * step
-    return codes, 128 * step + chroma * (top if full else 224 * step)
+    luma = (kr * rgb[0]).add_(rgb[1], alpha=1 - kr - kb).add_(rgb[2], alpha=kb)
+    span = top if full else 224 * step
+    chroma = torch.stack([rgb[2] - luma, rgb[0] - luma])
+    for difference, share in zip(chroma, (kb, kr), strict=True):
+        difference.mul_(span / (2 * (1 - share))).add_(128 * step)
+    return luma.mul_(top) if full else luma.mul_(219 * step).add_(16 * step), chroma
 
 
 def _widen(chroma: Tensor, height: int, width: int, centred: bool) -> Tensor:
-    """Chroma (2, h, w) at the size of luma, linearly; between rows, and on even columns unless centred."""
+    """Chroma (c, h, w) at the size of luma, linearly; between rows, and on even columns unless centred."""
     if chroma.shape[-2] < height:
         chroma = _double(chroma)[..., :height, :]
     if chroma.shape[-1] < width and centred:
-        chroma = _double(chroma.mT).mT[..., :width]
+        chroma = _double(chroma.mT.contiguous()).mT[..., :width]
     elif chroma.shape[-1] < width:
-        following = torch.cat([chroma[..., 1:], chroma[..., -1:]], dim=-1)
-        chroma = rearrange([chroma, (chroma + following) / 2], "two c h w -> c h (w two)")[..., :width]
+        between = torch.empty_like(chroma)
+        between[..., -1] = chroma[..., -1]
+        torch.lerp(chroma[..., :-1], chroma[..., 1:], 0.5, out=between[..., :-1])
+        # Two by two, as the parts of a complex number lie: nothing else interleaves as fast.
+        chroma = torch.view_as_real(torch.complex(chroma, between)).flatten(-2)[..., :width]
     return chroma
 
 
 def _double(rows: Tensor) -> Tensor:
-    """(2, h, w) to (2, 2h, w): each row is split in two that lie a quarter of its height off its centre."""
-    before = torch.cat([rows[:, :1], rows[:, :-1]], dim=1)
-    after = torch.cat([rows[:, 1:], rows[:, -1:]], dim=1)
-    return rearrange([(3 * rows + before) / 4, (3 * rows + after) / 4], "two c h w -> c (h two) w")
+    """(c, h, w) to (c, 2h, w): each row is split in two that lie a quarter of its height off its centre."""
+    out = rows.new_empty(rows.shape[0], 2 * rows.shape[1], rows.shape[2])
+    out[:, 0], out[:, -1] = rows[:, 0], rows[:, -1]
+    torch.lerp(rows[:, 1:], rows[:, :-1], 0.25, out=out[:, 2::2])
+    torch.lerp(rows[:, :-1], rows[:, 1:], 0.25, out=out[:, 1:-1:2])
+    return out
 
 
 def _shrink(chroma: Tensor, across: bool, down: bool) -> Tensor:
-    """Halve chroma (2, h, w): [1 2 1]/4 around every even column, the mean of two rows."""
+    """Halve chroma (2, h, w): the mean of two rows, [1 2 1]/4 around every even column."""
     width, height = chroma.shape[-1], chroma.shape[-2]
+    if down:
+        padded = F.pad(chroma.unsqueeze(0), (0, 0, 0, height % 2), mode="replicate")[0] if height % 2 else chroma
+        chroma = (padded[..., 0::2, :] + padded[..., 1::2, :]).div_(2)
     if across:
         padded = F.pad(chroma.unsqueeze(0), (1, 1 + width % 2, 0, 0), mode="replicate")[0]
         left, middle, right = padded[..., 0:-2:2], padded[..., 1:-1:2], padded[..., 2::2]
-        chroma = (left + 2 * middle + right) / 4
-    if down:
-        padded = F.pad(chroma.unsqueeze(0), (0, 0, 0, height % 2), mode="replicate")[0]
-        chroma = (padded[..., 0::2, :] + padded[..., 1::2, :]) / 2
+        chroma = (left + right).add_(middle, alpha=2).div_(4)
     return chroma
 
 
-def _read_plane(frame: VideoFrame, index: int, bits: int) -> Tensor:
+def _codes(frame: VideoFrame, index: int, bits: int) -> Tensor:
+    """A plane's codes as they lie in the frame, which they keep alive."""
     plane = frame.planes[index]
-    raw = np.frombuffer(bytes(plane), dtype=np.dtype("u1" if bits == 8 else "<u2")).astype(np.float32)
-    return rearrange(torch.as_tensor(raw), "(h w) -> h w", h=plane.height)[:, : plane.width]
+    kind = np.dtype("u1" if bits == 8 else "<u2")
+    # A copy where memory is read-only, which torch has no tensors of.
+    raw = np.require(np.frombuffer(plane, kind), requirements="W")
+    return torch.from_numpy(raw.reshape(plane.height, -1))[:, : plane.width]
 
 
-def _write_plane(frame: VideoFrame, index: int, values: Tensor, bits: int) -> None:
-    plane = frame.planes[index]
-    kind = np.dtype(np.uint8 if bits == 8 else "<u2")
-    # Rows are padded to what the encoder likes; the padding is never shown.
-    rows = np.zeros((plane.height, plane.line_size // kind.itemsize), dtype=kind)
-    rows[:, : plane.width] = values.cpu().numpy()
-    plane.update(rows.tobytes())
+def _blank_padding(plane: VideoPlane) -> None:
+    """Rows are padded to what the encoder likes; the padding is never shown, but no old memory goes into it."""
+    if plane.line_size != plane.width:
+        plane.update(bytes(plane.buffer_size))

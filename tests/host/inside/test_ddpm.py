@@ -1,4 +1,4 @@
-"""SDATC's 50 steps of DDPM in a graph: the host's own sampler "ddpm" on its schedule "normal" is the headless one."""
+"""The host's own samplers are the headless ones: SDATC's 50 steps of DDPM on the schedule "normal", and DPM++ 2M."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_step_of_the_hosts_is_ours(host: ModuleType, sd: Any) -> None:
         calls.append((x.clone(), out.clone()))
         return out
 
-    frame_noise, ddpm = module("sampling.noise").frame_noise, module("sampling.samplers").SAMPLERS["ddpm"]
+    frame_noise, ddpm = module("sampling.noise").frame_noise, module("sampling.samplers").SAMPLERS["ddpm"]()
 
     def draw(stream: int) -> Tensor:
         return frame_noise(range(ALONE[0]), ALONE[1:], SEED, stream)
@@ -91,3 +91,27 @@ def test_the_whole_run_is_the_headless_one(host: ModuleType, nodes: dict[str, An
     # It leaves the last noise levels out, down to timestep 19.
     assert simple[-2] > 4 * sigmas[-2]
     assert relative(other, found) > 1e-3
+
+
+def test_every_step_of_the_hosts_dpmpp_2m_is_ours(host: ModuleType, sd: Any) -> None:
+    """And so is the whole run, started from a latent at a noise level, on the host's KarrasScheduler."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def note(executor: Any, x: Tensor, *rest: Any, **more: Any) -> Tensor:
+        out = executor(x, *rest, **more)
+        calls.append((x.clone(), out.clone()))
+        return out
+
+    samplers = importlib.import_module("comfy.samplers")
+    sigmas = importlib.import_module("comfy.k_diffusion.sampling").get_sigmas_karras(8, 0.03, 5.0)
+    made = host.guider(wrapped(sd, "predict_noise", note), *wire(ALONE)[:2], 1.0)
+    start, noise = {"samples": randn(*ALONE, seed=2)}, randn(*ALONE, seed=3)
+    sampler = samplers.sampler_object("dpmpp_2m")
+    found = made.sample(noise, start["samples"], sampler, sigmas, disable_pbar=True, seed=SEED)
+    scale, step = sd.model.latent_format.scale_factor, module("sampling.samplers").SAMPLERS["dpmpp_2m"]()
+    assert relative(calls[0][0], start["samples"] * scale + 5.0 * noise) < 1e-5
+    levels = sigmas.tolist()
+    assert len(calls) == 8 and levels[-1] == 0
+    following_x = [*(x for x, _ in calls[1:]), found * scale]
+    for (x, x0), (sigma, following), expected in zip(calls, pairwise(levels), following_x, strict=True):
+        assert relative(step(x, x0, sigma, following, lambda: noise), expected) < 1e-5

@@ -16,6 +16,8 @@ from .conftest import NAME, part
 from .wiring import host_noise
 
 STEPS, SEED, FRAMES, HEIGHT, WIDTH = 4, 3, 6, 24, 16
+#: Of four steps the first finds what guidance adds, the second adds it again, the third finds it, the last has none.
+INTERVAL = (0.01, 1000.0, 3)
 #: Small enough that the video has 2 spatial tiles in 2 windows.
 TILE = (16, 16, 4)
 
@@ -61,8 +63,25 @@ CASES: dict[str, dict[str, Any]] = {
     "SAG": {"propagation": "none", "guidance": "sag", "scale": 0.5},
     "everything, eq. 8": {"propagation": "sap+tap", "guidance": "dssag", "scale": 1.0},
     "everything, eq. 9": {"propagation": "sap+tap", "guidance": "dssag", "cfg": 2.0, "mode": "synchronous"},
+    "DSSAG, eq. 8, interval": {"propagation": "sap+tap", "guidance": "dssag", "scale": 1.0, "interval": True},
+    "DSSAG, eq. 9, interval": {"propagation": "none", "guidance": "dssag", "cfg": 2.0, "interval": True},
+    "PAG, interval": {"propagation": "none", "guidance": "pag", "scale": 50.0, "interval": True},
+    "PAG + CFG, interval": {"propagation": "none", "guidance": "pag", "cfg": 2.0, "scale": 50.0, "interval": True},
+    "SAG + CFG, interval": {"propagation": "tap", "guidance": "sag", "cfg": 2.0, "scale": 0.5, "interval": True},
+    "SAG, interval": {"propagation": "none", "guidance": "sag", "scale": 0.5, "interval": True},
     "one frame, everything": {"frames": 1, "propagation": "sap+tap", "guidance": "dssag", "scale": 1.0},
 }
+
+
+def guided_within(nodes: dict[str, Any], model: Any, positive: Any, negative: Any, case: dict[str, Any]) -> Any:
+    """The node's guider of a case whose guidance has INTERVAL."""
+    cfg, name = case.get("cfg", 1.0), case["guidance"]
+    given = dict(zip(("sigma_min", "sigma_max", "every"), INTERVAL, strict=True))
+    if cfg != 1:
+        given["negative"] = negative
+    node, scale = nodes[f"VSR{name.upper()}Guider"], case.get("scale", cfg - 1)
+    settings = {"dssag": (scale, 0.5, "ends"), "pag": (cfg, scale, "middle"), "sag": (cfg, scale)}[name]
+    return node.execute(model, positive, *settings, **given).args[0]
 
 
 def in_the_host(
@@ -73,6 +92,9 @@ def in_the_host(
     tiled = nodes["VSRTiledDiffusion"].execute(
         model, *case.get("tile", TILE), 0.5, case["propagation"], mode, 0, 4, 1, "ends", 0.0, 1.0, 1
     )
+    if case.get("interval"):
+        made = guided_within(nodes, tiled.args[0], positive, negative, case)
+        return host.sample(made, latent, SEED, STEPS, "euler", "karras", denoise)["samples"]
     sampler = importlib.import_module(f"{NAME}.nodes.sampler")
     guide = sampler.GUIDERS[case["guidance"]]
     made = guide(tiled.args[0], positive, negative, case.get("cfg", 1.0), case.get("scale", 1.0))
@@ -94,6 +116,7 @@ def test_the_host_and_the_headless_pipeline_agree(
     propagation = importlib.import_module(f"{NAME}.vsr_ops.sampling.propagation")
     latents = importlib.import_module(f"{NAME}.vsr_ops.vae.latents")
     tiling = importlib.import_module(f"{NAME}.vsr_ops.sampling.tiling")
+    interval = importlib.import_module(f"{NAME}.vsr_ops.sampling.interval")
     settings = pipeline.Settings(
         steps=STEPS,
         guidance=case["guidance"],
@@ -103,6 +126,7 @@ def test_the_host_and_the_headless_pipeline_agree(
             case["propagation"], sap_lagged=case.get("mode", "lagged") == "lagged"
         ),
         seed=SEED,
+        interval=interval.GuidanceInterval(*INTERVAL) if case.get("interval") else interval.EVERY_STEP,
     )
     frames = case.get("frames", FRAMES)
     lr = torch.stack(list(latents.encode_frames(headless, video[:frames].movedim(-1, 1), HEIGHT, WIDTH)))
