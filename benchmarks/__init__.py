@@ -1,1 +1,2 @@
-"""Scripts that print tables: `python -m benchmarks.attention`, also align, cpu, guidance, memory, modules, propagation."""
+"""Scripts that print tables: `python -m benchmarks.attention`, also align, cpu, decode, guidance, memory, modules and
+propagation."""
