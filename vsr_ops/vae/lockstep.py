@@ -22,7 +22,7 @@ from .layout import Box, crop, needed_span, resized
 from .sweeps import MAIN, At, Sweep
 
 #: Bytes of a tile, of what a sweep reads; the smallest side, which windows and strides divide.
-TILE_BYTES, TILE_BYTES_GPU, SMALLEST = 4 << 20, 512 << 20, 16
+TILE_BYTES, TILE_BYTES_GPU, SMALLEST = 4 << 20, 128 << 20, 16
 
 
 @dataclass
