@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..modules.windows import Place
 from ..sampling.tiling import Span
-from .group_norm import Moments, layout_of, moments_of, normalised, over_frames
+from .group_norm import Moments, moments_of, normalised, over_frames
 from .layout import Box, crop, needed_span, resized
 from .sweeps import MAIN, At, Sweep
 
@@ -34,6 +34,11 @@ class Arena:
     channels_last: bool = False
     free: list[Tensor] = field(default_factory=lambda: [])
     lent: dict[int, Tensor] = field(default_factory=lambda: {})
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """How tensors lie in it."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Room for frames `(t, c, h, w)`, with anything in it."""
@@ -112,7 +117,7 @@ class Lockstep:
                 continue
             whole, there = ([resized(span, sweep.resize) for span in box] for box in (have, own))
             made = crop(made, (whole[0], whole[1]), (there[0], there[1]))
-            made = made.contiguous(memory_format=layout_of(made))
+            made = made.contiguous(memory_format=self.arena.layout)
             if put is not None:
                 put((there[0], there[1]), made)
                 continue
