@@ -18,6 +18,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -51,7 +52,7 @@ ROWS = [
     *((name, "none") for name in (*OTHERS, *LAYOUTS)),
     *((name, kinds) for name, kinds in product(("no overlap", *LAYOUTS), ("sap", "tap", "sap+tap"))),
 ]
-PICTURE = (192, 320)
+PICTURE = (240, 384)
 #: A person, a car, and a photograph under a moving camera.
 CLIPS = ("kite-surf", "car-shadow", "tea-gardens")
 
@@ -114,10 +115,13 @@ def passes(layout: TileLayout, steps: int) -> int:
     return sum(layout.over(steps).at(index).tiles for index in range(steps))
 
 
-def spread(values: Sequence[float], beside: Sequence[float]) -> str:
-    """Twice the standard error of the difference, clip by clip and seed by seed."""
-    apart = [a - b for a, b in zip(values, beside, strict=True)]
-    return "" if len(apart) < 2 or not any(apart) else f" +-{2 * stdev(apart) / len(apart) ** 0.5:.3f}"
+def told(values: Sequence[float], beside: Sequence[float]) -> str:
+    """The mean, and twice the standard error of the difference, clip by clip and seed by seed; a clip that has no such
+    figure (flicker where nothing stands still) is left out."""
+    pairs = [(a, b) for a, b in zip(values, beside, strict=True) if isfinite(a) and isfinite(b)]
+    apart = [a - b for a, b in pairs]
+    margin = f" +-{2 * stdev(apart) / len(apart) ** 0.5:.3f}" if len(apart) > 1 and any(apart) else ""
+    return f"{mean(a for a, _ in pairs):.3f}{margin}" if pairs else "-"
 
 
 @torch.no_grad()
@@ -163,8 +167,7 @@ def main() -> None:
                 found[name, kinds].append(measure(result, case, untiled, layout))
             if args.save is not None and seed == 0:
                 save(args.save, f"{case.name} {name} {kinds}", result)
-        print(f"  {case.name}, seed {seed} done", flush=True)
-    print(report(found, counts))
+        print(f"{case.name}, seed {seed}; until here:\n{report(found, counts)}\n", flush=True)
 
 
 def save(folder: Path, name: str, result: Tensor) -> None:
@@ -181,7 +184,7 @@ def report(found: dict[tuple[str, str], list[dict[str, float]]], counts: dict[tu
     for (name, kinds), figures in found.items():
         values = [[each[key] for each in figures] for key in keys]
         others = [[each[key] for each in beside] for key in keys]
-        shown = [f"{mean(v):.3f}{spread(v, o)}" for v, o in zip(values, others, strict=True)]
+        shown = [told(v, o) for v, o in zip(values, others, strict=True)]
         lines.append([name, kinds, str(counts[name, kinds]), *shown])
     return aligned(lines, 2)
 
