@@ -1,9 +1,8 @@
 """Decoding in exact tiles against a pass without tiles: chunks of one scene, with and without the modules beside it.
 
-A picture of the bundled clip's latents, of `--latents` a side; tiles of half of it. Rows, in turn: the VAE's own
-modules over whole frames (no tiles); every tile once; the same with CFW, STAM and CAPM, told the compression level;
-with `--passes` tiles in passes, where memory for whole activations is short. Seconds of the processor (user, system)
-stand beside those of the clock. `--encode` times a frame's encoding, the VAE's own pass beside it.
+Latents of `--latents` a side, tiles of half of it. Rows, in turn: the VAE's own modules over whole frames (no tiles);
+every tile once; both with CFW, STAM and CAPM, told the compression level; with `--passes` tiles in passes, where memory
+for whole activations is short. Seconds of the processor (user, system) stand beside those of the clock.
 
     python -m benchmarks.decode --size lite --device cpu
 """
@@ -29,8 +28,10 @@ from vsr_ops.vae.decoder_modules import DecoderModules
 from vsr_ops.vae.latents import VAE_OVERLAP
 from vsr_ops.vae.stream import Streaming, stream_decode
 
-WHOLE, ONCE, MODULES, PASSES = "no tiles", "tiles, once", "tiles, once, CFW + STAM + CAPM", "tiles, in passes"
-#: What the issue asks for: of a pass without tiles, and of plain tiles.
+WHOLE, ONCE, PASSES = "no tiles", "tiles, once", "tiles, in passes"
+BESIDE = "CFW + STAM + CAPM"
+MODULES = f"{ONCE}, {BESIDE}"
+#: Of a pass without tiles: tiles at most 1.3, their modules at most 1.6 of that.
 TARGETS = {ONCE: "<= 1.30", MODULES: "<= 2.08"}
 
 
@@ -90,6 +91,7 @@ def measured(model: SVD, options: Options, height: int, width: int, frames: int,
         ONCE: (DecoderModules(), once),
     }
     if options.size == "lite":
+        rows[f"{WHOLE}, {BESIDE}"] = (modules_of(options), whole)
         rows[MODULES] = (modules_of(options), once)
     if passes:
         rows[PASSES] = (DecoderModules(), replace(once, kept=0.0))
@@ -108,7 +110,7 @@ def row(name: str, times: dict[str, Timed], frames: int) -> list[str]:
         name,
         *each,
         f"{mine.ratio(times[WHOLE]):.2f}",
-        f"{mine.ratio(times[WHOLE], slice(1)):.2f}",
+        f"{mine.ratio(times[WHOLE], slice(0, 1)):.2f}",
         TARGETS.get(name, ""),
     ]
 

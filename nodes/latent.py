@@ -127,7 +127,7 @@ class Decode(io.ComfyNode):
                     0,
                     0,
                     512,
-                    "Latents a side of exact tiles; 0: blended ones of 64, exact ones of 64 with cfw, stam or capm.",
+                    "Latents a side of tiles, which give the picture of one pass; 0: 64, or what there is room for.",
                     optional=True,
                 ),
                 CAPM.Input("capm", optional=True, tooltip="From CAPM (VSR): the decoder adapts to the compression."),

@@ -98,8 +98,11 @@ def test_the_margin_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert apart(streamed(vae, z, tile=8, **PASSES), one_pass(vae, z)) > 4 * ALLOWED
 
 
-def test_what_is_held_does_not_grow_with_the_picture() -> None:
-    """Of the levels above the latents' own, no activation is larger for a larger picture of as large tiles."""
+@pytest.mark.parametrize(("tile", "kept", "sides"), [(8, 0.0, (24, 48)), (4, None, (48, 96))])
+def test_what_is_made_at_once_does_not_grow_with_the_picture(
+    tile: int, kept: float | None, sides: tuple[int, int]
+) -> None:
+    """Of the levels above the latents' own, no module's output is larger for a larger picture of as large tiles."""
     vae, largest = picture_vae(), list[int]()
 
     def note(_: nn.Module, __: Any, out: Tensor) -> None:
@@ -108,9 +111,9 @@ def test_what_is_held_does_not_grow_with_the_picture() -> None:
     for block in (*vae.decoder.up_blocks[0].upsamplers, *vae.decoder.up_blocks[1:], vae.decoder.conv_norm_out):
         for part in block.modules():
             part.register_forward_hook(note)
-    for side in (24, 48):
+    for side in sides:
         largest.append(0)
-        next(stream(vae, noise(1, 4, 24, side), tile=8))
+        next(stream(vae, noise(1, 4, 24, side), tile=tile, kept=kept))
     assert largest[0] == largest[1] < 8 * 48 * 24 * CELL**2
 
 

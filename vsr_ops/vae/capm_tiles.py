@@ -49,7 +49,8 @@ class TiledCAPM:
         """One that gathers d, where a frame's level is not known, and one that applies the prompts."""
 
         def gather(x: Tensor, beside: Tensor | None, at: At) -> None:
-            self.model.told(name, at.hint, lambda: self._codes(name, x, at.place, at.own))
+            if at.hint is None or bool(at.hint.isnan().any()):
+                self._codes(name, x, at.place, at.own)
 
         def apply(x: Tensor, beside: Tensor | None, at: At) -> Tensor:
             code = self.model.told(name, at.hint, lambda: self._taken(name))

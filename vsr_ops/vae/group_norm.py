@@ -47,12 +47,26 @@ def moments_of(norm: nn.GroupNorm, x: Tensor) -> Moments:
     if x.device.type == "cpu" and x.dtype == torch.float32:
         # Ten times as fast here as var_mean, and as exact; it makes the normalised values, too.
         shape = (x.shape[0], norm.num_channels, x[0, 0].numel(), norm.num_groups)
-        _, mean, scale = torch.native_group_norm(x.contiguous(), None, None, *shape, norm.eps)
+        x = x if x.is_contiguous(memory_format=layout_of(x)) else x.contiguous()
+        _, mean, scale = torch.native_group_norm(x, None, None, *shape, norm.eps)
         mean, variance = exact(mean), exact(scale).pow(-2) - norm.eps
     else:
         values = x.reshape(x.shape[0], norm.num_groups, -1).float()
         variance, mean = (exact(side) for side in torch.var_mean(values, -1, correction=0))
     return Moments(x[0].numel() // norm.num_groups, mean, variance)
+
+
+def over_frames(moments: Moments) -> Moments:
+    """Of all n together, as one."""
+    mean = moments.mean.mean(0, keepdim=True)
+    variance = moments.variance.mean(0, keepdim=True) + (moments.mean - mean).square().mean(0, keepdim=True)
+    return Moments(moments.count * moments.mean.shape[0], mean, variance)
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """How `(n, c, h, w)` lies in memory, roughly: channels last, or not."""
+    last = x.ndim == 4 and x.shape[1] > 1 and x.stride(1) == 1
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def normalised(norm: nn.GroupNorm, x: Tensor, moments: Moments) -> Tensor:
@@ -67,7 +81,8 @@ def normalised(norm: nn.GroupNorm, x: Tensor, moments: Moments) -> Tensor:
     if norm.affine:
         weight, bias = (side.to(scale).reshape(-1, *tail) for side in (norm.weight, norm.bias))
         scale, shift = scale * weight, shift * weight + bias
-    return torch.addcmul(shift, x, scale).to(x.dtype)
+    # A product and a sum: of a part of a larger picture that takes a third of the time of both in one.
+    return torch.mul(x, scale).add_(shift).to(x.dtype)
 
 
 @dataclass

@@ -17,29 +17,39 @@ from torch.nn import functional as F
 
 from ..modules.windows import Place
 from ..sampling.tiling import Span
-from .group_norm import Moments, moments_of, normalised
+from .group_norm import Moments, moments_of, normalised, over_frames
 from .layout import Box, crop, needed_span, resized
 from .sweeps import MAIN, At, Sweep
 
 #: Bytes of a tile, of what a sweep reads; the smallest side, which windows and strides divide.
-TILE_BYTES, TILE_BYTES_GPU, SMALLEST = 16 << 20, 512 << 20, 16
+TILE_BYTES, TILE_BYTES_GPU, SMALLEST = 4 << 20, 128 << 20, 16
 
 
 @dataclass
 class Arena:
-    """Memory for activations, given out and taken back: a new one goes where an old one lay that is as large."""
+    """Memory for activations, given out and taken back: a new one goes where an old one lay that is as large. With
+    `channels_last` they lie so, which is faster on a CPU."""
 
     home: torch.device
+    channels_last: bool = False
     free: list[Tensor] = field(default_factory=lambda: [])
     lent: dict[int, Tensor] = field(default_factory=lambda: {})
 
+    @property
+    def layout(self) -> torch.memory_format:
+        """How tensors lie in it."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Room for a tensor, with anything in it."""
+        """Room for frames `(t, c, h, w)`, with anything in it."""
         size = prod(shape)
         self.free = [part for part in self.free if part.dtype == dtype and part.numel() >= size]
         flat = self.free.pop() if self.free else torch.empty(size, dtype=dtype, device=self.home)
         self.lent[flat.data_ptr()] = flat
-        return flat[:size].view(*shape)
+        if not self.channels_last:
+            return flat[:size].view(*shape)
+        t, c, h, w = shape
+        return flat[:size].view(t, h, w, c).permute(0, 3, 1, 2)
 
     def give(self, tensor: Tensor) -> None:
         """Takes a tensor's room back, where it lies in one."""
@@ -107,6 +117,7 @@ class Lockstep:
                 continue
             whole, there = ([resized(span, sweep.resize) for span in box] for box in (have, own))
             made = crop(made, (whole[0], whole[1]), (there[0], there[1]))
+            made = made.contiguous(memory_format=self.arena.layout)
             if put is not None:
                 put((there[0], there[1]), made)
                 continue
@@ -173,4 +184,5 @@ def _around(sweep: Sweep, own: Span, extent: int) -> Span:
 def _moments(sweep: Sweep, x: Tensor) -> Moments:
     """Of frames `(t, c, h, w)`, one by one or all together."""
     assert sweep.norm is not None
-    return moments_of(sweep.norm, x.transpose(0, 1)[None] if sweep.over_time else x)
+    moments = moments_of(sweep.norm, x)
+    return over_frames(moments) if sweep.over_time else moments

@@ -74,7 +74,7 @@ def test_without_modules_and_tiles_it_is_the_decoder_it_was(
 ) -> None:
     adapter, size = host.HostVAE(lite[1]), tuple(frames.shape[1:3])
     before = module("vsr_ops.vae.latents").decode_video(adapter, latent["samples"], adapter.chunk, (), size)
-    assert torch.equal(decode(), before.movedim(1, -1))
+    assert float((decode() - before.movedim(1, -1)).abs().max()) < 1e-5
     assert torch.equal(decode(reference=frames, w=0.3), decode())
 
 
