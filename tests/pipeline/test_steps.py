@@ -25,6 +25,7 @@ from vsr_ops.pipeline.sampler import (
     total_steps,
     unet_calls,
 )
+from vsr_ops.pipeline.tile_time import TileSeconds
 from vsr_ops.sampling.calls import Call
 from vsr_ops.sampling.guidance import GUIDANCE
 from vsr_ops.sampling.interval import GuidanceInterval
@@ -104,9 +105,10 @@ def test_tile_passes_at_full_size() -> None:
 
 def test_the_preview_counts_guided_steps() -> None:
     layout = TileLayout.still(FOUR)
-    numbers = {"lagged": 0, "tap": 0, "weights": 1, "activations": 1, "flops": 1e9, "speed": 1e9}
+    tile = TileSeconds(FOUR.tile_size(0), FOUR.tile_size(0), {"plain": 0.5})
+    memory = {"lagged": 0, "tap": 0, "weights": 1, "activations": 1}
     for guided, passes in ((None, 20), (10, 20), (11, 20), (4, 14), (1, 11)):
-        text = describe_plan(layout, OFF, 10, 2, guided=guided, **numbers)
+        text = describe_plan(layout, OFF, 10, 2, guided=guided, tile=tile, others={}, **memory)
         assert f"UNet         {passes * FOUR.tiles} tile passes" in text
 
 

@@ -226,7 +226,7 @@ def test_a_refiner_grows_without_changing_a_picture() -> None:
     nn.init.normal_(small.leave.weight, std=0.1)
     large = grown(small, RefinerShape(8, 4, 3, True))
     frames = torch.rand(2, 4, 3, 16, 16)
-    assert large.frames == 4 and large.reach > small.reach
+    assert large.reach > small.reach
     with torch.no_grad():
         assert torch.allclose(large(*frames), small(*frames), atol=1e-6) and bool(small(*frames).any())
     for less in (RefinerShape(8, 1, 1), RefinerShape(8, 2, 3), RefinerShape(9, 2, 1)):
