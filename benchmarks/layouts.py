@@ -140,6 +140,7 @@ def main() -> None:
     add("--tile", default="16x16x6")
     add("--frames", type=int, default=9)
     add("--steps", type=int, default=4)
+    add("--start-sigma", type=float, help="from the LR latents at this noise level; from noise when left out")
     add("--strength", type=float, default=0.5, help="what the LR latents are multiplied with")
     add("--seeds", type=int, default=3)
     add("--rows", nargs="*", help="LAYOUT,PROPAGATION; all of them when left out")
@@ -154,7 +155,7 @@ def main() -> None:
     else:
         cases = cases_of(model, args.data, args.frames, args.strength)
     rows = [tuple(row.split(",")) for row in args.rows] if args.rows else ROWS
-    settings = Settings(steps=args.steps, guidance="none", tile=tile)
+    settings = Settings(steps=args.steps, guidance="none", tile=tile, start_sigma=args.start_sigma)
     for _, kinds in rows:
         assert kinds in PROPAGATION, kinds
     found: dict[tuple[str, str], list[dict[str, float]]] = {(name, kinds): [] for name, kinds in rows}

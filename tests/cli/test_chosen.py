@@ -96,6 +96,18 @@ def test_an_upscaler_that_is_not_bundled_must_be_named(saying: Callable[[str], P
         chosen(upscaler_of, "--model", saying("x4.pth"))
 
 
+def test_only_the_bundled_svd_has_a_layout_of_its_own() -> None:
+    cases = [
+        ((), "balanced"),
+        (SD, "paper"),
+        (("--model", "svd.safetensors"), "paper"),
+        (("--layout", "shifted"), "shifted"),
+    ]
+    for given, layout in cases:
+        settings = chosen(settings_of, *given)
+        assert isinstance(settings, Settings) and settings.layout == layout
+
+
 def test_rho_reaches_the_settings() -> None:
     for given, rho in (((), 0.5), (("--rho", 2), 2.0)):
         settings = chosen(settings_of, *given)

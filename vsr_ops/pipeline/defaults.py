@@ -79,15 +79,15 @@ DDPM_STEPS = 50
 #: The paper's rho of DSSAG, and SVD's sampler.
 RHO, SAMPLER = 0.5, "euler"
 
-#: The bundled models hold so close to the LR latent that one step from it does what four from noise do
-#: (docs/benchmarks.md, "Fewer steps").
+#: The bundled models hold so close to the LR latent that one step from it does what four from noise do, and that less
+#: overlap shows nowhere (docs/benchmarks.md, "Fewer steps" and "Tile layouts").
 LITE_STEPS, LITE_START = 1, 3.0
 #: By kind of model: the bundled ones, which learnt from the results of few steps without guidance, DC-VSR's, and others
 #: of full size. DC-VSR has 25 steps, DSSAG, bicubic pictures and no colour step; SDATC its DCM and AdaIN. What they
 #: restore is coarser than what `detail` keeps.
 DEFAULTS = {
-    "svd_lite": Defaults(LITE_STEPS, "none", "detail", "dcm", trained_on=True, refiner="lite", start_sigma=LITE_START),
-    "sd_lite": Defaults(LITE_STEPS, "none", "detail", "dcm", trained_on=True, refiner="lite", start_sigma=LITE_START),
+    "svd_lite": Defaults(LITE_STEPS, "none", "detail", "dcm", True, "lite", "balanced", LITE_START),
+    "sd_lite": Defaults(LITE_STEPS, "none", "detail", "dcm", True, "lite", "paper", LITE_START),
     "dc_vsr": Defaults(25, PAPER_GUIDANCE, "none", "bicubic", trained_on=True),
     "svd": Defaults(25, PAPER_GUIDANCE, "none", "bicubic"),
     "sd": Defaults(25, "none", "adain", "dcm"),
