@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +14,15 @@ from tests.support.tensors import randn, relative
 from vsr_ops.errors import SettingError
 from vsr_ops.sampling.tiling import spans
 from vsr_ops.vae import latents as module
-from vsr_ops.vae.latents import decode_frames, decode_video, encode_frames, encode_video, pad_to, with_augmentation
+from vsr_ops.vae.latents import (
+    decode_frames,
+    decode_video,
+    encode_frames,
+    encode_video,
+    pad_to,
+    vae_plan,
+    with_augmentation,
+)
 
 if TYPE_CHECKING:
     from vsr_ops.backbones.svd import SVD
@@ -92,14 +101,28 @@ def small_vae_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "VAE_TILE", 4)
 
 
+@pytest.mark.parametrize("extent", [1, 16, 17, 64, 80, 81, 136, 137, 240, 1000])
+def test_the_vaes_tiles_are_few_and_alike(extent: int) -> None:
+    plan = vae_plan(3, extent, extent)
+    assert plan.rows == plan.cols and plan.rows[0].start == 0 and plan.rows[-1].stop == extent
+    assert len({span.length for span in plan.rows}) == 1 and plan.rows[0].length <= 80
+    assert all(a.stop - b.start >= 16 for a, b in pairwise(plan.rows))
+    # Never more of them, nor more gone over, than in flush tiles of 64.
+    flush = spans(extent, 64, 0.25)
+    assert len(plan.rows) <= len(flush)
+    assert sum(span.length for span in plan.rows) <= sum(span.length for span in flush)
+
+
 @pytest.mark.usefixtures("small_vae_tiles")
 def test_encoding_in_tiles_covers_the_frame(tiny: SVD) -> None:
     frames = [torch.rand(3, 70, 50, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     encoded = list(encode_frames(tiny, iter(frames), 10, 8))
     assert [z.shape for z in encoded] == [(4, 10, 8)] * 2 and all(torch.isfinite(z).all() for z in encoded)
     # The corner that one tile alone covers is that tile's own encoding.
+    first = vae_plan(1, 10, 8)
+    height, width = first.rows[0].length * 8, first.cols[0].length * 8
     with torch.no_grad():
-        corner = tiny.encode(frames[1][None, :, :32, :32])[0]
+        corner = tiny.encode(frames[1][None, :, :height, :width])[0]
     assert relative(encoded[1][:, :2, :2], corner[:, :2, :2]) < 1e-5
     # What lies in another tile does not reach it; what lies in a tile does reach that one.
     changed = frames[1].clone()

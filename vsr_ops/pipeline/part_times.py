@@ -20,7 +20,7 @@ from ..modules.refiner import TILE
 from ..sampling.guidance import guide
 from ..sampling.layouts import TileLayout
 from ..sampling.tiling import Span, cores, even_part, spans
-from ..vae.latents import VAE_OVERLAP, VAE_TILE
+from ..vae.latents import VAE_OVERLAP, vae_plan
 from ..vae.layout import is_temporal
 from .cost import tile_flops
 from .job import Job
@@ -80,7 +80,8 @@ def time_parts(work: Work) -> PartTimes:
     samples, aligned = Samples(work, small), work.settings.align > 0 and work.settings.steps > 0
     readings = 2 + aligned + (parts.of_decoder.acting.cfw is not None)
     pixels = job.size[0] * job.size[1] * job.frames
-    volume = _tiled(plan.height, plan.width, VAE_TILE, VAE_OVERLAP) * job.frames
+    encoded = vae_plan(1, plan.height, plan.width)
+    volume = _covered(encoded.rows) * _covered(encoded.cols) * job.frames
     found = {
         "reading": job.frames * readings * reading,
         "upscaler": _each(work, samples.enlarge)
@@ -129,11 +130,6 @@ def _each(work: Work, sample: Callable[[int], float]) -> float:
         if 4 * spent > PART or units == before:
             break
     return spent / units
-
-
-def _tiled(height: int, width: int, tile: int, overlap: float) -> int:
-    """Pixels of a picture as it is gone over, in tiles that overlap."""
-    return _covered(spans(height, tile, overlap)) * _covered(spans(width, tile, overlap))
 
 
 def _covered(parts: Sequence[Span]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, pairwise
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..errors import SettingError
 from ..image.video_tensor import empty_video
-from ..sampling.tiling import Merger, TilePlan, TileSize, cut_tile, plan_tiles, spans
+from ..sampling.tiling import Merger, Span, TilePlan, TileSize, cut_tile, plan_tiles, spans
 from ..system.memory import home_of
 
 #: Picture pixels of one latent pixel along each side.
@@ -50,14 +51,27 @@ def chunk_bytes(latents: Tensor, cell: int) -> int:
     return CHUNK_COPIES * frames * 3 * height * width * cell**2 * 4
 
 
-def _vae_plan(frames: int, height: int, width: int) -> TilePlan:
-    return plan_tiles(frames, height, width, TileSize(VAE_TILE, VAE_TILE, frames), VAE_OVERLAP, factor=1)
+def vae_plan(frames: int, height: int, width: int) -> TilePlan:
+    """The tiles that latents of a size are encoded in, or decoded and blended: as few as can be, and all alike."""
+    plan = plan_tiles(frames, height, width, TileSize(VAE_TILE, VAE_TILE, frames), VAE_OVERLAP, factor=1)
+    return replace(plan, rows=_alike(height), cols=_alike(width))
+
+
+def _alike(extent: int) -> tuple[Span, ...]:
+    """Spans that overlap by a quarter of VAE_TILE: equal ones up to a quarter longer instead of more, of which the last
+    would nearly be the one before. 136 latents are 2 x 76, not 64 at 0, 48 and 72."""
+    shared = int(VAE_TILE * VAE_OVERLAP)
+    longest = VAE_TILE + shared
+    count = max(1, -(-(extent - shared) // (longest - shared)))
+    tile = -(-(extent + (count - 1) * shared) // count)
+    starts = [min(i * (tile - shared), extent - tile) for i in range(count)]
+    return tuple(Span(start, start + tile) for start in starts)
 
 
 @torch.no_grad()
 def encode_frames(vae: VAE, frames: Iterable[Tensor], height: int, width: int) -> Iterator[Tensor]:
     """Unscaled latents `(4, height, width)` of frames `(3, h, w)`, padded to fit, one by one, in spatial tiles."""
-    plan = _vae_plan(1, height, width)
+    plan = vae_plan(1, height, width)
     for frame in frames:
         padded = pad_to(frame, height * CELL, width * CELL)[None]
         merger = Merger(plan)
@@ -91,7 +105,7 @@ def decode_frames(vae: VAE, latents: Tensor, chunk: int, cuts: Sequence[int] = (
 
 
 def _decode_chunk(vae: VAE, latents: Tensor) -> Tensor:
-    plan = _vae_plan(latents.shape[0], *latents.shape[-2:])
+    plan = vae_plan(latents.shape[0], *latents.shape[-2:])
     merger = Merger(plan.magnified(CELL))
     for m in range(len(plan.spatial)):
         merger.add(0, m, vae.decode(cut_tile(plan, 0, m, latents)))
