@@ -183,6 +183,7 @@ class TiledSVDSampler(io.ComfyNode):
         guide = GUIDERS[own.guided(check_choice("guidance", guidance, (*GUIDERS, AUTO)), strength=cfg != 1)]
         color = own.colored(check_choice("color", color, (*COLOR, AUTO)), refined=refiner is not None)
         check_choice("upscaler", upscaler, UPSCALERS)
+        check_choice("layout", layout, (*LAYOUTS, AUTO))
         check_choice("sampler_name", sampler_name, host.SAMPLERS)
         check_choice("scheduler", scheduler, host.SCHEDULERS)
         start = own.start_of(sampler_name, asked=steps != 0 or denoise != 1)
