@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import SettingError
 from ..image.video_tensor import empty_video
+from ..sampling.layouts import even_spans
 from ..sampling.tiling import Merger, Span, TilePlan, TileSize, cut_tile, plan_tiles, spans
 from ..system.memory import home_of
 
@@ -64,8 +65,7 @@ def _alike(extent: int) -> tuple[Span, ...]:
     longest = VAE_TILE + shared
     count = max(1, -(-(extent - shared) // (longest - shared)))
     tile = -(-(extent + (count - 1) * shared) // count)
-    starts = [min(i * (tile - shared), extent - tile) for i in range(count)]
-    return tuple(Span(start, start + tile) for start in starts)
+    return even_spans(extent, tile, shared / tile)
 
 
 @torch.no_grad()
