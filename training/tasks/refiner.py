@@ -3,7 +3,9 @@ mistakes, which no VAE's training shows them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +28,7 @@ from training.tasks.vae_refined import beside
 from vsr_ops.backbones.svd import build_svd
 from vsr_ops.checkpoints.svd import SVDWeights, write_svd
 from vsr_ops.errors import SettingError
+from vsr_ops.modules.idle import leave_out_idle
 from vsr_ops.modules.refiner import Refiner, RefinerShape, load_refiner, write_refiner
 
 CONV_IN = "conv_in.weight"
@@ -34,17 +37,22 @@ CONV_IN = "conv_in.weight"
 @dataclass(frozen=True)
 class RefinerModelSettings:
     """`start`: the SVD whose decoder learns, a file or folder, "lite", or a run. `refiner`: the one to go on from, a
-    file, "lite", or the run of vae_refined or of this task; empty: a new one."""
+    file, "lite", or the run of vae_refined or of this task; empty: a new one. For speed, `idle` names layers of the VAE
+    that become zero, so that the blocks which end with them add nothing, and `blocks` cuts the refiner to so many (0:
+    as it is). `learns` names the parts that learn, by the beginnings of their weights' names; empty: all."""
 
     start: str = ""
     refiner: str = ""
+    idle: tuple[str, ...] = ()
+    blocks: int = 0
+    learns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class RefinerLossSettings:
     """Weights. Of the refined video: Charbonnier's and the squared error, 1 - HaarPSI, the information lost, what
-    VMAF-NEG's features lack (`neg`), the change from frame to frame; of the decoded one its detail's reconstruction
-    loss."""
+    VMAF-NEG's features lack (`neg`), the change from frame to frame, and Charbonnier's distance to what the decoder and
+    refiner gave before (`taught`); of the decoded one its detail's reconstruction loss."""
 
     charbonnier: float = 2.0
     squared: float = 20.0
@@ -52,6 +60,7 @@ class RefinerLossSettings:
     information: float = 0.2
     neg: float = 0.0
     change: float = 0.5
+    taught: float = 0.0
     decoded: float = 0.15
 
 
@@ -77,17 +86,20 @@ class RefinerTask:
 
     def base(self) -> SVDWeights:
         """The SVD before this training, float32."""
-        return read_start(self.shape.start)
+        return silenced(read_start(self.shape.start), self.shape.idle)
 
     def build(self) -> nn.Module:
         weights = self.base()
         decoder = decoder_of(weights)
+        if self.shape.idle:
+            leave_out_idle(decoder)
         name = self.shape.refiner
         refiner = load_refiner(weights_of(name, REFINER)) if name else Refiner()
+        refiner = shortened(refiner, self.shape.blocks) if self.shape.blocks else refiner
         return nn.ModuleDict({"decoder": decoder, "refiner": refiner.requires_grad_(True)})
 
     def trains(self, name: str) -> bool:
-        return True
+        return not self.shape.learns or name.startswith(self.shape.learns)
 
     def sample(self, rng: torch.Generator) -> Batch:
         return self._latents.draw(rng)
@@ -105,10 +117,22 @@ class RefinerTask:
             + weights.change * temporal_difference(refined, clips)
             + weights.decoded * reconstruction_loss(detail(2 * decoded - 1), detail(2 * truth - 1))
         )
+        if weights.taught:
+            loss = loss + weights.taught * charbonnier(result, flat(self._before(batch)))
         if weights.neg:
             loss = loss + weights.neg * neg_loss(result, truth)
         guide = psnr(flat(batch["guide"]), truth)
         return loss, {"psnr": psnr(result, truth), "guide": guide, "haar": float(haar.detach())}
+
+    @cached_property
+    def _teacher(self) -> nn.Module:
+        """Decoder and refiner as they were before this training."""
+        refiner = load_refiner(weights_of(self.shape.refiner, REFINER))
+        return nn.ModuleDict({"decoder": decoder_of(read_start(self.shape.start)), "refiner": refiner}).eval()
+
+    @torch.no_grad()
+    def _before(self, batch: Batch) -> Tensor:
+        return decode_refined(self._teacher.to(batch["z"].device), batch["z"], batch["guide"])[1]
 
     def picture(self, model: nn.Module, batch: Batch) -> Tensor:
         """The middle frame of every clip."""
@@ -141,6 +165,31 @@ def decoder_state(decoder: nn.Module, weights: SVDWeights) -> dict[str, Tensor]:
     factor = factor_of(weights)
     state = decoder.state_dict()
     return {f"decoder.{name}": value * factor if name == CONV_IN else value for name, value in state.items()}
+
+
+def silenced(weights: SVDWeights, layers: Sequence[str]) -> SVDWeights:
+    """The same SVD with these layers of its VAE at zero. Raises SettingError for one that is not there."""
+    for layer in layers:
+        if f"{layer}.weight" not in weights.vae:
+            raise SettingError(f"model.idle has {layer}, which the VAE has not: expected names such as"
+                " decoder.up_blocks.3.resnets.1.spatial_res_block.conv2")
+    zeros = {
+        name: torch.zeros_like(value)
+        for name, value in weights.vae.items()
+        if name.rpartition(".")[0] in layers
+    }
+    return replace(weights, vae={**weights.vae, **zeros})
+
+
+def shortened(refiner: Refiner, blocks: int) -> Refiner:
+    """The same refiner without its last blocks. Raises SettingError for fewer than it has mixes, or more than it has."""
+    old = refiner.shape
+    if not old.mixes <= blocks <= old.blocks:
+        raise SettingError(f"model.blocks is {blocks}: expected from {old.mixes} (its mixes) to {old.blocks} (its blocks)")
+    shorter = Refiner(replace(old, blocks=blocks))
+    state = refiner.state_dict()
+    shorter.load_state_dict({name: state[name] for name in shorter.state_dict()})
+    return shorter
 
 
 def grown(refiner: Refiner, shape: RefinerShape) -> Refiner:

@@ -16,8 +16,8 @@ from training.loop.draws import generator_at, integer, pick, uniform
 from training.loop.state import weights_of, write_beside
 from training.loop.task import Batch
 from training.tasks.capm import CAPMDataSettings, CAPMLatents
-from training.tasks.svd import sampled
-from vsr_ops.backbones.svd import DTYPES, Backbone
+from training.tasks.svd import euler, sampled
+from vsr_ops.backbones.svd import DTYPES, Backbone, sigmas
 from vsr_ops.errors import SettingError
 from vsr_ops.image.resize import quantize8
 from vsr_ops.image.upscale import upscale_frames
@@ -30,12 +30,14 @@ CELL = 8
 
 @dataclass(frozen=True)
 class SampledSettings(LatentSettings):
-    """Every clip is sampled in one of the numbers of `steps`. A sample is `crop_frames` frames of `crop` x `crop`
+    """Every clip is sampled in one of the numbers of `steps`, from its LR latents with noise of `start_sigma` (0: from
+    pure noise). A sample is `crop_frames` frames of `crop` x `crop`
     pixels of one; its latents are the sampled ones with probability `sampled_share`, else the true ones with noise of
     `latent_noise` deviations."""
 
     upscaler: str = "lite"
     steps: tuple[int, ...] = (3, 4, 5)
+    start_sigma: float = 0.0
     crop: int = 96
     crop_frames: int = 4
     sampled_share: float = 0.8
@@ -94,12 +96,16 @@ class SampledLatents(Latents):
 
     def _encode(self, model: Backbone, clean: Tensor, upscaled: Tensor, rng: torch.Generator) -> Batch:
         encoded = super()._encode(model, clean, upscaled, rng)
-        steps = pick(rng, self._drawn.steps)
+        steps, start = pick(rng, self._drawn.steps), self._drawn.start_sigma
         noise = torch.randn(encoded["lr"].shape, generator=rng)
         lr, context, noise = (x[None].float().to(model.device) for x in (encoded["lr"], encoded["context"], noise))
         dtype = DTYPES[self._precision]
         with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-            z = sampled(model.unet, lr, context, noise, steps)[0]
+            if start:
+                x = lr * model.scaling_factor + start * noise
+                z = euler(model.unet, x, lr, context, sigmas(steps, start))[0]
+            else:
+                z = sampled(model.unet, lr, context, noise, steps)[0]
         bytes_of = {"guide": upscaled, "truth": clean}
         return {
             "sampled": z.cpu().half(),

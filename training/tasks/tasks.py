@@ -14,6 +14,7 @@ from training.tasks.control import ControlTask
 from training.tasks.control_dcm import ControlWithDCM
 from training.tasks.dcm import DCM
 from training.tasks.decoder_modules import DecoderModuleTask
+from training.tasks.encoder import EncoderTask
 from training.tasks.joint import Joint
 from training.tasks.joint_dcm import JointWithDCM
 from training.tasks.refiner import RefinerTask
@@ -30,6 +31,7 @@ TASKS: dict[str, TaskMaker] = {
     "vae_refined": RefinedVAE,
     "svd": SVDTask,
     "refiner": RefinerTask,
+    "encoder": EncoderTask,
     "whole": Joint,
     "whole_dcm": JointWithDCM,
     "capm_whole": JointCAPM,

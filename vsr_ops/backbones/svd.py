@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.svd import LITE, SVDWeights, match_host_epsilon, read_svd
 from ..errors import DeviceError
+from ..modules.idle import leave_out_idle
 from ..sampling.calls import Call
 from ..sampling.layers import Layer, place_layers
 from ..sampling.propagation import TileRun
@@ -281,6 +282,7 @@ def build_vae(
     with torch.device("meta"):
         vae = kind(**config)
     vae.load_state_dict(state, assign=True)
+    leave_out_idle(vae)
     narrow(vae, dtype)
     return vae.to(device).eval().requires_grad_(False)
 

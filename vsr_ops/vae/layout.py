@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import SettingError
+from ..modules.idle import Idle
 from ..modules.windows import Place
 from ..sampling.tiling import Span
 
@@ -84,6 +85,12 @@ def _end(norm: nn.Module, out: Sequence[nn.Module], run: Callable[[Tensor], Tens
     return DecoderOp("out", (norm, *out), lambda x: run(F.silu(norm(x))), 0)
 
 
+def _residual(name: str, block: nn.Module, run: Callable[[Tensor], Tensor], level: int) -> DecoderOp:
+    """A step of diffusers', which stays where its block adds nothing: modules beside it go by its name."""
+    nothing = (lambda: []) if isinstance(block, Idle) else None
+    return DecoderOp(name, (block,), run, level, residual=True, sweeps=nothing)
+
+
 def _diffusers_decoder(decoder: Any) -> list[DecoderOp]:
     temporal = is_temporal(decoder)
 
@@ -91,7 +98,7 @@ def _diffusers_decoder(decoder: Any) -> list[DecoderOp]:
         def run(x: Tensor) -> Tensor:
             return block(x, None, x.new_zeros(1, x.shape[0])) if temporal else block(x, None)
 
-        return DecoderOp(name, (block,), run, level, residual=True)
+        return _residual(name, block, run, level)
 
     top = len(decoder.up_blocks) - 1
     steps = [DecoderOp("in", (decoder.conv_in,), decoder.conv_in, top)]
@@ -119,7 +126,7 @@ def _diffusers_encoder(encoder: Any) -> list[DecoderOp]:
     steps = [DecoderOp("in", (encoder.conv_in,), encoder.conv_in, 0)]
     for level, down in enumerate(encoder.down_blocks):
         for index, block in enumerate(down.resnets):
-            steps.append(DecoderOp(f"down_{level}_{index}", (block,), partial(block, temb=None), level, residual=True))
+            steps.append(_residual(f"down_{level}_{index}", block, partial(block, temb=None), level))
         for downsampler in down.downsamplers or ():
             steps.append(DecoderOp(f"down_{level}", (downsampler,), downsampler, level, resize=-1))
     return steps
@@ -222,7 +229,8 @@ def level_widths(vae: Any) -> dict[int, int]:
 
 
 def _width(step: DecoderOp) -> int:
-    return int(step.norms[-1].num_channels)
+    (block,) = step.modules
+    return block.channels if isinstance(block, Idle) else int(step.norms[-1].num_channels)
 
 
 # --- Where tiles lie ------------------------------------------------------------------------------------------------

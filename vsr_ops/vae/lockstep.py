@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..modules.windows import Place
 from ..sampling.tiling import Span
-from .group_norm import Moments, moments_of, normalised, over_frames
+from .group_norm import Moments, affine, affine_of, over_frames, statistics_of, together
 from .layout import Box, crop, needed_span, resized
 from .sweeps import MAIN, At, Sweep
 
@@ -103,15 +103,17 @@ class Lockstep:
         hint: Tensor | None,
     ) -> Moments | None:
         """One sweep; what it says of the norm that the following begins with."""
-        source, target, seen = buffers[sweep.reads], None, None
+        source, target = buffers[sweep.reads], None
+        seen: list[tuple[tuple[Tensor, Tensor], int]] = []
         beside = None if sweep.beside is None else buffers[sweep.beside]
+        norm = None if sweep.norm is None or moments is None else affine_of(sweep.norm, moments, source.ndim)
         gathers = following is not None and following.norm is not None and following.reads == sweep.writes
         for own, have, at in self._tiles(sweep, source, hint):
             self.check_interrupted()
             given, part = (None if x is None else self._cut(x, have) for x in (source, beside))
             assert given is not None
-            if sweep.norm is not None and moments is not None:
-                given = F.silu(normalised(sweep.norm, given, moments), inplace=True)
+            if norm is not None:
+                given = F.silu(affine(given, *norm), inplace=True)
             made = sweep.run(given, part, at)
             if made is None:
                 continue
@@ -122,8 +124,7 @@ class Lockstep:
                 put((there[0], there[1]), made)
                 continue
             if gathers and following is not None:
-                more = _moments(following, made)
-                seen = more if seen is None else seen.with_more(more)
+                seen.append(_statistics(following, made))
             target = self._target(sweep, buffers, made) if target is None else target
             target[..., there[0].slice, there[1].slice] = made.to(target.device)
         if sweep.ends is not None:
@@ -133,7 +134,7 @@ class Lockstep:
             if old is not None and old is not target:
                 self.arena.give(old)
             buffers[sweep.writes] = target
-        return seen
+        return _moments(following, seen) if following is not None and seen else None
 
     def _cut(self, x: Tensor, box: Box) -> Tensor:
         return x[..., box[0].slice, box[1].slice].to(self.device)
@@ -166,12 +167,8 @@ class Lockstep:
 
     def _look(self, sweep: Sweep, source: Tensor) -> Moments:
         """The statistics of what a first sweep reads."""
-        seen: Moments | None = None
-        for own, _, _ in self._tiles(sweep, source, None):
-            more = _moments(sweep, self._cut(source, own))
-            seen = more if seen is None else seen.with_more(more)
-        assert seen is not None
-        return seen
+        tiles = self._tiles(sweep, source, None)
+        return _moments(sweep, [_statistics(sweep, self._cut(source, own)) for own, _, _ in tiles])
 
 
 def _around(sweep: Sweep, own: Span, extent: int) -> Span:
@@ -181,8 +178,13 @@ def _around(sweep: Sweep, own: Span, extent: int) -> Span:
     return Span(span.start - span.start % 2, span.stop) if sweep.resize < 0 else span
 
 
-def _moments(sweep: Sweep, x: Tensor) -> Moments:
-    """Of frames `(t, c, h, w)`, one by one or all together."""
+def _statistics(sweep: Sweep, x: Tensor) -> tuple[tuple[Tensor, Tensor], int]:
+    """Of a part that a sweep's norm will see."""
     assert sweep.norm is not None
-    moments = moments_of(sweep.norm, x)
+    return statistics_of(sweep.norm, x), x[0].numel() // sweep.norm.num_groups
+
+
+def _moments(sweep: Sweep, parts: Sequence[tuple[tuple[Tensor, Tensor], int]]) -> Moments:
+    """Of all parts, frames one by one or all together."""
+    moments = together(parts)
     return over_frames(moments) if sweep.over_time else moments

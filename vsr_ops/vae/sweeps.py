@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.cfw import FuseLayer
+from ..modules.idle import Idle
 from ..modules.windows import Place
 from ..system.precision import run_like
 from .layout import Box, DecoderOp
@@ -103,6 +104,8 @@ def _residual_op(block: Any) -> list[Sweep] | None:
     """diffusers' residual block, alone or with its part over time; LDM's, likewise."""
     if (temporal := getattr(block, "temporal_res_block", None)) is not None:
         spatial = _residual(block.spatial_res_block)
+        if isinstance(temporal, Idle):
+            return spatial
 
         def mixed(spatial: Tensor, temporal: Tensor) -> Tensor:
             images_only = spatial.new_zeros(1, spatial.shape[0])
@@ -136,6 +139,8 @@ def _as_it_is(module: nn.Module, x: Tensor) -> Tensor:
 
 def _residual(block: Any, buffer: str = MAIN, call: Call = _as_it_is) -> list[Sweep] | None:
     """`x + conv2(silu(norm2(conv1(silu(norm1(x))))))` on one buffer, x through a convolution where widths differ."""
+    if isinstance(block, Idle):
+        return []
     odd = (getattr(block, "upsample", None), getattr(block, "downsample", None), getattr(block, "conv_carry", None))
     if any(part is not None for part in odd) or getattr(block, "output_scale_factor", 1.0) != 1.0:
         return None
