@@ -99,7 +99,7 @@ class RefinerTask:
         return nn.ModuleDict({"decoder": decoder, "refiner": refiner.requires_grad_(True)})
 
     def trains(self, name: str) -> bool:
-        return not self.shape.learns or name.startswith(self.shape.learns)
+        return not self.shape.learns or name.startswith(tuple(self.shape.learns))
 
     def sample(self, rng: torch.Generator) -> Batch:
         return self._latents.draw(rng)
