@@ -12,7 +12,11 @@ from torch import nn
 from tests.modules.test_cfw import SMALL, filled
 from tests.support.small_vaes import noise, pictures, streamed, video_vae
 from vsr_ops.modules.idle import Idle, leave_out_idle
+from vsr_ops.vae import lockstep
+from vsr_ops.vae.budget import kept_bytes
+from vsr_ops.vae.decoder_modules import DecoderModules
 from vsr_ops.vae.layout import level_widths, residual_widths
+from vsr_ops.vae.stream import Streaming, _assemble
 
 #: The last layers that a thin decoder has at zero: a whole block, half of one; and an encoder's block and attention.
 DECODER = ("up_blocks.2.resnets.1.spatial_res_block", "up_blocks.2.resnets.1.temporal_res_block")
@@ -70,6 +74,22 @@ def test_pictures_are_the_same(kept: float | None, with_cfw: bool) -> None:
         )
         out.append(streamed(vae, z, tile=7, kept=kept, **given))
     assert float((out[0] - out[1]).abs().max()) <= (1e-5 if kept is None else 1e-3)
+
+
+@torch.no_grad()
+def test_a_level_on_which_no_frame_sees_another_is_held_for_one_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture's own resolution is most of what a decoder holds."""
+    monkeypatch.setattr(lockstep, "TILE_BYTES", 1 << 12)
+    whole, less = thin()
+    z, took = noise(8, 4, 24, 20), list[int]()
+    for vae in (whole, less):
+        decoder = _assemble(vae, DecoderModules(), Streaming(tile=12))
+        decoder(z, None)
+        assert decoder.arena is not None and not decoder.arena.lent
+        took.append(sum(part.nbytes for part in decoder.arena.free))
+        said = kept_bytes(vae, DecoderModules(), 8, z.shape[-2:], 4)
+        assert said / 2 <= took[-1] <= said
+    assert took[1] < took[0] / 2
 
 
 @pytest.mark.parametrize("value", [1e-8, float("nan")])
