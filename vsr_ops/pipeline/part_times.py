@@ -19,11 +19,13 @@ from ..modules.dcm import tile_spans
 from ..modules.refiner import TILE
 from ..sampling.guidance import guide
 from ..sampling.layouts import TileLayout
-from ..sampling.tiling import Span, cores, even_part, spans
+from ..sampling.schedule import Kind
+from ..sampling.tiling import Span, TileSize, cores, even_part, spans
 from ..vae.latents import VAE_OVERLAP, vae_plan
 from ..vae.layout import is_temporal
-from .cost import tile_flops
+from .cost import networks
 from .job import Job
+from .operations import Operations
 from .part_samples import FRAMES, Samples, Work, run_tile
 from .plan_cost import plan_cuts
 from .sampler import NoiseRange, Settings, run_steps, strengths
@@ -161,9 +163,13 @@ def time_tile(work: Work) -> TileSeconds:
     plan, model = work.layout.largest, work.model
     tile = max((plan.tile_size(n) for n in range(len(plan.windows))), key=lambda size: size.frames)
     windows = 2 if len(plan.windows) > 1 and "tap" in work.settings.propagation.kinds else 1
-    return tile_seconds(
-        lambda size: run_tile(work, size, windows), lambda size: tile_flops(model, size), tile, model.factor, UNET
-    )
+    operations = Operations(*networks(model))
+
+    def run(size: TileSize) -> dict[Kind, float]:
+        with operations.counted(size):
+            return run_tile(work, size, windows)
+
+    return tile_seconds(run, operations.of, tile, model.factor, UNET)
 
 
 def sampling_seconds(layout: TileLayout, settings: Settings, noise: NoiseRange, tile: TileSeconds) -> float:
