@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from ..backbones.sd import SD
