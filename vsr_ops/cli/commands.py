@@ -29,7 +29,7 @@ from ..pipeline.sampler import NoiseRange, Settings, make_layout
 from ..pipeline.upscale import upscale
 from ..sampling.layouts import TileLayout
 from ..sampling.tiling import TilePlan, TileSize, plan_tiles
-from ..system.load import Watch
+from ..system.load import Watch, one_thread
 from ..system.memory import ran_out
 from ..system.outputs import files_of, held_folder
 from ..video import VideoInfo, check_output, glance, probe
@@ -104,13 +104,14 @@ def _planned(work: Work, watch: Watch) -> Mapping[str, float] | None:
 def _plan(args: argparse.Namespace) -> None:
     watch = Watch()
     settings, job = settings_of(args), _job(args, glance(args.input))
-    if args.cuts == "sampled":
-        sampled = sample_cuts(job.info, job.start, job.stop)
-        cuts, scenes = sampled.cuts, sampled.describe()
-    else:
-        cuts = _cuts(args, job)
-        scenes = f"{len(cuts) + 1}"
-    parts, model = parts_of(args), model_of(args)
+    with one_thread():  # for much that is small, a second one is only waited for
+        if args.cuts == "sampled":
+            sampled = sample_cuts(job.info, job.start, job.stop)
+            cuts, scenes = sampled.cuts, sampled.describe()
+        else:
+            cuts = _cuts(args, job)
+            scenes = f"{len(cuts) + 1}"
+        parts, model = parts_of(args), model_of(args)
     layout = _laid_out(job, settings, model, cuts)
     settings = cost.resolve_sap(model, layout, settings, args.sap_mode)
     print(cost.describe(job, layout, settings, cost.estimate(model, layout, settings), scenes), flush=True)

@@ -34,10 +34,10 @@ from .plan_cost import plan_cuts
 from .sampler import NoiseRange, Settings, run_steps, strengths
 from .tile_time import TileSeconds, tile_seconds
 
-#: Seconds that a part's last run may take, and the UNet's.
-PART, UNET = 0.2, 1.0
+#: Seconds that a part's last run may take, and the UNet's; one as short as BRIEF is done again.
+PART, UNET, BRIEF = 0.3, 0.5, 0.05
 #: A part of less than this share of those that are known need not be known well.
-NEGLIGIBLE = 0.02
+NEGLIGIBLE = 0.03
 #: Sides in latents of the squares that a part is tried on, in turn.
 SIDES = (8, 16, 32, 64)
 
@@ -93,8 +93,15 @@ def measure(work: Work, watch: Watch) -> PartTimes:
         times = time_parts(work)
         if not watch.busy(threads):
             return times
+    return time_while_busy(work)
+
+
+def time_while_busy(work: Work) -> PartTimes:
+    """`time_parts` as they would be on a quiet machine: by the processor's seconds of one thread, over what more
+    threads would gain. Several threads spend most of a busy machine's time waiting for each other."""
+    gain = speedup(torch.get_num_threads())
     with one_thread():
-        return replace(time_parts(replace(work, clock=lambda: time.process_time() / speedup(threads))), busy=True)
+        return replace(time_parts(replace(work, clock=lambda: time.process_time() / gain)), busy=True)
 
 
 def time_parts(work: Work) -> PartTimes:
@@ -143,24 +150,22 @@ def _read(work: Work) -> tuple[float, Tensor]:
 
 def _seconds(work: Work, sample: Callable[[int], float], units: float, known: float) -> float:
     """Seconds of so many `units` of `sample(side)`, which returns how many it has done: on the largest square that
-    there is, or the last whose successor would take more than PART, or which is little of what is `known`. The better
-    of two, as what is first used takes longer."""
+    there is, or the last whose successor would take more than PART, or which is little of what is `known`."""
 
     def run(side: int) -> tuple[float, float]:
         began = work.clock()
-        units = sample(side)
-        return work.clock() - began, units
+        done = sample(side)
+        return work.clock() - began, done
 
-    side, done = SIDES[0], -1.0
-    spent = run(side)[0]
-    for side in SIDES:
-        before = done
-        seconds, done = run(side)
-        spent = min(spent, seconds) if side == SIDES[0] else seconds
-        if 4 * spent > PART or done == before or spent / done * units < NEGLIGIBLE * known:
+    side, (spent, done) = SIDES[0], run(SIDES[0])
+    for larger in SIDES[1:]:
+        if 4 * spent > PART or spent / done * units < NEGLIGIBLE * known:
             break
-    if side != SIDES[0]:
-        spent = min(spent, run(side)[0])
+        before, side, (spent, done) = done, larger, run(larger)
+        if done == before:
+            break
+    if side == SIDES[0] or spent < BRIEF:
+        spent = min(spent, run(side)[0])  # what is first used takes longer
     return spent / done * units
 
 

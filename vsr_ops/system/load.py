@@ -11,7 +11,7 @@ import torch
 
 #: What counts as work of a processor, of the times that the systems tell apart.
 _WORK = ("user", "nice", "system", "irq", "softirq", "steal", "interrupt", "dpc")
-#: Processors' worth of other work that a quiet machine does.
+#: Cores' worth of other work that a quiet machine does.
 QUIET = 0.25
 #: Seconds that say nothing: systems count work in ticks of a hundredth.
 BRIEF = 0.1
@@ -19,50 +19,52 @@ BRIEF = 0.1
 ALONE = 0.1
 
 
-class _Moment(NamedTuple):
+class Moment(NamedTuple):
+    """Seconds on the wall, of this process, and of all work on the `cores` that it may use."""
+
     wall: float
     own: float
     worked: float
     cores: int
 
 
-def _now() -> _Moment:
-    """Seconds on the wall, of this process, and of all work on the processors that it may use."""
+def now() -> Moment:
+    """This moment; where nothing says what the machine does, as if it were all ours."""
     try:
         import psutil as library
     except ImportError:  # a machine that only samples may be without
-        return _Moment(time.perf_counter(), time.process_time(), time.process_time(), 1)
+        return Moment(time.perf_counter(), time.process_time(), time.process_time(), 1)
     psutil: Any = library
     each: list[Any] = psutil.cpu_times(percpu=True)
     own = psutil.Process()
-    allowed = set(own.cpu_affinity()) if hasattr(own, "cpu_affinity") else set(range(len(each)))
+    allowed: set[int] = set(own.cpu_affinity()) if hasattr(own, "cpu_affinity") else set(range(len(each)))
     mine = [times for number, times in enumerate(each) if number in allowed] or each
     worked = sum(getattr(times, name, 0.0) for times in mine for name in _WORK)
-    return _Moment(time.perf_counter(), time.process_time(), worked, len(mine))
+    return Moment(time.perf_counter(), time.process_time(), worked, len(mine))
+
+
+def others(began: Moment, ended: Moment) -> float:
+    """Cores' worth of others' work between two moments; 0 before it can be told."""
+    seconds = ended.wall - began.wall
+    if seconds < BRIEF:
+        return 0.0
+    return max((ended.worked - began.worked) - (ended.own - began.own), 0.0) / seconds
 
 
 class Watch:
     """Looks, from its making on, at what others do on the processors that this process may use."""
 
     def __init__(self) -> None:
-        self._began = _now()
-
-    def others(self) -> float:
-        """Processors' worth of others' work; 0 before it can be told."""
-        now, began = _now(), self._began
-        seconds = now.wall - began.wall
-        if seconds < BRIEF:
-            return 0.0
-        return max((now.worked - began.worked) - (now.own - began.own), 0.0) / seconds
+        self._began = now()
 
     def busy(self, threads: int) -> bool:
         """Whether others leave less than `threads` need."""
-        return crowded(self.others(), self._began.cores, threads)
+        return crowded(others(self._began, now()), self._began.cores, threads)
 
 
-def crowded(others: float, cores: int, threads: int) -> bool:
-    """Whether `threads` on so many `cores` must share them with `others`, in processors' worth of work."""
-    return others > max(cores - threads, 0) + QUIET
+def crowded(taken: float, cores: int, threads: int) -> bool:
+    """Whether `threads` on so many `cores` must share them with others, who take `taken` cores' worth."""
+    return taken > max(cores - threads, 0) + QUIET
 
 
 def speedup(threads: int) -> float:
