@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ..sampling.tiling import TileSize
 
+Growth = Callable[[float, float], float]
 #: How operations of each kind grow from tile to tile, by how often its area and its frames hold those of another.
-GROWTH = {
+GROWTH: dict[str, Growth] = {
     "features": lambda area, frames: area * frames,
     "embeddings": lambda area, frames: frames,
     "spatial": lambda area, frames: area**2 * frames,
@@ -35,7 +36,7 @@ class Operations:
             if self._tile is None:
                 self._tile = tile
                 for network in self._networks:
-                    for name, module in network.named_modules():
+                    for name, module in cast("Iterable[tuple[str, nn.Module]]", network.named_modules()):
                         self._count(hooks, name, module)
             yield
 

@@ -34,8 +34,8 @@ from .plan_cost import plan_cuts
 from .sampler import NoiseRange, Settings, run_steps, strengths
 from .tile_time import TileSeconds, tile_seconds
 
-#: Seconds that a part's last run may take, and the UNet's; one as short as BRIEF is done again.
-PART, UNET, BRIEF = 0.3, 0.5, 0.05
+#: Seconds that a part's second run may take, its last one, and the UNet's; one as short as BRIEF is done again.
+SECOND, PART, UNET, BRIEF = 0.6, 0.2, 0.6, 0.05
 #: A part of less than this share of those that are known need not be known well.
 NEGLIGIBLE = 0.03
 #: Sides in latents of the squares that a part is tried on, in turn.
@@ -150,7 +150,7 @@ def _read(work: Work) -> tuple[float, Tensor]:
 
 def _seconds(work: Work, sample: Callable[[int], float], units: float, known: float) -> float:
     """Seconds of so many `units` of `sample(side)`, which returns how many it has done: on the largest square that
-    there is, or the last whose successor would take more than PART, or which is little of what is `known`."""
+    there is, or the last whose successor would take more than SECOND or PART, or which is little of what is `known`."""
 
     def run(side: int) -> tuple[float, float]:
         began = work.clock()
@@ -159,7 +159,8 @@ def _seconds(work: Work, sample: Callable[[int], float], units: float, known: fl
 
     side, (spent, done) = SIDES[0], run(SIDES[0])
     for larger in SIDES[1:]:
-        if 4 * spent > PART or spent / done * units < NEGLIGIBLE * known:
+        # The first one says little: it is small, and all that is new is done in it.
+        if 4 * spent > (SECOND if side == SIDES[0] else PART) or spent / done * units < NEGLIGIBLE * known:
             break
         before, side, (spent, done) = done, larger, run(larger)
         if done == before:
