@@ -23,6 +23,7 @@ from ..checkpoints.text_file import Texts
 from ..errors import SettingError
 from ..modules.control import Control, check_strength
 from ..sampling.tiling import TileSize
+from ..system.no_data import without_data
 from .attention import use_chunks
 from .svd import Backbone, build_vae, context_width
 
@@ -170,7 +171,7 @@ def build_sd(
 ) -> SD:
     """The models of `weights` (which are `dtype` already); the VAE is the bundled SVD's where they have none. The
     control goes to `device` and `dtype`. Raises SettingError as SD does."""
-    with torch.device("meta"):
+    with without_data():
         unet = UNet2DConditionModel(**weights.unet_config)
     unet.load_state_dict(weights.unet, assign=True)
     cast(nn.Module, unet).to(device).eval().requires_grad_(False)

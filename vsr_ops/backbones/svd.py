@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -28,6 +29,7 @@ from ..sampling.calls import Call
 from ..sampling.layers import Layer, place_layers
 from ..sampling.propagation import TileRun
 from ..sampling.tiling import TileSize
+from ..system.no_data import without_data
 from ..system.precision import decoded_within, dtype_of, narrow
 from .attention import ChunkedAttention, OneTokenAttention, PatchedAttention
 
@@ -214,6 +216,11 @@ def clip_pixels(image: Tensor) -> Tensor:
 def sigmas(steps: int, start: float | None = None) -> list[float]:
     """`steps` falling noise levels from `start` (None: SIGMA_MAX), and a final 0: diffusers' scheduler, set up as stock
     SVD's."""
+    return list(_sigmas(steps, start))
+
+
+@lru_cache(maxsize=64)  # a plan asks dozens of times
+def _sigmas(steps: int, start: float | None) -> tuple[float, ...]:
     scheduler: Any = EulerDiscreteScheduler(
         prediction_type="v_prediction",
         use_karras_sigmas=True,
@@ -228,7 +235,7 @@ def sigmas(steps: int, start: float | None = None) -> list[float]:
         interpolation_type="linear",
     )
     scheduler.set_timesteps(steps)
-    return [float(sigma) for sigma in scheduler.sigmas]
+    return tuple(float(sigma) for sigma in scheduler.sigmas)
 
 
 def pick_device(name: str) -> torch.device:
@@ -259,7 +266,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def build_svd(weights: SVDWeights, device: torch.device, dtype: torch.dtype) -> SVD:
     """The models of `weights` (which are `dtype` already), built without a second copy of the tensors."""
-    with torch.device("meta"):
+    with without_data():
         unet = UNetSpatioTemporalConditionModel(**weights.unet_config)
     unet.load_state_dict(weights.unet, assign=True)
     match_host_epsilon(unet)
@@ -279,7 +286,7 @@ def build_vae(
     dtype: torch.dtype,
 ) -> Any:
     """A VAE of diffusers' class `kind`, frozen; its encoder wider than `dtype` where it must be."""
-    with torch.device("meta"):
+    with without_data():
         vae = kind(**config)
     vae.load_state_dict(state, assign=True)
     leave_out_idle(vae)

@@ -305,6 +305,10 @@ def idle_middle_block(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     is replaced.
     """
     first, second = VAE + "decoder.mid.block_1.", VAE + "decoder.mid.block_2."
-    idle = {second + k[len(first) :]: torch.zeros_like(v) for k, v in weights.items() if k.startswith(first)}
-    idle |= {k: torch.zeros_like(v) for k, v in weights.items() if k.startswith(VAE + "decoder.mid.attn_1.proj_out.")}
-    return idle
+    idle = {second + k[len(first) :]: _zeros(v) for k, v in weights.items() if k.startswith(first)}
+    return idle | {k: _zeros(v) for k, v in weights.items() if k.startswith(VAE + "decoder.mid.attn_1.proj_out.")}
+
+
+def _zeros(like: Tensor) -> Tensor:
+    # torch.zeros_like imports SymPy where a tensor has no data: half a second.
+    return torch.zeros(like.shape, dtype=like.dtype, device=like.device)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..system.no_data import without_data
 from . import keymap
 from .keymap import CLIP, UNET, VAE, Names
 from .ldm_unet import count, encoder_levels
@@ -169,7 +169,7 @@ class Part:
     def whole_plan(self, path: Path, kwargs: Mapping[str, Any]) -> tuple[dict[str, Tensor], Names, Mapping[str, Any]]:
         """The same, and the whole configuration: what `kwargs` leaves to the class too. Raises CheckpointError."""
         try:
-            with torch.device("meta"):
+            with without_data():
                 model, config = self.build(kwargs)
             return model.state_dict(), self.names(config), config
         except Exception as error:  # whatever a wrong value breaks inside the other library

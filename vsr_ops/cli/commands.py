@@ -23,12 +23,13 @@ from ..pipeline import cost
 from ..pipeline.advice import describe_time
 from ..pipeline.job import Job, scene_cuts
 from ..pipeline.part_samples import Work
-from ..pipeline.part_times import time_parts
+from ..pipeline.part_times import measure
 from ..pipeline.plan_cost import duration
 from ..pipeline.sampler import NoiseRange, Settings, make_layout
 from ..pipeline.upscale import upscale
 from ..sampling.layouts import TileLayout
 from ..sampling.tiling import TilePlan, TileSize, plan_tiles
+from ..system.load import Watch, one_thread
 from ..system.memory import ran_out
 from ..system.outputs import files_of, held_folder
 from ..video import VideoInfo, check_output, glance, probe
@@ -74,6 +75,7 @@ def _codec_for(output: Path, name: str | None) -> str:
 
 
 def _upscale(args: argparse.Namespace) -> None:
+    watch = Watch()
     settings_of(args)
     job = _job(args, probe(args.input))
     codec = _codec_for(args.output, args.codec)
@@ -81,7 +83,7 @@ def _upscale(args: argparse.Namespace) -> None:
     settings, parts, model, cuts = settings_of(args), parts_of(args), model_of(args), _cuts(args, job)
     layout = _laid_out(job, settings, model, cuts)
     settings = cost.resolve_sap(model, layout, settings, args.sap_mode)
-    bars = Bars(_planned(Work(model, job, layout, settings, parts, codec)))
+    bars = Bars(_planned(Work(model, job, layout, settings, parts, codec), watch))
     try:
         upscale(model, job, args.output, settings, codec, args.overwrite, cuts, bars, parts)
     finally:
@@ -89,29 +91,32 @@ def _upscale(args: argparse.Namespace) -> None:
     print(f"{args.output}: {job.frames} frames of {job.size[1]}x{job.size[0]}")
 
 
-def _planned(work: Work) -> Mapping[str, float] | None:
+def _planned(work: Work, watch: Watch) -> Mapping[str, float] | None:
     """Seconds of each stage; nothing for a job that is done before they could be measured."""
     if work.job.frames * work.job.size[0] * work.job.size[1] < SMALL:
         return None
-    times = time_parts(work)
-    print(f"about {duration(times.total)}, most of it {times.dearest}", file=sys.stderr)
+    times = measure(work, watch)
+    busy = " (the machine is busy: that is of a quiet one)" if times.busy else ""
+    print(f"about {duration(times.total)}, most of it {times.dearest}{busy}", file=sys.stderr)
     return times.stages
 
 
 def _plan(args: argparse.Namespace) -> None:
+    watch = Watch()
     settings, job = settings_of(args), _job(args, glance(args.input))
-    if args.cuts == "sampled":
-        sampled = sample_cuts(job.info, job.start, job.stop)
-        cuts, scenes = sampled.cuts, sampled.describe()
-    else:
-        cuts = _cuts(args, job)
-        scenes = f"{len(cuts) + 1}"
-    parts, model = parts_of(args), model_of(args)
+    with one_thread():  # for much that is small, a second one is only waited for
+        if args.cuts == "sampled":
+            sampled = sample_cuts(job.info, job.start, job.stop)
+            cuts, scenes = sampled.cuts, sampled.describe()
+        else:
+            cuts = _cuts(args, job)
+            scenes = f"{len(cuts) + 1}"
+        parts, model = parts_of(args), model_of(args)
     layout = _laid_out(job, settings, model, cuts)
     settings = cost.resolve_sap(model, layout, settings, args.sap_mode)
     print(cost.describe(job, layout, settings, cost.estimate(model, layout, settings), scenes), flush=True)
     work = Work(model, job, layout, settings, parts)
-    print(describe_time(work, cuts, time_parts(work)))
+    print(describe_time(work, cuts, measure(work, watch)))
 
 
 def _demo(args: argparse.Namespace) -> None:

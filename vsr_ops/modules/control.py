@@ -17,6 +17,7 @@ from ..checkpoints import control_keymap
 from ..checkpoints.module_file import fill, read_module, write_module
 from ..checkpoints.safefile import PICKLE_SUFFIXES, open_safely, read_pickle, refuse_differences
 from ..errors import CheckpointError, SettingError
+from ..system.no_data import without_data
 from ..weights import bundled
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def _empty_unet(config: Mapping[str, Any]) -> Any:
 
     kwargs = {key: tuple(cast("list[Any]", v)) if isinstance(v, list) else v for key, v in config.items()}
     up = tuple(str(name).replace("Down", "Up") for name in reversed(config["down_block_types"]))
-    with torch.device("meta"):
+    with without_data():
         return cast("Any", UNet2DConditionModel)(**kwargs, up_block_types=up)
 
 
@@ -284,6 +285,6 @@ def from_diffbir(path: Path, tensors: Mapping[str, Tensor], names: list[str] | N
 
 def _on_meta(config: Mapping[str, Any]) -> Control:
     """A control to be filled: no time goes into an initialisation."""
-    with torch.device("meta"):
+    with without_data():
         model = Control(config)
     return model.to_empty(device="cpu")

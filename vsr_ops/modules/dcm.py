@@ -20,6 +20,7 @@ from ..errors import CheckpointError
 from ..image.upscale import of_factor
 from ..sampling.tiling import Merger, Span, TilePlan, Window, cut_tile, spans
 from ..weights import bundled
+from .compact import load_compact
 
 UpscaleFn = Callable[[Tensor], Tensor]
 """Frames `(n, 3, h, w)` RGB in [0, 1] to `(n, 3, s*h, s*w)` in [0, 1]; a Restorer where s is 1."""
@@ -91,8 +92,8 @@ def tile_spans(extent: int) -> tuple[Span, ...]:
 
 def load_dcm(path: Path | str, device: torch.device, dtype: torch.dtype = torch.float32) -> UpscaleFn:
     """The upscale model at `path` ("lite": the bundled one) as a function of frames, tiled. Errors as `read_dcm`."""
-    model = read_dcm(path).to(device=device, dtype=dtype)
-    scale = int(model.scale)
+    model: Any = load_compact(LITE_DCM) if str(path) == "lite" else read_dcm(path)
+    model, scale = model.to(device=device, dtype=dtype), int(model.scale)
 
     @torch.no_grad()
     def enlarge(frames: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ def describe_time(work: Work, cuts: Sequence[int], times: PartTimes) -> str:
     dearest = sorted(times.parts.items(), key=lambda part: -part[1])
     each = ", ".join(f"{name} {duration(seconds)}" for name, seconds in dearest)
     lines = [f"time         about {duration(times.total)}: {each}"]
+    if times.busy:
+        lines.append("machine      busy with other work while it was measured: the times are for a quiet one")
     name, seconds = dearest[0]
     at = f"; {measured_words(times.tile)}" if times.tile is not None else ""
     lines.append(f"dearest      {name}, {seconds / max(times.total, 1e-9):.0%}{at}")

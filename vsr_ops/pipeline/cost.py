@@ -5,13 +5,10 @@ Counts are exact; bytes of banks are exact for the plan; activation memory is an
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..backbones.sd import SD
 from ..backbones.svd import Backbone, find_layers, spatial_self_attention
@@ -77,23 +74,10 @@ def resolve_sap(model: Backbone, layout: TileLayout, settings: Settings, mode: s
     return replace(settings, propagation=replace(settings.propagation, sap_lagged=lagged))
 
 
-def tile_flops(model: Backbone, tile: TileSize) -> float:
-    """Operations of one tile's UNet call, a control's among them, counted on copies without data."""
-    frames, width = tile.frames, model.context(None).shape[-1]
-    with torch.device("meta"):
-        unet = type(model.unet)(**dict(model.unet.config))
-        x, time = torch.empty(frames, 4, tile.height, tile.width), torch.empty(())
-        context, micro = torch.empty(1, 1, width), torch.empty(1, 3)
-    cast(nn.Module, unet).to("meta")  # the mixers' factors ignore the lines above
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        if not isinstance(model, SD):
-            unet(torch.cat([x, x], 1)[None], time, context, micro)
-        else:
-            tokens = context.expand(frames, -1, -1)
-            unet(x, time, tokens)
-            if model.control is not None:
-                deepcopy(model.control).to("meta")(x, time, tokens, x)
-    return float(counter.get_total_flops())
+def networks(model: Backbone) -> list[nn.Module]:
+    """What runs at a tile pass: the UNet, and a control of it."""
+    control = model.control if isinstance(model, SD) else None
+    return [model.unet] if control is None else [model.unet, control]
 
 
 def estimate(model: Backbone, layout: TileLayout, settings: Settings) -> Estimate:
@@ -111,8 +95,7 @@ def estimate(model: Backbone, layout: TileLayout, settings: Settings) -> Estimat
         ),
         default=0,
     )
-    held = [model.unet, model.vae, *([model.control] if isinstance(model, SD) and model.control is not None else [])]
-    weights = sum(p.nbytes for module in held for p in module.parameters())
+    weights = sum(p.nbytes for module in [*networks(model), model.vae] for p in module.parameters())
     size = model.dtype.itemsize
     branches = max(map(guide(settings.guidance).passes, strengths(settings, noise)), default=1)
     return Estimate(

@@ -1,14 +1,16 @@
 """What each part of a job takes on this machine: short runs of the very parts on the clip's first frames.
 
 Every part works on a square of the picture, larger from run to run until the time for it is spent, and is scaled by the
-area that the job gives it, overlaps of tiles and chunks included. A second or two in all.
+area that the job gives it, overlaps of tiles and chunks included. A second or two in all. On a machine that does other
+work too, the processor's seconds of one thread stand for those on the wall.
 """
 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,18 +21,23 @@ from ..modules.dcm import tile_spans
 from ..modules.refiner import TILE
 from ..sampling.guidance import guide
 from ..sampling.layouts import TileLayout
-from ..sampling.tiling import Span, cores, even_part, spans
+from ..sampling.schedule import Kind
+from ..sampling.tiling import Span, TileSize, cores, even_part, spans
+from ..system.load import Watch, one_thread, speedup
 from ..vae.latents import VAE_OVERLAP, vae_plan
 from ..vae.layout import is_temporal
-from .cost import tile_flops
+from .cost import networks
 from .job import Job
+from .operations import Operations
 from .part_samples import FRAMES, Samples, Work, run_tile
 from .plan_cost import plan_cuts
 from .sampler import NoiseRange, Settings, run_steps, strengths
 from .tile_time import TileSeconds, tile_seconds
 
-#: Seconds that a part's last run may take, and the UNet's.
-PART, UNET = 0.2, 2.0
+#: Seconds that a part's second run may take, its last one, and the UNet's; one as short as BRIEF is done again.
+SECOND, PART, UNET, BRIEF = 0.6, 0.2, 0.6, 0.05
+#: A part of less than this share of those that are known need not be known well.
+NEGLIGIBLE = 0.03
 #: Sides in latents of the squares that a part is tried on, in turn.
 SIDES = (8, 16, 32, 64)
 
@@ -49,10 +56,12 @@ PARTS = {
 
 @dataclass(frozen=True)
 class PartTimes:
-    """Seconds of a whole job by part (a name in PARTS), and of one tile in the UNet (None: no step is taken)."""
+    """Seconds of a whole job by part (a name in PARTS), and of one tile in the UNet (None: no step is taken); whether
+    the machine was `busy` meanwhile: they are a quiet one's even so."""
 
     parts: Mapping[str, float]
     tile: TileSeconds | None = None
+    busy: bool = False
 
     @property
     def total(self) -> float:
@@ -73,33 +82,56 @@ class PartTimes:
         return found
 
 
+def measure(work: Work, watch: Watch) -> PartTimes:
+    """Times every part of a job, as on a quiet machine, where `watch` or the time of measuring itself says that it does
+    other work. Raises as `time_parts`."""
+    threads = torch.get_num_threads()
+    if work.model.device.type != "cpu":
+        return time_parts(work)
+    if not watch.busy(threads):
+        watch = Watch()
+        times = time_parts(work)
+        if not watch.busy(threads):
+            return times
+    return time_while_busy(work)
+
+
+def time_while_busy(work: Work) -> PartTimes:
+    """`time_parts` as they would be on a quiet machine: by the processor's seconds of one thread, over what more
+    threads would gain. Several threads spend most of a busy machine's time waiting for each other."""
+    gain = speedup(torch.get_num_threads())
+    with one_thread():
+        return replace(time_parts(replace(work, clock=lambda: time.process_time() / gain)), busy=True)
+
+
 def time_parts(work: Work) -> PartTimes:
-    """Times every part of a job. Raises VSRError for an input that cannot be read."""
+    """Times every part of a job, by its clock. Raises VSRError for an input that cannot be read."""
     job, parts, plan = work.job, work.parts, work.layout.settled
     reading, small = _read(work)
     samples, aligned = Samples(work, small), work.settings.align > 0 and work.settings.steps > 0
     readings = 2 + aligned + (parts.of_decoder.acting.cfw is not None)
     pixels = job.size[0] * job.size[1] * job.frames
-    encoded = vae_plan(1, plan.height, plan.width)
-    volume = _covered(encoded.rows) * _covered(encoded.cols) * job.frames
-    found = {
-        "reading": job.frames * readings * reading,
-        "upscaler": _each(work, samples.enlarge)
-        * pixels
-        * (readings if parts.upscale_fn is None else _upscaled_share(job)),
-        "encode": _each(work, samples.encode) * volume,
-    }
-    if aligned and job.frames > 1:
-        found["flow"] = _each(work, samples.flow) * pixels * (1 - 1 / job.frames)
+    found = {"reading": job.frames * readings * reading}
     tile = time_tile(work) if work.settings.steps else None
     if tile is not None:
         found["UNet"] = sampling_seconds(work.layout, work.settings, NoiseRange.of(work.model), tile)
-    found["decode"] = _each(work, samples.decode) * _decoded_volume(work)
+
+    def add(name: str, sample: Callable[[int], float], units: float) -> None:
+        found[name] = _seconds(work, sample, units, sum(found.values()))
+
+    # The dearest first: what others need not be known well beside.
+    add("decode", samples.decode, _decoded_volume(work))
+    encoded = vae_plan(1, plan.height, plan.width)
+    add("encode", samples.encode, _covered(encoded.rows) * _covered(encoded.cols) * job.frames)
+    enlarged = readings if parts.upscale_fn is None else _upscaled_share(job)
+    add("upscaler", samples.enlarge, pixels * enlarged)
     if parts.refiner is not None:
         height, width = (_with_margins(side, parts.refiner.reach) for side in job.size)
-        found["refiner"] = _each(work, samples.refine) * height * width * job.frames
+        add("refiner", samples.refine, height * width * job.frames)
+    if aligned and job.frames > 1:
+        add("flow", samples.flow, pixels * (1 - 1 / job.frames))
     with tempfile.TemporaryDirectory() as folder:
-        found["writing"] = _each(work, lambda side: samples.write(side, Path(folder))) * pixels
+        add("writing", lambda side: samples.write(side, Path(folder)), pixels)
     return PartTimes(found, tile)
 
 
@@ -116,20 +148,26 @@ def _read(work: Work) -> tuple[float, Tensor]:
     return (work.clock() - began) / max(len(frames) - 1, 1), torch.stack(frames)
 
 
-def _each(work: Work, sample: Callable[[int], float]) -> float:
-    """Seconds a unit of `sample(side)`, which returns how many it has done: on the largest square that there is, or
-    the last whose successor would take more than PART. The better of two, as what is first used takes longer."""
-    spent, units = 0.0, -1.0
-    for side in SIDES:
-        before, runs = units, list[float]()
-        for _ in range(2):
-            began = work.clock()
-            units = sample(side)
-            runs.append(work.clock() - began)
-        spent = min(runs)
-        if 4 * spent > PART or units == before:
+def _seconds(work: Work, sample: Callable[[int], float], units: float, known: float) -> float:
+    """Seconds of so many `units` of `sample(side)`, which returns how many it has done: on the largest square that
+    there is, or the last whose successor would take more than SECOND or PART, or which is little of what is `known`."""
+
+    def run(side: int) -> tuple[float, float]:
+        began = work.clock()
+        done = sample(side)
+        return work.clock() - began, done
+
+    side, (spent, done) = SIDES[0], run(SIDES[0])
+    for larger in SIDES[1:]:
+        # The first one says little: it is small, and all that is new is done in it.
+        if 4 * spent > (SECOND if side == SIDES[0] else PART) or spent / done * units < NEGLIGIBLE * known:
             break
-    return spent / units
+        before, side, (spent, done) = done, larger, run(larger)
+        if done == before:
+            break
+    if side == SIDES[0] or spent < BRIEF:
+        spent = min(spent, run(side)[0])  # what is first used takes longer
+    return spent / done * units
 
 
 def _covered(parts: Sequence[Span]) -> int:
@@ -161,9 +199,13 @@ def time_tile(work: Work) -> TileSeconds:
     plan, model = work.layout.largest, work.model
     tile = max((plan.tile_size(n) for n in range(len(plan.windows))), key=lambda size: size.frames)
     windows = 2 if len(plan.windows) > 1 and "tap" in work.settings.propagation.kinds else 1
-    return tile_seconds(
-        lambda size: run_tile(work, size, windows), lambda size: tile_flops(model, size), tile, model.factor, UNET
-    )
+    operations = Operations(*networks(model))
+
+    def run(size: TileSize) -> dict[Kind, float]:
+        with operations.counted(size):
+            return run_tile(work, size, windows)
+
+    return tile_seconds(run, operations.of, tile, model.factor, UNET)
 
 
 def sampling_seconds(layout: TileLayout, settings: Settings, noise: NoiseRange, tile: TileSeconds) -> float:

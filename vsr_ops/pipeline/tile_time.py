@@ -55,17 +55,19 @@ def sizes_up_to(tile: TileSize, factor: int) -> list[TileSize]:
 def tile_seconds(
     run: TileRunner, flops: Callable[[TileSize], float], tile: TileSize, factor: int, seconds: float
 ) -> TileSeconds:
-    """Runs growing tiles, the smallest one twice, until the next would take more than about `seconds`. Where that is
-    before `tile` itself, the rest is by their operations, `flops`."""
+    """Runs the smallest tile twice, and then the largest that takes no more than about `seconds`, by those before.
+    Where that is smaller than `tile` itself, the rest is by their operations, `flops`."""
     sizes = sizes_up_to(tile, factor)
     run(sizes[0])  # what is first used takes longer
     kinds: Mapping[Kind, float] = run(sizes[0])
-    size = sizes[0]
-    for larger in sizes[1:]:
+    size, left = sizes[0], sizes[1:]
+    while left:
         spent = sum(kinds.values())
-        if spent > seconds / BRIEF and spent * volume(larger) / volume(size) > seconds:
+        known = [larger for larger in left if spent * volume(larger) / volume(size) <= seconds]
+        if not known and spent > seconds / BRIEF:
             break
-        kinds, size = run(larger), larger
+        size = known[-1] if known else left[0]
+        kinds, left = run(size), left[left.index(size) + 1 :]
     if sum(kinds.values()) < seconds / AGAIN:
         again = run(size)
         kinds = {kind: min(each, again[kind]) for kind, each in kinds.items()}

@@ -21,6 +21,8 @@ from .scenes import find_cuts
 
 #: Frames of a stretch, and so many stretches at most. A video this short is looked at whole.
 STRETCH, MOST, SHORT = 8, 12, 48
+#: Times as many seconds on the wall may go by: a busy machine gets its answer too, a slow disk is not waited for.
+PATIENCE = 4
 #: Cuts show at this width, which FFmpeg shrinks pictures to faster than anything else does.
 _WIDTH = 256
 #: Where the next stretch begins, on from the last: parts that are never near to one another, however many there are.
@@ -52,7 +54,8 @@ class SampledCuts:
 
 
 def sample_cuts(info: VideoInfo, start: int, stop: int, seconds: float = 0.7) -> SampledCuts:
-    """Looks at stretches of frames [start, stop) for about so many seconds, and takes the rest to be alike.
+    """Looks at stretches of frames [start, stop) for about so many of the processor's seconds, and takes the rest to be
+    alike.
 
     A short clip is looked at whole. Of a longer one the cuts are spread evenly. Raises VideoError.
     """
@@ -60,13 +63,14 @@ def sample_cuts(info: VideoInfo, start: int, stop: int, seconds: float = 0.7) ->
     if frames <= SHORT:
         cuts = find_cuts(frame.image for frame in read_frames(info, start, stop))
         return SampledCuts(cuts, len(cuts), frames, frames - 1, frames)
-    began, found, looked, pairs = 0.0, 0, 0, 0
+    began, found, looked, pairs = None, 0, 0, 0
     with closing(_stretches(info, start, frames)) as stretches:
         for stretch in stretches:
             found += len(find_cuts(stretch))
             looked, pairs = looked + len(stretch), pairs + max(len(stretch) - 1, 0)
-            began = began or time.perf_counter()  # the first one has imported what finds cuts
-            if time.perf_counter() - began > seconds:
+            now = time.process_time(), time.perf_counter()
+            began = began or now  # the first one has imported what finds cuts
+            if now[0] - began[0] > seconds or now[1] - began[1] > PATIENCE * seconds:
                 break
     count = round(found / pairs * (frames - 1)) if pairs else 0
     cuts = tuple(sorted({round((n + 1) * frames / (count + 1)) for n in range(count)} - {0, frames}))
