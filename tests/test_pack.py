@@ -199,9 +199,13 @@ def made(node: ast.expr, given: dict[str, ast.expr] | None = None) -> Iterator[t
             yield from made(element, given)
     elif isinstance(node, ast.Starred):
         yield from made(node.value, given)
+    elif isinstance(node, ast.Name):
+        yield from made(given[node.id])
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in MAKERS:
         maker = MAKERS[node.func.id]
         arguments = dict(zip((arg.arg for arg in maker.args.args), node.args, strict=False))
+        if maker.args.vararg is not None:
+            arguments[maker.args.vararg.arg] = ast.List(node.args[len(maker.args.args) :])
         for part in maker.body:
             if isinstance(part, ast.Return) and part.value is not None:
                 yield from made(part.value, arguments)

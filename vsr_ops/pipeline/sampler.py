@@ -18,7 +18,7 @@ from ..image.color import COLOR
 from ..sampling.align import ROUNDS, SCALES, align, check_strength
 from ..sampling.calls import Call, calls, gather_tiles
 from ..sampling.guidance import COND, Branch, GuidanceScale, gamma_at, guide, resolve_scale
-from ..sampling.interval import EVERY_STEP, Act, GuidanceInterval, IntervalGuidance
+from ..sampling.interval import EVERY_STEP, Act, GuidanceInterval, IntervalGuidance, check_guided
 from ..sampling.layouts import TileLayout, check_layout, laid_out, lay_out
 from ..sampling.noise import frame_noise
 from ..sampling.passes import run_pass
@@ -80,11 +80,7 @@ class SamplingSettings:
         if self.batch < 1:
             raise SettingError(f"batch is {self.batch}: expected a whole number from 1")
         resolve_scale(self.guidance, self.cfg, self.guidance_scale)
-        if self.guidance == "none" and not self.interval.everywhere:
-            raise SettingError(
-                "an interval of guidance is given, or steps that keep it, but guidance is none: expected a guidance;"
-                " choose one, or leave them out"
-            )
+        check_guided(self.guidance, self.interval)
         check_strength(self.align, self.align_mode, self.align_scale)
         check_sampler(self.sampler)
 
