@@ -135,13 +135,14 @@ class TileRun:
     other windows is put together frame by frame.
 
     A call may be evaluated again, whole or in parts, until `finish` has been told of it. `limit` is how many tiles fit
-    in memory together, once that is known.
+    in memory together, once that is known; `alone`: that other branches' do not fit beside them.
     """
 
     plan: TilePlan
     settings: Propagation
     saliency: Saliency | None = None
     limit: int | None = None
+    alone: bool = False
     memory: Memory = field(default_factory=Memory)
     layout: TileLayout | None = None
     _step: int = -1
@@ -244,6 +245,11 @@ class TileRun:
             self.settings = replace(self.settings, sap_lagged=True)
             log.warning("Out of memory with a window's %d tiles at once: SAP is lagged from here on", len(call.tiles))
         log.warning("Out of memory with %d tiles at once: going on with %d", len(call.tiles), self.limit)
+
+    def separate(self) -> None:
+        """Makes do without other branches in its calls from now on."""
+        self._forget()
+        self.alone = True
 
     def acts(self, call: Call, layer: Layer) -> bool:
         """Whether `attend` would do anything but plain attention here."""
