@@ -11,10 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.tensors import latents, randn, relative
+from vsr_ops.backbones.sd import SD, load_sd
+from vsr_ops.backbones.svd import Backbone, load_svd
+from vsr_ops.modules.control import load_control
+from vsr_ops.names import BRANCH_MODES
+from vsr_ops.pipeline.cost import estimate, resolve_branches
 from vsr_ops.pipeline.sampler import Settings, sample, strengths, unet_calls
 from vsr_ops.sampling.calls import Call
 from vsr_ops.sampling.guidance import GUIDANCE
 from vsr_ops.sampling.interval import GuidanceInterval
+from vsr_ops.sampling.layouts import TileLayout
 from vsr_ops.sampling.propagation import Propagation
 from vsr_ops.sampling.tiling import TileSize, plan_tiles
 
@@ -23,6 +29,9 @@ if TYPE_CHECKING:
 
 #: Two tiles by two windows, with overlap.
 FOUR = plan_tiles(6, 8, 12, TileSize(8, 8, 4), factor=4)
+#: Two tiles by two windows that the bundled models' UNets can take.
+LITE = plan_tiles(3, 16, 24, TileSize(16, 16, 2), factor=8)
+CPU = torch.device("cpu")
 #: Of each row of the table, with and without CFG.
 STRENGTHS: list[tuple[str, float | None, float | None]] = [
     ("none", None, None),
@@ -41,6 +50,11 @@ CARRIED = {
 }
 
 
+def with_control() -> SD:
+    """The bundled Stable Diffusion with its control."""
+    return load_sd("lite", CPU, torch.float32, load_control("lite"))
+
+
 def settings(
     name: str, cfg: float | None, scale: float | None, carried: str = "synchronous", steps: int = 2, **more: Any
 ) -> Settings:
@@ -50,7 +64,7 @@ def settings(
 class Calls:
     """Videos in each call of a model's UNet; more than `most` do not fit."""
 
-    def __init__(self, model: SVD, most: int = 99) -> None:
+    def __init__(self, model: Backbone, most: int = 99) -> None:
         self.videos: list[int] = []
         self._model, self._most = model, most
 
@@ -157,3 +171,24 @@ def test_other_errors_are_not_tried_again(tiny: SVD) -> None:
             sample(tiny, latents(FOUR), FOUR, settings("dssag", None, 1.0, together=True))
     finally:
         handle.remove()
+
+
+def test_the_bundled_models_too() -> None:
+    """SD has the LR latents in every branch, and its control in the same call."""
+    for model, cfg in ((load_svd("lite", CPU, torch.float32), None), (with_control(), 2.0)):
+        apart = settings("dssag", cfg, 1.0 if cfg is None else None, steps=1, start_sigma=3.0)
+        expected, together = sample(model, latents(LITE), LITE, apart), replace(apart, together=True)
+        with Calls(model) as calls:
+            assert relative(sample(model, latents(LITE), LITE, together), expected) < 1e-5
+        assert len(calls.videos) == unet_calls(LITE, together) == len(LITE.windows)
+
+
+def test_what_is_planned(tiny: SVD) -> None:
+    """Auto is apart on a CPU; calls, and bytes on the device, are those of branches together."""
+    layout, asked = TileLayout.still(FOUR), settings("pag", 2.0, 1.0, "lagged", batch=2)
+    made = {mode: resolve_branches(tiny, layout, asked, mode) for mode in BRANCH_MODES}
+    assert [mode for mode in BRANCH_MODES if made[mode].together] == ["together"]
+    one, three = (estimate(tiny, layout, made[mode]) for mode in ("auto", "together"))
+    assert three.unet_calls * 3 == one.unet_calls and three.tile_passes == one.tile_passes
+    assert three.activation_bytes == 3 * one.activation_bytes and three.tap_bytes == 3 * one.tap_bytes
+    assert three.lagged_bytes == one.lagged_bytes > 0
