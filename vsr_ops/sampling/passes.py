@@ -72,9 +72,7 @@ class SideBySide:
         if not any(run.acts(own, layer) for run, own in parts):
             return fused_attention(q, k, v)
         shares = zip(*(x.chunk(len(parts)) for x in (q, k, v)), strict=True)
-        return torch.cat(
-            [run.attend(own, layer, *share) for (run, own), share in zip(parts, shares, strict=True)],
-        )
+        return torch.cat([run.attend(own, layer, *qkv) for (run, own), qkv in zip(parts, shares, strict=True)])
 
 
 Evaluate = Callable[[TileRun | SideBySide, Sequence[Call]], Tensor]
