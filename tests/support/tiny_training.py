@@ -55,6 +55,8 @@ def settings_of(name: str, vaes: tuple[Path, Path]) -> list[str]:
                 "data.patch=8",
             ]
         return tiny + ([f"model.picture={vaes[0]}", "data.frames=2"] if name == "vae_temporal" else [])
+    if name == "encoder":
+        return [f"model.start={vaes[1].parent / 'svd.safetensors'}", "data.size=64"]
     if name == "compression":
         return ["model.widths=[8]", "model.blocks=[1]", "data.size=32", "data.crop=16", "data.frames=2"]
     if name == "capm":

@@ -171,21 +171,21 @@ def silenced(weights: SVDWeights, layers: Sequence[str]) -> SVDWeights:
     """The same SVD with these layers of its VAE at zero. Raises SettingError for one that is not there."""
     for layer in layers:
         if f"{layer}.weight" not in weights.vae:
-            raise SettingError(f"model.idle has {layer}, which the VAE has not: expected names such as"
-                " decoder.up_blocks.3.resnets.1.spatial_res_block.conv2")
-    zeros = {
-        name: torch.zeros_like(value)
-        for name, value in weights.vae.items()
-        if name.rpartition(".")[0] in layers
-    }
+            raise SettingError(
+                f"model.idle has {layer}, which the VAE has not: expected names such as"
+                " decoder.up_blocks.3.resnets.1.spatial_res_block.conv2"
+            )
+    zeros = {name: torch.zeros_like(value) for name, value in weights.vae.items() if name.rpartition(".")[0] in layers}
     return replace(weights, vae={**weights.vae, **zeros})
 
 
 def shortened(refiner: Refiner, blocks: int) -> Refiner:
-    """The same refiner without its last blocks. Raises SettingError for fewer than it has mixes, or more than it has."""
+    """The same refiner without its last blocks. Raises SettingError for fewer than its mixes, or more than it has."""
     old = refiner.shape
     if not old.mixes <= blocks <= old.blocks:
-        raise SettingError(f"model.blocks is {blocks}: expected from {old.mixes} (its mixes) to {old.blocks} (its blocks)")
+        raise SettingError(
+            f"model.blocks is {blocks}: expected from {old.mixes} (its mixes) to {old.blocks} (its blocks)"
+        )
     shorter = Refiner(replace(old, blocks=blocks))
     state = refiner.state_dict()
     shorter.load_state_dict({name: state[name] for name in shorter.state_dict()})

@@ -14,7 +14,7 @@ import torch
 from ..modules.stam import POSITIONS
 from ..system.memory import free_bytes
 from .decoder_modules import DecoderModules
-from .layout import DecoderOp, layout_of, output_name
+from .layout import DecoderOp, alone_from, layout_of, output_name
 
 #: Latents around a tile that a decoder's convolutions reach, SD's and SVD's, and how many more CAPM's windows do.
 MARGIN, CAPM_MARGIN = 8, 6
@@ -72,11 +72,33 @@ def modules_bytes(vae: Any, modules: DecoderModules, frames: int, sides: Sequenc
 
 
 def kept_bytes(vae: Any, modules: DecoderModules, frames: int, sides: Sequence[int], itemsize: int) -> float:
-    """What whole activations take for `frames` that go together, of pictures of `sides` latents."""
+    """What whole activations take for `frames` that go together, of pictures of `sides` latents: where no frame sees
+    another from some step to the picture, of one frame at a time there."""
     ops = layout_of(vae).decoder(vae.decoder)
-    values = [KEPT_COPIES * _pixels(op, ops[0].level, sides) * int(op.norms[0].num_channels) for op in ops if op.norms]
+    alone = _alone_from(ops, modules)
+    copies = [KEPT_COPIES * _pixels(op, ops[0].level, sides) * _norm_width(op) for op in ops]
+    found = [max((frames * value for value in copies[:alone]), default=0.0)]
+    if alone < len(ops):
+        # All frames wait before the first of these, and their pictures behind the last but one.
+        found.append(found[0] + max(copies[alone:]) + 3.0 * frames * _pixels(ops[-1], ops[0].level, sides))
     fused = _fused_values(vae, modules, sides)
-    return frames * itemsize * (max(*values, *(KEPT_CFW_COPIES * value for value in fused)) + sum(fused))
+    return itemsize * (max(*found, *(KEPT_CFW_COPIES * frames * value for value in fused)) + frames * sum(fused))
+
+
+def _norm_width(op: DecoderOp) -> int:
+    return int(op.norms[0].num_channels) if op.norms else 0
+
+
+def _alone_from(ops: Sequence[DecoderOp], modules: DecoderModules) -> int:
+    """The first of the last steps in which neither the decoder nor a module beside it joins frames."""
+    acting = modules.acting
+    if acting.capm is not None:
+        return len(ops)
+    stam, levels = acting.stam, () if acting.cfw is None else acting.cfw.shape.levels
+    beside = (
+        i + 1 for i, op in enumerate(ops) if (stam and op.name in stam.names) or (op.residual and op.level in levels)
+    )
+    return max(alone_from(ops), *beside, 0)
 
 
 def features_bytes(vae: Any, modules: DecoderModules, frames: int, sides: Sequence[int], itemsize: int) -> float:

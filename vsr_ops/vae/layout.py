@@ -191,6 +191,12 @@ def layout_of(vae: Any) -> Layout:
     )
 
 
+def alone_from(steps: Sequence[DecoderOp]) -> int:
+    """The first of a decoder's last steps in which no frame sees another, but for the convolution at the very end."""
+    together = [index for index, step in enumerate(steps[:-1]) if any(is_temporal(part) for part in step.modules)]
+    return together[-1] + 1 if together else 0
+
+
 def is_known(vae: Any) -> bool:
     """Whether an autoencoder is of a known layout."""
     decoder = getattr(vae, "decoder", None)

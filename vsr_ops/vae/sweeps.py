@@ -17,7 +17,7 @@ from ..modules.cfw import FuseLayer
 from ..modules.idle import Idle
 from ..modules.windows import Place
 from ..system.precision import run_like
-from .layout import Box, DecoderOp
+from .layout import Box, DecoderOp, is_temporal
 
 #: The buffer that goes from op to op, the branch beside it, and what a guided op works out of the reference.
 MAIN, BRANCH, FUSED = "x", "h", "f"
@@ -41,7 +41,7 @@ class Sweep:
     `DecoderOp`), normalised and activated where there is a `norm`, which sees all frames as one where it is
     `over_time`; of the buffer `beside`, the same part; and where these lie. What it gives goes to the buffer `writes`
     (None: nowhere, it only gathers, and `ends` is called when all tiles have been seen). `last` are buffers that no
-    later sweep reads.
+    later sweep reads. `alone` says that each frame is by itself in it, and that it needs no other buffer than these.
     """
 
     run: Callable[[Tensor, Tensor | None, At], Tensor | None]
@@ -55,6 +55,7 @@ class Sweep:
     window: int = 1
     before: int = 0
     last: tuple[str, ...] = ()
+    alone: bool = False
     ends: Callable[[], None] | None = None
 
 
@@ -97,7 +98,9 @@ def _of(op: DecoderOp) -> list[Sweep] | None:
         return _out(op)
     if op.norms or op.guided is not None or op.placed is not None:
         return None
-    return [Sweep(lambda x, beside, at: op.run(x), reach=op.reach, resize=op.resize, window=op.window)]
+    alone = not any(is_temporal(module) for module in op.modules)
+    run = Sweep(lambda x, beside, at: op.run(x), reach=op.reach, resize=op.resize, window=op.window, alone=alone)
+    return [run]
 
 
 def _residual_op(block: Any) -> list[Sweep] | None:
@@ -129,6 +132,17 @@ def _residual_op(block: Any) -> list[Sweep] | None:
     return [*spatial, *_over_time(norms, convs, blended)]
 
 
+def frame_by_frame(sweeps: Sequence[Sweep]) -> tuple[Sequence[Sweep], Sequence[Sweep], Sequence[Sweep]]:
+    """The sweeps before those at the end in which each frame is by itself, these, and the last one where it is not.
+
+    A level on which no frame sees another need not be held for all frames at once; in SVD's the last convolution, of
+    three channels, does see the others.
+    """
+    end = len(sweeps) if sweeps[-1].alone else len(sweeps) - 1
+    start = next((i + 1 for i in range(end - 1, -1, -1) if not sweeps[i].alone), 0)
+    return sweeps[:start], sweeps[start:end], sweeps[end:]
+
+
 Call = Callable[[nn.Module, Tensor], Tensor]
 
 
@@ -157,8 +171,8 @@ def _residual(block: Any, buffer: str = MAIN, call: Call = _as_it_is) -> list[Sw
         return call(block.conv2, h).add_(x if shortcut is None else call(shortcut, x))
 
     return [
-        Sweep(enter, buffer, BRANCH, norm=block.norm1, reach=1),
-        Sweep(leave, BRANCH, buffer, beside=buffer, norm=block.norm2, reach=1, last=(BRANCH,)),
+        Sweep(enter, buffer, BRANCH, norm=block.norm1, reach=1, alone=buffer == MAIN),
+        Sweep(leave, BRANCH, buffer, beside=buffer, norm=block.norm2, reach=1, last=(BRANCH,), alone=buffer == MAIN),
     ]
 
 
@@ -181,16 +195,11 @@ def _over_time(
 
 
 def _out(op: DecoderOp) -> list[Sweep]:
-    """The picture: the last norm and the convolutions after it."""
-    norm, *convs = op.modules
-
-    def run(x: Tensor, beside: Tensor | None, at: At) -> Tensor:
-        for conv in convs:
-            x = convolved_over_time(conv, x) if isinstance(conv, nn.Conv3d) else conv(x)
-        return x
-
+    """The picture: the last norm and the convolution after it; then that over time, where there is one."""
+    norm, conv, *over_time = op.modules
     assert isinstance(norm, nn.GroupNorm)
-    return [Sweep(run, norm=norm, reach=op.reach)]
+    picture = Sweep(lambda x, beside, at: conv(x), norm=norm, reach=op.reach, alone=True)
+    return [picture, *(Sweep(lambda x, beside, at, conv=conv: convolved_over_time(conv, x)) for conv in over_time)]
 
 
 def fuse_sweeps(layer: FuseLayer, features: str, w: float) -> list[Sweep]:
