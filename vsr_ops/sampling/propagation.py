@@ -127,7 +127,7 @@ def frames_within(own: Window, windows: Sequence[Window]) -> list[tuple[int, sli
 
 @dataclass
 class TileRun:
-    """The banks of one run (in a host, of one branch and conditioning in it). SAP's lagged banks stand in host memory
+    """The banks of one branch of a run (in a host, of one conditioning in it). SAP's lagged banks stand in host memory
     until the next step has used them; TAP's live from a window to its neighbour. Both are kept by (branch's name,
     window, layer's name) and in that by the tile's index in `plan.spatial`; the joined ones by layer alone.
 
