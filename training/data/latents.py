@@ -204,7 +204,11 @@ def digest(model: Backbone) -> str:
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> str:
-    """The same on every device: summed on the CPU, in float16 as files have them."""
-    weights = [value.cpu() if value.dtype == torch.float64 else value.cpu().half().double() for value in tensors]
-    sums = [value.sum() for value in weights] + [value.square().sum() for value in weights]
+    """The same on every device and in however many threads: whole numbers, the bits in float16 as files have them, are
+    summed on the CPU."""
+    sums: list[Tensor] = []
+    for value in tensors:
+        wide = value.dtype == torch.float64
+        bits = value.cpu().view(torch.int64) if wide else value.cpu().half().view(torch.int16).long()
+        sums += [bits.sum(), bits.square().sum()]
     return hashlib.sha256(torch.stack(sums).numpy().tobytes()).hexdigest()[:16]
