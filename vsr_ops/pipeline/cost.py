@@ -92,7 +92,7 @@ def largest_call(layout: TileLayout, settings: Settings, noise: NoiseRange) -> t
 
 def resolve_branches(model: Backbone, layout: TileLayout, settings: Settings, mode: str) -> Settings:
     """Settings, their SAP mode decided, with it decided whether a step's branches go through the UNet in one call:
-    "auto" on a GPU where they fit in half the free memory. On a CPU it gains nothing."""
+    "auto" is together on a GPU, where they fit in half the free memory, and apart elsewhere."""
     together = replace(settings, together=True)
     if mode != "auto":
         return together if mode == "together" else replace(settings, together=False)
