@@ -27,6 +27,7 @@ class Row:
     guidance: str
     cfg: float | None = None
     scale: float | None = None
+    together: bool = False
 
 
 ROWS = {
@@ -36,6 +37,8 @@ ROWS = {
     "DSSAG, eq. 9": Row("dssag", 2.0),
     "PAG + CFG": Row("pag", 2.0, 1.0),
     "SAG + CFG": Row("sag", 2.0, 0.5),
+    "DSSAG, eq. 8, in one call": Row("dssag", 1.0, 1.0, together=True),
+    "DSSAG, eq. 9, in one call": Row("dssag", 2.0, together=True),
 }
 DSSAG = ("DSSAG, eq. 8", "DSSAG, eq. 9")
 #: (baseline, at most) of both DSSAG rows.
@@ -45,7 +48,7 @@ TARGETS = {"CFG": 1.03, "PAG + CFG": 0.70, "SAG + CFG": 0.70}
 def step(model: SVD, lr: Tensor, plan: TilePlan, row: Row, tile: TileSize, passes: list[int]) -> None:
     """One step; leaves the number of UNet passes as the last of `passes`."""
     settings = Settings(
-        steps=1, guidance=row.guidance, cfg=row.cfg, guidance_scale=row.scale, tile=tile, propagation=Propagation(())
+        1, row.guidance, row.cfg, row.scale, together=row.together, tile=tile, propagation=Propagation(())
     )
     passes.append(0)
 

@@ -42,6 +42,7 @@ def area(options: Options, times: int) -> tuple[int, int]:
 def watch(model: SVD, method: str, peaks: dict[str, int], profiled: bool) -> None:
     """Notes the peak of every call of a method, on the CPU, and the most the banks held."""
     inner: Callable[..., Any] = getattr(model, method)
+    banks: dict[int, int] = {}
 
     def watched(*args: object) -> object:
         out: list[object] = []
@@ -50,7 +51,10 @@ def watch(model: SVD, method: str, peaks: dict[str, int], profiled: bool) -> Non
         else:
             out.append(inner(*args))
         if model.active is not None:
-            peaks["banks"] = max(peaks.get("banks", 0), model.active[0].bank_bytes)
+            # Each branch has its own.
+            run = model.active[0]
+            banks[id(run)] = run.bank_bytes
+            peaks["banks"] = max(peaks.get("banks", 0), sum(banks.values()))
         return out[0]
 
     setattr(model, method, watched)

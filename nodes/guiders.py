@@ -12,21 +12,20 @@ from .common import CATEGORY, interval_inputs, layers_input, number
 from .patches import RHO_TIP, SCALE_TIP
 
 
-def sockets() -> list[Any]:
-    """The inputs that every guider has."""
+def guider_inputs(*own: Any) -> list[Any]:
+    """The inputs of every guider, in their order, with its `own` between: MODEL and conditioning, CFG's other branch,
+    and where the guidance acts."""
     return [
         io.Model.Input("model", tooltip="Stable Video Diffusion or Stable Diffusion, tiled or not."),
         io.Conditioning.Input(
             "positive", tooltip="From SVD Video Conditioning; for Stable Diffusion a prompt, with Apply ControlNet."
         ),
+        *own,
+        io.Conditioning.Input(
+            "negative", optional=True, tooltip="SVD's without the video, or a negative prompt: turns CFG on."
+        ),
+        *interval_inputs(),
     ]
-
-
-def negative() -> Any:
-    """The input for CFG's other branch."""
-    return io.Conditioning.Input(
-        "negative", optional=True, tooltip="SVD's without the video, or a negative prompt: turns CFG on."
-    )
 
 
 def guider_output() -> Any:
@@ -50,14 +49,11 @@ class DSSAGGuider(io.ComfyNode):
                 "Detail-suppression self-attention guidance (DC-VSR): away from what the model draws with blurred"
                 " attention. DC-VSR equation 8 without a negative, 9 with one; two UNet passes a step either way."
             ),
-            inputs=[
-                *sockets(),
+            inputs=guider_inputs(
                 number("scale", 1.0, 0.0, 100.0, SCALE_TIP),
                 number("rho", 0.5, 0.01, 100.0, RHO_TIP),
                 layers_input("ends"),
-                negative(),
-                *interval_inputs(),
-            ],
+            ),
             outputs=[guider_output()],
         )
 
@@ -91,14 +87,11 @@ class PAGGuider(io.ComfyNode):
                 "Perturbed-attention guidance in the spatial layers alone, so that motion is not perturbed. Two UNet"
                 " passes a step, three with CFG."
             ),
-            inputs=[
-                *sockets(),
+            inputs=guider_inputs(
                 number("cfg", 1.0, 0.0, 100.0, CFG_TIP),
                 number("scale", 1.0, 0.0, 100.0, SCALE_TIP),
                 layers_input("middle"),
-                negative(),
-                *interval_inputs(),
-            ],
+            ),
             outputs=[guider_output()],
         )
 
@@ -133,13 +126,10 @@ class SAGGuider(io.ComfyNode):
                 "Self-attention guidance for video: away from the estimate blurred where the middle block attends most."
                 " Two UNet passes a step, three with CFG."
             ),
-            inputs=[
-                *sockets(),
+            inputs=guider_inputs(
                 number("cfg", 1.0, 0.0, 100.0, CFG_TIP),
                 number("scale", 0.5, 0.0, 100.0, SCALE_TIP),
-                negative(),
-                *interval_inputs(),
-            ],
+            ),
             outputs=[guider_output()],
         )
 

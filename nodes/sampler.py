@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from comfy_api.latest import io
@@ -13,10 +14,11 @@ from ..vsr_ops.image.color import COLOR
 from ..vsr_ops.modules.dcm import read_dcm
 from ..vsr_ops.names import SAP_MODES
 from ..vsr_ops.pipeline.defaults import AUTO, Defaults
+from ..vsr_ops.sampling.interval import ALL_NOISE, GuidanceInterval, check_guided
 from ..vsr_ops.sampling.layouts import LAYOUTS
 from ..vsr_ops.sampling.propagation import PROPAGATION
 from . import host
-from .common import CATEGORY, REFINER, check_choice, choice, count, node_defaults, number
+from .common import CATEGORY, REFINER, check_choice, choice, count, interval_inputs, node_defaults, number
 from .guiders import DSSAGGuider, PAGGuider, SAGGuider
 from .latent import Decode, SVDConditioning
 from .patches import DSSAG, TiledDiffusion
@@ -30,27 +32,32 @@ def _made(node: type[io.ComfyNode], **values: Any) -> Any:
     return node.execute(**{**node_defaults(node), **values}).args[0]
 
 
-def _dssag(model: Any, positive: Any, negative: Any, cfg: float, scale: float) -> Any:
+def _dssag(model: Any, positive: Any, negative: Any, cfg: float, scale: float, interval: GuidanceInterval) -> Any:
+    own = {"scale": scale, **asdict(interval)}
     if cfg == 1:
-        return _made(DSSAGGuider, model=model, positive=positive, scale=scale)
-    return host.guider(_made(DSSAG, model=model, scale=scale), positive, negative, cfg)
+        return _made(DSSAGGuider, model=model, positive=positive, **own)
+    return host.guider(_made(DSSAG, model=model, **own), positive, negative, cfg)
 
 
-def _pag(model: Any, positive: Any, negative: Any, cfg: float, scale: float) -> Any:
-    return _made(PAGGuider, model=model, positive=positive, negative=negative, cfg=cfg, scale=scale)
+def _pag(model: Any, positive: Any, negative: Any, cfg: float, scale: float, interval: GuidanceInterval) -> Any:
+    own = {"cfg": cfg, "scale": scale, **asdict(interval)}
+    return _made(PAGGuider, model=model, positive=positive, negative=negative, **own)
 
 
-def _sag(model: Any, positive: Any, negative: Any, cfg: float, scale: float) -> Any:
-    return _made(SAGGuider, model=model, positive=positive, negative=negative, cfg=cfg, scale=scale)
+def _sag(model: Any, positive: Any, negative: Any, cfg: float, scale: float, interval: GuidanceInterval) -> Any:
+    own = {"cfg": cfg, "scale": scale, **asdict(interval)}
+    return _made(SAGGuider, model=model, positive=positive, negative=negative, **own)
 
 
-#: (model, positive, negative, cfg, scale) -> GUIDER
-GUIDERS: dict[str, Callable[[Any, Any, Any, float, float], Any]] = {
+#: (model, positive, negative, cfg, scale, interval) -> GUIDER
+GUIDERS: dict[str, Callable[[Any, Any, Any, float, float, GuidanceInterval], Any]] = {
     "dssag": _dssag,
-    "cfg": lambda model, positive, negative, cfg, scale: host.guider(model, positive, negative, cfg),
+    "cfg": lambda model, positive, negative, cfg, scale, interval: host.cfg_guider(
+        model, positive, negative, cfg, interval
+    ),
     "pag": _pag,
     "sag": _sag,
-    "none": lambda model, positive, negative, cfg, scale: host.guider(model, positive, None, 1.0),
+    "none": lambda model, positive, negative, cfg, scale, interval: host.guider(model, positive, None, 1.0),
 }
 
 
@@ -143,6 +150,7 @@ class TiledSVDSampler(io.ComfyNode):
                     optional=True,
                 ),
                 choice("layout", (*LAYOUTS, AUTO), AUTO, "How tiles lie; see Tiled Diffusion.", optional=True),
+                *interval_inputs(),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The sampled video, to decode or refine."),
@@ -178,9 +186,14 @@ class TiledSVDSampler(io.ComfyNode):
         clip_vision: Any = None,
         upscaler: str = AUTO,
         layout: str = AUTO,
+        sigma_min: float = 0.0,
+        sigma_max: float = ALL_NOISE,
+        every: int = 1,
     ) -> io.NodeOutput:
         own = host.defaults_of(model)
-        guide = GUIDERS[own.guided(check_choice("guidance", guidance, (*GUIDERS, AUTO)), strength=cfg != 1)]
+        chosen = own.guided(check_choice("guidance", guidance, (*GUIDERS, AUTO)), strength=cfg != 1)
+        interval = GuidanceInterval(sigma_min, sigma_max, every)
+        check_guided(chosen, interval)
         color = own.colored(check_choice("color", color, (*COLOR, AUTO)), refined=refiner is not None)
         check_choice("upscaler", upscaler, UPSCALERS)
         check_choice("layout", layout, (*LAYOUTS, AUTO))
@@ -211,7 +224,7 @@ class TiledSVDSampler(io.ComfyNode):
                 "clip_vision": clip_vision,
             }
         ).args
-        made = guide(tiled, positive, negative, cfg, guidance_scale)
+        made = GUIDERS[chosen](tiled, positive, negative, cfg, guidance_scale, interval)
         sampled = host.sample(
             made, latent, seed, steps or own.steps_of(sampler_name), sampler_name, scheduler, denoise, start
         )

@@ -21,7 +21,7 @@ from vsr_ops.sampling.samplers import SAMPLERS
 from vsr_ops.video import CODECS
 
 #: Those that are no table's: all there is to them is the name.
-ALONE = {"SAP_MODES", "PREDICTIONS"}
+ALONE = {"SAP_MODES", "BRANCH_MODES", "PREDICTIONS"}
 TABLES: dict[str, Iterable[str]] = {
     "GUIDANCE": GUIDANCE,
     "LAYOUTS": LAYOUTS,

@@ -197,11 +197,13 @@ def made(node: ast.expr, given: dict[str, ast.expr] | None = None) -> Iterator[t
     if isinstance(node, ast.List):
         for element in node.elts:
             yield from made(element, given)
-    elif isinstance(node, ast.Starred):
-        yield from made(node.value, given)
+    elif isinstance(node, ast.Starred | ast.Name):
+        yield from made(node.value if isinstance(node, ast.Starred) else given[node.id], given)
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in MAKERS:
         maker = MAKERS[node.func.id]
         arguments = dict(zip((arg.arg for arg in maker.args.args), node.args, strict=False))
+        if maker.args.vararg is not None:
+            arguments[maker.args.vararg.arg] = ast.List(node.args[len(maker.args.args) :])
         for part in maker.body:
             if isinstance(part, ast.Return) and part.value is not None:
                 yield from made(part.value, arguments)

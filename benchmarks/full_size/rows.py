@@ -250,6 +250,7 @@ class Bench:
                     clock.evaluated += now(model.device) - begun
                     clock.tiles += len(call.tiles)
                 return out
+            assert isinstance(run, TileRun), "branches are evaluated apart"
             self.stand_in(run, call)
             clock.stood_in += now(model.device) - begun if timed else 0.0
             return x.float()

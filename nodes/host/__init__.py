@@ -12,7 +12,7 @@ from .load_unet import load_unet, unet_names
 from .model import defaults_of, require_svd
 from .motion import estimated_flow, patch_alignment
 from .picture import HostVAE, decoded, managed, progress, refined, sees_time, upscaler, with_capm
-from .sampling import SAMPLERS, SCHEDULERS, dssag_guider, fps_key, guider, null_prompt, sample
+from .sampling import SAMPLERS, SCHEDULERS, cfg_guider, dssag_guider, fps_key, guider, null_prompt, sample
 
 __all__ = [
     "SAMPLERS",
@@ -20,6 +20,7 @@ __all__ = [
     "GuidancePatch",
     "HostVAE",
     "Tiles",
+    "cfg_guider",
     "decoded",
     "defaults_of",
     "describe",

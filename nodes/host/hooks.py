@@ -31,7 +31,7 @@ from ...vsr_ops.vae.latents import CELL
 from ..session.attention import attention_override
 from ..session.checks import check_run, run_cuts
 from ..session.inputs import Inputs
-from ..session.run import KEY, GuidancePatch, Run, Tiles, changed, pack_settings, sap_lagged
+from ..session.run import KEY, CFGPatch, GuidancePatch, Run, Tiles, changed, pack_settings, sap_lagged
 from .control import CONTROLS, merged
 from .device import MEMORY, is_compiled, is_torchs, uncompiled
 from .live import Live, passes_of
@@ -127,8 +127,8 @@ def outer_sample(
         )
     if is_compiled(guider.model_patcher):
         log.warning("Torch Compile is without effect here: VSR's patches change from call to call; take it off")
-    for name in GUIDANCES:
-        patch: GuidancePatch | None = settings.get(name)
+    for name in GUIDED:
+        patch: GuidancePatch | CFGPatch | None = settings.get(name)
         if patch is not None and "new" not in patch.interval.acts(run.sigmas[:-1]):
             log.warning(
                 "%s acts at none of this run's noise levels, %.4g to %.4g: its interval is %g to %g",
@@ -188,7 +188,7 @@ def _cfg(
     steps between, the first without the difference that was kept."""
     settings, sigma = pack_settings(model_options), float(timestep.max())
     run: Run = settings["run"]
-    acts = {name: run.act(name, settings[name].interval, sigma) for name in GUIDANCES if settings.get(name)}
+    acts = {name: run.act(name, settings[name].interval, sigma) for name in GUIDED if settings.get(name)}
     spent = {run.act("cfg", settings[name].interval, sigma) for name in acts}
     cfg = conds[1] is not None
     if cfg and spent and "new" not in spent:
@@ -258,8 +258,8 @@ ADDED: dict[str, Callable[[Evaluate, dict[str, Any], Tensor, GuidancePatch], Ten
     "pag": _add_pag,
     "sag": _add_sag,
 }
-#: The guidances whose settings a MODEL may have.
-GUIDANCES = tuple(ADDED)
+#: The guidances whose settings a MODEL may have; with CFG alone, which has an interval and adds nothing else.
+GUIDANCES, GUIDED = tuple(ADDED), (*ADDED, "cfg")
 
 
 def apply_model(

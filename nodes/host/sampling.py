@@ -16,9 +16,10 @@ import torch
 
 from ...vsr_ops.backbones.svd import sigmas as svd_sigmas
 from ...vsr_ops.errors import SettingError
-from ..session.run import GuidancePatch
+from ...vsr_ops.sampling.interval import GuidanceInterval
+from ..session.run import CFGPatch, GuidancePatch
 from .device import intermediate_dtype
-from .hooks import patch_perturbed
+from .hooks import patch, patch_perturbed
 from .model import CLIP_TOKENS, context_tokens_of, context_width
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,11 @@ def guider(model: Any, positive: Any, negative: Any, cfg: float) -> Any:
     made.inner_set_conds({"positive": positive} if negative is None else {"positive": positive, "negative": negative})
     made.set_cfg(cfg)
     return made
+
+
+def cfg_guider(model: Any, positive: Any, negative: Any, cfg: float, interval: GuidanceInterval) -> Any:
+    """CFG, with no other guidance beside it, that acts where `interval` says."""
+    return guider(model if interval.everywhere else patch(model, "cfg", CFGPatch(interval)), positive, negative, cfg)
 
 
 def dssag_guider(model: Any, positive: Any, negative: Any, dssag: GuidancePatch) -> Any:

@@ -78,6 +78,13 @@ def sap_lagged(tiles: Tiles, plan: TilePlan, at_once: int) -> bool:
     return at_once < len(plan.spatial) or tiles.sap_mode == "lagged"
 
 
+@dataclass(frozen=True)
+class CFGPatch:
+    """Where classifier-free guidance acts that has no other guidance beside it."""
+
+    interval: GuidanceInterval
+
+
 @dataclass
 class Run:
     """What one sampling run remembers. `before` are the steps of the model's schedule before this run's, `order` counts

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from ..sampling.attention import fused_attention, plain
 from ..sampling.calls import Call
 from ..sampling.layers import Layer
+from ..sampling.passes import SideBySide
 from ..sampling.propagation import TileRun
 
 
 class Serving(Protocol):
     """A model whose attention layers serve a run's call; None outside one."""
 
-    active: tuple[TileRun, Call] | None
+    active: tuple[TileRun | SideBySide, Call] | None
 
 
 def _projected(attn: Any, hidden_states: Tensor, context: Tensor) -> list[Tensor]:

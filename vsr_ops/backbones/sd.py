@@ -25,7 +25,7 @@ from ..modules.control import Control, check_strength
 from ..sampling.tiling import TileSize
 from ..system.no_data import without_data
 from .attention import use_chunks
-from .svd import Backbone, build_vae, context_width
+from .svd import Backbone, build_vae, context_width, shared_out
 
 #: What is left of the signal's variance at the last timestep of a schedule of zero terminal SNR: the host's number, for
 #: zero itself has no finite noise level.
@@ -129,12 +129,12 @@ class SD(Backbone):
         """Denoised estimate of tiles `(videos*frames, 4, h, w)` float32.
 
         The UNet takes `x / sqrt(s^2+1)` and the nearest timestep; x0 is `x/(s^2+1) - v s/sqrt(s^2+1)`, or `x - s eps`.
-        `lr_latents` holds the LR latents (unscaled): the control's hint. `context` is `(1, tokens, dim)`.
+        `lr_latents` holds the LR latents (unscaled): the control's hint.
         """
         scaled = (x.float() / (sigma**2 + 1) ** 0.5).to(self.device, self.dtype)
         # Filled in on the device: nothing crosses over within a call.
         timestep = torch.full((), timestep_of(sigma, self.zero_snr), device=self.device)
-        tokens = context.to(self.device, self.dtype).expand(x.shape[0], -1, -1)
+        tokens = shared_out(context.to(self.device, self.dtype), x.shape[0])
         skips, middle = self._controlled(scaled, timestep, tokens, lr_latents)
         found: Tensor = self.unet(
             scaled,

@@ -19,7 +19,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import AutoencoderKLTemporalDecoder
 from diffusers.models.unets.unet_spatio_temporal_condition import UNetSpatioTemporalConditionModel
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..checkpoints.svd import LITE, SVDWeights, match_host_epsilon, read_svd
@@ -27,6 +27,7 @@ from ..errors import DeviceError
 from ..modules.idle import leave_out_idle
 from ..sampling.calls import Call
 from ..sampling.layers import Layer, place_layers
+from ..sampling.passes import SideBySide
 from ..sampling.propagation import TileRun
 from ..sampling.tiling import TileSize
 from ..system.no_data import without_data
@@ -72,7 +73,7 @@ class Backbone(ABC):
     tile: TileSize
     device: torch.device
     dtype: torch.dtype
-    active: tuple[TileRun, Call] | None = None
+    active: tuple[TileRun | SideBySide, Call] | None = None
 
     #: Whether CFG's branch without a condition sees the LR latents too.
     always_sees_lr: ClassVar[bool] = False
@@ -115,10 +116,10 @@ class Backbone(ABC):
     @abstractmethod
     def denoise(self, x: Tensor, sigma: float, lr_latents: Tensor, context: Tensor, frames: int) -> Tensor:
         """Denoised estimate of tiles `(videos*frames, 4, h, w)` float32 at noise level `sigma`, given `lr_latents`
-        (unscaled) and `context` `(1, tokens, dim)`."""
+        (unscaled) and `context` `(1, tokens, dim)`, or a row for each of equal shares of the tiles."""
 
     @contextmanager
-    def serving(self, run: TileRun, call: Call) -> Generator[None]:
+    def serving(self, run: TileRun | SideBySide, call: Call) -> Generator[None]:
         """Lets the attention layers know what is being evaluated."""
         run.serve(call)
         self.active = (run, call)
@@ -178,7 +179,7 @@ class SVD(Backbone):
         a v-prediction UNet.
 
         c_in = 1/sqrt(s^2+1), c_skip = 1/(s^2+1), c_out = -s/sqrt(s^2+1), c_noise = ln(s)/4. `lr_latents` holds the LR
-        latents (unscaled, as SVD's are), `context` `(1, tokens, dim)`.
+        latents (unscaled, as SVD's are).
         """
         videos = x.shape[0] // frames
         scaled = (x.float() / (sigma**2 + 1) ** 0.5).to(self.device, self.dtype)
@@ -189,12 +190,19 @@ class SVD(Backbone):
         v = self.unet(
             rearrange(model_input, "(b t) c h w -> b t c h w", t=frames),
             timestep,
-            repeat(context, "1 n d -> b n d", b=videos),
+            shared_out(context, videos),
             torch.cat(conditions, dim=1),
             return_dict=False,
         )[0]
         v = rearrange(v, "b t c h w -> (b t) c h w").float().to(x.device)
         return x.float() / (sigma**2 + 1) - v * (sigma / (sigma**2 + 1) ** 0.5)
+
+
+def shared_out(context: Tensor, rows: int) -> Tensor:
+    """A context `(n, tokens, dim)` for each of so many rows, in n equal shares; of a single one a view."""
+    if len(context) == 1:
+        return context.expand(rows, -1, -1)
+    return context.repeat_interleave(rows // len(context), dim=0)
 
 
 def context_width(unet: Any) -> int:

@@ -83,6 +83,7 @@ def _upscale(args: argparse.Namespace) -> None:
     settings, parts, model, cuts = settings_of(args), parts_of(args), model_of(args), _cuts(args, job)
     layout = _laid_out(job, settings, model, cuts)
     settings = cost.resolve_sap(model, layout, settings, args.sap_mode)
+    settings = cost.resolve_branches(model, layout, settings, args.branches)
     bars = Bars(_planned(Work(model, job, layout, settings, parts, codec), watch))
     try:
         upscale(model, job, args.output, settings, codec, args.overwrite, cuts, bars, parts)
@@ -114,6 +115,7 @@ def _plan(args: argparse.Namespace) -> None:
         parts, model = parts_of(args), model_of(args)
     layout = _laid_out(job, settings, model, cuts)
     settings = cost.resolve_sap(model, layout, settings, args.sap_mode)
+    settings = cost.resolve_branches(model, layout, settings, args.branches)
     print(cost.describe(job, layout, settings, cost.estimate(model, layout, settings), scenes), flush=True)
     work = Work(model, job, layout, settings, parts)
     print(describe_time(work, cuts, measure(work, watch)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..names import (
     ALIGN_MODES,
     ALIGN_SCALES,
+    BRANCH_MODES,
     CODECS,
     COLOR,
     DTYPES,
@@ -167,6 +168,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--denoise", type=float, default=1.0, help="below 1: start from the LR latent at partial noise")
     add("--start-sigma", type=float, metavar="SIGMA", help="start from the LR latent at this noise level, in all steps")
     add("--batch", type=int, default=1, help="spatial tiles through the UNet together")
+    add("--branches", default="auto", help=f"guidance's branches in one UNet call: {', '.join(BRANCH_MODES)}")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:0 ..., mps")
     add("--dtype", default="auto", help=", ".join(["auto", *DTYPES]))
 

@@ -19,7 +19,7 @@ from ..modules.control import load_control
 from ..modules.dcm import load_dcm
 from ..modules.refiner import load_refiner
 from ..modules.stam import load_stam
-from ..names import SAP_MODES
+from ..names import BRANCH_MODES, SAP_MODES
 from ..pipeline.parts import CAPMSettings, PipelineModules
 from ..pipeline.sampler import Settings
 from ..sampling.interval import GuidanceInterval
@@ -66,6 +66,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """The options of sampling as settings, gaps filled by what the weights were trained with. Raises SettingError."""
     if args.sap_mode not in SAP_MODES:
         raise SettingError(f"SAP mode is {args.sap_mode!r}: expected one of {', '.join(SAP_MODES)}")
+    if args.branches not in BRANCH_MODES:
+        raise SettingError(f"branches is {args.branches!r}: expected one of {', '.join(BRANCH_MODES)}")
     propagation = Propagation.named(
         args.propagation,
         sap_lagged=args.sap_mode == "lagged",

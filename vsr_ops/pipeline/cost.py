@@ -80,21 +80,38 @@ def networks(model: Backbone) -> list[nn.Module]:
     return [model.unet] if control is None else [model.unet, control]
 
 
+def largest_call(layout: TileLayout, settings: Settings, noise: NoiseRange) -> tuple[int, int]:
+    """How many tiles the largest UNet call of a run takes of each branch, and of how many branches: (0, 1) without
+    steps."""
+    synchronous, chosen = not settings.propagation.sap_lagged, guide(settings.guidance)
+    tiles = (
+        len(call.tiles)
+        for step in run_steps(settings, noise)
+        for call in calls(layout.at(step.index), step, COND, settings.batch, synchronous=synchronous)
+    )
+    branches = (len(chosen.branches(power)) for power in strengths(settings, noise) if settings.together)
+    return max(tiles, default=0), max(branches, default=1)
+
+
+def resolve_branches(model: Backbone, layout: TileLayout, settings: Settings, mode: str) -> Settings:
+    """Settings, their SAP mode decided, with it decided whether a step's branches go through the UNet in one call:
+    "auto" is together on a GPU, where they fit in half the free memory, and apart elsewhere."""
+    together = replace(settings, together=True)
+    if mode != "auto":
+        return together if mode == "together" else replace(settings, together=False)
+    tiles, branches = largest_call(layout, together, NoiseRange.of(model))
+    needed = activation_bytes(model, layout.largest.tile_size(0), tiles * branches)
+    fits = model.device.type == "cuda" and needed <= free_bytes(model.device) / 2
+    return together if fits else replace(settings, together=False)
+
+
 def estimate(model: Backbone, layout: TileLayout, settings: Settings) -> Estimate:
-    """Counts and bytes for tiles whose SAP mode is decided (`resolve_sap`)."""
+    """Counts and bytes for tiles whose SAP mode and calls are decided (`resolve_sap`, `resolve_branches`)."""
     plan = layout.largest
     tile = max((plan.tile_size(n) for n in range(len(plan.windows))), key=lambda t: t.frames)
     layers = banks(model, tile, settings.propagation.layers)
-    noise, synchronous = NoiseRange.of(model), not settings.propagation.sap_lagged
-    steps = run_steps(settings, noise)
-    together = max(
-        (
-            len(call.tiles)
-            for step in steps
-            for call in calls(layout.at(step.index), step, COND, settings.batch, synchronous=synchronous)
-        ),
-        default=0,
-    )
+    noise = NoiseRange.of(model)
+    tiles, joined = largest_call(layout, settings, noise)
     weights = sum(p.nbytes for module in [*networks(model), model.vae] for p in module.parameters())
     size = model.dtype.itemsize
     branches = max(map(guide(settings.guidance).passes, strengths(settings, noise)), default=1)
@@ -103,8 +120,8 @@ def estimate(model: Backbone, layout: TileLayout, settings: Settings) -> Estimat
         tile_passes=tile_passes(layout, settings, noise),
         weights_bytes=weights,
         lagged_bytes=lagged_bytes(plan, settings.propagation, branches, layers, size),
-        tap_bytes=tap_bytes(plan, settings.propagation, settings.batch, layers, size),
-        activation_bytes=activation_bytes(model, tile, together),
+        tap_bytes=tap_bytes(plan, settings.propagation, settings.batch * joined, layers, size),
+        activation_bytes=activation_bytes(model, tile, tiles * joined),
     )
 
 

@@ -16,17 +16,17 @@ from ..errors import SettingError
 from ..flow.field import Flow, check_fits
 from ..image.color import COLOR
 from ..sampling.align import ROUNDS, SCALES, align, check_strength
-from ..sampling.calls import Call, calls, gather_tiles
-from ..sampling.guidance import COND, Branch, GuidanceScale, gamma_at, guide, resolve_scale
-from ..sampling.interval import EVERY_STEP, Act, GuidanceInterval, IntervalGuidance
+from ..sampling.calls import Call, calls
+from ..sampling.guidance import COND, GuidanceScale, gamma_at, guide, resolve_scale
+from ..sampling.interval import EVERY_STEP, Act, GuidanceInterval, IntervalGuidance, check_guided
 from ..sampling.layouts import TileLayout, check_layout, laid_out, lay_out
 from ..sampling.noise import frame_noise
-from ..sampling.passes import run_pass
-from ..sampling.propagation import Propagation, TileRun
+from ..sampling.propagation import Propagation
 from ..sampling.samplers import SAMPLERS, check_sampler
 from ..sampling.schedule import Step, schedule_ends, step_at, steps_before
 from ..sampling.tiling import TilePlan, TileSize
 from ..system.memory import home_of
+from .branches import Branches
 from .defaults import DEFAULTS, RHO, SAMPLER
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ class SamplingSettings:
 
     `steps` 0 decodes the LR latent as it is, to see what the diffusion adds. `denoise` below 1 starts from the LR
     latent at partial noise, keeping `steps`: at the last `steps` levels of a longer schedule; `start_sigma` does so at
-    that very noise level. `batch` is how many spatial tiles go through the UNet together where they
-    need not all. `align` is lambda of SDATC's alignment along the flow, 0 is off. `sampler` is one of SAMPLERS. Raises
-    SettingError.
+    that very noise level. `batch` is how many spatial tiles go through the UNet together where they need not all;
+    `together` puts all branches of a step that see the same x into one call. `align` is lambda of SDATC's alignment
+    along the flow, 0 is off. `sampler` is one of SAMPLERS. Raises SettingError.
     """
 
     steps: int = DEFAULTS["dc_vsr"].steps
@@ -60,6 +60,7 @@ class SamplingSettings:
     denoise: float = 1.0
     start_sigma: float | None = None
     batch: int = 1
+    together: bool = False
     align: float = 0.0
     align_mode: str = "gradient"
     align_scale: str = "bounded"
@@ -80,11 +81,7 @@ class SamplingSettings:
         if self.batch < 1:
             raise SettingError(f"batch is {self.batch}: expected a whole number from 1")
         resolve_scale(self.guidance, self.cfg, self.guidance_scale)
-        if self.guidance == "none" and not self.interval.everywhere:
-            raise SettingError(
-                "an interval of guidance is given, or steps that keep it, but guidance is none: expected a guidance;"
-                " choose one, or leave them out"
-            )
+        check_guided(self.guidance, self.interval)
         check_strength(self.align, self.align_mode, self.align_scale)
         check_sampler(self.sampler)
 
@@ -161,13 +158,15 @@ def total_steps(settings: SamplingSettings, noise: NoiseRange) -> int:
 
 
 def unet_calls(layout: TilePlan | TileLayout, settings: SamplingSettings, noise: NoiseRange = SVD_NOISE) -> int:
-    """How many UNet calls `sample` makes: branches of each step's guidance times the batches of its tiles."""
+    """How many UNet calls `sample` makes: branches of each step's guidance, those together as one, times the batches of
+    its tiles."""
     chosen = guide(settings.guidance)
     total, lagged = 0, settings.propagation.sap_lagged
     for step, power in zip(run_steps(settings, noise), strengths(settings, noise), strict=True):
         plan = laid_out(layout).at(step.index)
         batches = sum(1 for _ in calls(plan, step, COND, settings.batch, synchronous=not lagged))
-        total += chosen.passes(power) * batches
+        joined = len(chosen.branches(power)) - 1 if settings.together else 0
+        total += (chosen.passes(power) - joined) * batches
     return total
 
 
@@ -230,8 +229,9 @@ def sample(
     memory, from where one batch of tiles, or scene to align, at a time goes to the device. `context` is one for all
     scenes `(1, tokens, dim)`, or one for each. `noise` has deviation 1; when None it is drawn by frame, as a DDPM
     step's always is: from the seed and the frames' numbers in their source, where the video begins at `first_frame`.
-    `tick` is called before each UNet call. Raises SamplingError for a value that is not finite, SettingError for
-    contexts that are not one or one a scene, and for alignment without a flow that fits.
+    `tick` is called for each branch before each UNet call. Branches whose contexts differ in length are evaluated one
+    by one. Raises SamplingError for a value that is not finite, SettingError for contexts that are not one or one a
+    scene, and for alignment without a flow that fits.
     """
     if settings.steps == 0:
         return lr * model.scaling_factor
@@ -241,7 +241,8 @@ def sample(
     where = model.device if model.device.type == "cuda" else lr.device
     levels = NoiseRange.of(model)
     schedule, powers = noise_schedule(settings, levels), strengths(settings, levels)
-    guidance = IntervalGuidance(guide(settings.guidance).predict, guidance_acts(settings, levels))
+    chosen = guide(settings.guidance)
+    guidance = IntervalGuidance(chosen.predict, guidance_acts(settings, levels))
     shown = model.context(None) if context is None else context
     contexts = {True: _by_scene(laid_out(tiles).settled, shown), False: model.negative_context()}
     lr_by_branch = {True: lr, False: lr if model.always_sees_lr else torch.zeros_like(lr)}
@@ -254,22 +255,11 @@ def sample(
     first, pure = schedule[0], settings.denoise == 1 and settings.start_sigma is None
     x = noise * (first**2 + 1) ** 0.5 if pure else lr * model.scaling_factor + noise * first
     layout = laid_out(tiles).over(total_steps(settings, levels))
-    run = TileRun(layout.phases[0], settings.propagation, layout=layout)
+    branches = Branches(model, layout, settings.propagation, settings.batch, lr_by_branch, contexts, tick)
+    joined = settings.together and branches.may_join
     steps, next_x = run_steps(settings, levels), SAMPLERS[settings.sampler]()
     for i, ((sigma, following), step, power) in enumerate(zip(pairwise(schedule), steps, powers, strict=True)):
-
-        def evaluate(x: Tensor, branch: Branch, call: Call, sigma: float = sigma) -> Tensor:
-            tick(call)
-            inputs, lr_latents = (gather_tiles(run.plan, call, z) for z in (x, lr_by_branch[branch.conditional]))
-            tokens = contexts[branch.conditional]
-            scene = run.plan.windows[call.window].scene if len(tokens) > 1 else 0
-            with model.serving(run, call):
-                return model.denoise(inputs, sigma, lr_latents, tokens[scene : scene + 1], call.frames)
-
-        def denoise(x: Tensor, branch: Branch, step: Step = step) -> tuple[Tensor, Tensor | None]:
-            value = run_pass(run, step, branch, lambda call: evaluate(x, branch, call), settings.batch)
-            return value, None if run.saliency is None else run.saliency.result()
-
+        denoise = branches.denoise(step, sigma, chosen.branches(power) if joined else ())
         x0 = guidance.predict(i, denoise, x, power)
         if flow is not None:
             v = SCALES[settings.align_scale](sigma, following)

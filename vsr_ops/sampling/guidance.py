@@ -58,6 +58,16 @@ COND = Branch("cond")
 UNCOND = Branch("uncond", conditional=False)
 
 
+def dssag_branch(gamma: float, layers: str = "ends") -> Branch:
+    """DSSAG's perturbed branch: attention blurred by gamma."""
+    return Branch("dssag", attention=Tempered(gamma), layers=layers)
+
+
+def pag_branch(layers: str = "middle") -> Branch:
+    """PAG's perturbed branch: each token sees itself alone."""
+    return Branch("pag", attention=identity, layers=layers)
+
+
 def gamma_at(sigma: float, sigma_max: float, sigma_min: float, rho: float = 0.5) -> float:
     """gamma of DC-VSR equation 10: ((ln s - ln s_min)/(ln s_max - ln s_min))^rho, clamped to [0, 1].
 
@@ -122,7 +132,7 @@ def add_dssag(
     if scale == 0 or gamma == 0:
         # At gamma 0 the perturbed branch is the plain one: nothing to extrapolate from, no pass to spend.
         return guided
-    weak = evaluate(x, Branch("dssag", attention=Tempered(gamma), layers=layers))
+    weak = evaluate(x, dssag_branch(gamma, layers))
     return add_guidance(guided, cond, weak, scale)
 
 
@@ -132,7 +142,7 @@ def add_pag(
     """Perturbed-attention guidance (DC-VSR, equation 6) on top of what guided before: each token sees itself alone."""
     if scale == 0:
         return guided
-    weak = evaluate(x, Branch("pag", attention=identity, layers=layers))
+    weak = evaluate(x, pag_branch(layers))
     return add_guidance(guided, cond, weak, scale)
 
 
@@ -205,24 +215,46 @@ Predict = Callable[[Denoise, Tensor, GuidanceScale], Tensor]
 
 @dataclass(frozen=True)
 class Guide:
-    """A strategy of the table: its function, the scale to use when none is given, and the passes it takes a step."""
+    """A strategy of the table: its function, the scale and cfg to use when none are given, and the branches of a step
+    that see the step's x, which may be evaluated together. `follows`: whether it evaluates one more on what they give.
+    """
 
     predict: Predict
     default_scale: float
     default_cfg: float
-    passes: Callable[[GuidanceScale], int]
+    branches: Callable[[GuidanceScale], tuple[Branch, ...]]
+    follows: Callable[[GuidanceScale], bool] = lambda strength: False
+
+    def passes(self, strength: GuidanceScale) -> int:
+        """How many times a step evaluates the video."""
+        return len(self.branches(strength)) + self.follows(strength)
 
 
-def _passes(strength: GuidanceScale) -> int:
-    return 1 + (strength.cfg != 1) + (strength.scale != 0)
+def _plain_branches(strength: GuidanceScale) -> tuple[Branch, ...]:
+    return (COND,) if strength.cfg == 1 else (COND, UNCOND)
+
+
+def _dssag_branches(strength: GuidanceScale) -> tuple[Branch, ...]:
+    if strength.cfg != 1:
+        return cfg_branches(strength.gamma)
+    return (COND, dssag_branch(strength.gamma)) if strength.scale != 0 and strength.gamma != 0 else (COND,)
+
+
+def _pag_branches(strength: GuidanceScale) -> tuple[Branch, ...]:
+    return (*_plain_branches(strength), *([pag_branch()] if strength.scale != 0 else []))
+
+
+def _sag_branches(strength: GuidanceScale) -> tuple[Branch, ...]:
+    *others, weak = _plain_branches(strength)
+    return (*others, replace(weak, observe=strength.scale != 0))
 
 
 GUIDANCE: dict[str, Guide] = {
-    "none": Guide(no_guidance, 0.0, 1.0, lambda s: 1),
-    "cfg": Guide(cfg, 0.0, 2.0, lambda s: 1 + (s.cfg != 1)),
-    "dssag": Guide(dssag, 1.0, 1.0, lambda s: 1 + (s.cfg != 1 or (s.scale != 0 and s.gamma != 0))),
-    "pag": Guide(pag, 1.0, 1.0, _passes),
-    "sag": Guide(sag, 0.5, 1.0, _passes),
+    "none": Guide(no_guidance, 0.0, 1.0, lambda s: (COND,)),
+    "cfg": Guide(cfg, 0.0, 2.0, _plain_branches),
+    "dssag": Guide(dssag, 1.0, 1.0, _dssag_branches),
+    "pag": Guide(pag, 1.0, 1.0, _pag_branches),
+    "sag": Guide(sag, 0.5, 1.0, _sag_branches, lambda s: s.scale != 0),
 }
 
 

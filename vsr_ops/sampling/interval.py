@@ -22,6 +22,10 @@ Act = Literal["off", "kept", "new"]
 """What guidance does at a step: nothing, add the difference that was kept, or find it anew."""
 
 
+#: More than any model's most noise: what stands for an interval without an upper end where a number must.
+ALL_NOISE = 10000.0
+
+
 @dataclass(frozen=True)
 class GuidanceInterval:
     """Steps whose sigma lies in [`sigma_min`, `sigma_max`] are guided, all others take the conditional branch alone.
@@ -44,7 +48,7 @@ class GuidanceInterval:
     @property
     def everywhere(self) -> bool:
         """Whether it leaves every step as it is."""
-        return self == GuidanceInterval()
+        return self.sigma_min == 0 and self.sigma_max >= ALL_NOISE and self.every == 1
 
     def acts(self, sigmas: Sequence[float], before: int = 0) -> list[Act]:
         """What guidance does at each of a run's falling noise levels (without the final 0), of which `before` steps of
@@ -60,8 +64,15 @@ class GuidanceInterval:
 
 
 EVERY_STEP = GuidanceInterval()
-#: More than any model's most noise: what stands for an interval without an upper end where a number must.
-ALL_NOISE = 10000.0
+
+
+def check_guided(guidance: str, interval: GuidanceInterval) -> None:
+    """Raises SettingError for an interval of a guidance that is none."""
+    if guidance == "none" and not interval.everywhere:
+        raise SettingError(
+            "an interval of guidance is given, or steps that keep it, but guidance is none: expected a guidance;"
+            " choose one, or leave them out"
+        )
 
 
 def difference(guided: Tensor, plain: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def frames_within(own: Window, windows: Sequence[Window]) -> list[tuple[int, sli
 
 @dataclass
 class TileRun:
-    """The banks of one run (in a host, of one branch and conditioning in it). SAP's lagged banks stand in host memory
+    """The banks of one branch of a run (in a host, of one conditioning in it). SAP's lagged banks stand in host memory
     until the next step has used them; TAP's live from a window to its neighbour. Both are kept by (branch's name,
     window, layer's name) and in that by the tile's index in `plan.spatial`; the joined ones by layer alone.
 
@@ -135,13 +135,14 @@ class TileRun:
     other windows is put together frame by frame.
 
     A call may be evaluated again, whole or in parts, until `finish` has been told of it. `limit` is how many tiles fit
-    in memory together, once that is known.
+    in memory together, once that is known; `alone`: that other branches' do not fit beside them.
     """
 
     plan: TilePlan
     settings: Propagation
     saliency: Saliency | None = None
     limit: int | None = None
+    alone: bool = False
     memory: Memory = field(default_factory=Memory)
     layout: TileLayout | None = None
     _step: int = -1
@@ -244,6 +245,11 @@ class TileRun:
             self.settings = replace(self.settings, sap_lagged=True)
             log.warning("Out of memory with a window's %d tiles at once: SAP is lagged from here on", len(call.tiles))
         log.warning("Out of memory with %d tiles at once: going on with %d", len(call.tiles), self.limit)
+
+    def separate(self) -> None:
+        """Makes do without other branches in its calls from now on."""
+        self._forget()
+        self.alone = True
 
     def acts(self, call: Call, layer: Layer) -> bool:
         """Whether `attend` would do anything but plain attention here."""

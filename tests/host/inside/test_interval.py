@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.support.tensors import relative
 
 from .conftest import part
+from .test_defaults import small, upscaled_video
 from .test_hooks import rescale_cfg
 from .wiring import custom_sampled, ksampled, refused, sampled, wrapped
 
@@ -114,3 +115,23 @@ def test_samplers_that_ask_twice_a_step_keep_too(
 def test_ends_that_cannot_be_are_refused(nodes: dict[str, Any], lite: Any) -> None:
     with refused("interval is 5 to 1", "lower one below"):
         nodes["VSRDSSAG"].execute(lite[0], 1.0, 0.5, "ends", 5.0, 1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "cfg", "full"),
+    [("dssag", 1.0, 2), ("dssag", 2.0, 2), ("cfg", 2.0, 2), ("pag", 2.0, 3), ("sag", 1.0, 2)],
+)
+def test_the_one_node_has_it_too(nodes: dict[str, Any], lite: Any, guidance: str, cfg: float, full: int) -> None:
+    """For every guidance, CFG alone among them: its passes at the second of four levels, kept at the third, and none at
+    the ends, where without an interval it would be due."""
+    asked: list[float] = []
+    given = {"steps": STEPS, "guidance": guidance, "cfg": cfg, "guidance_scale": 0.5, "upscaler": "bicubic"}
+    interval = {"sigma_min": MIDDLE[0], "sigma_max": MIDDLE[1], "every": 2}
+    upscaled_video(nodes, (counted(lite[0], asked), lite[1]), small(), **given, **interval)
+    assert [asked.count(level) for level in sorted(set(asked), reverse=True)] == [1, full, 1, 1]
+
+
+def test_the_one_node_refuses_an_interval_of_nothing(nodes: dict[str, Any], lite: Any) -> None:
+    """Lite's own guidance is none."""
+    with refused("interval of guidance is given", "guidance is none"):
+        upscaled_video(nodes, lite, small(), every=2)
