@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -92,8 +91,11 @@ def evaluate_together(runs: Sequence[TileRun], own: Sequence[Call], evaluate: Ev
             run.separate()
         runs[0].memory.free()
         log.warning("Out of memory with %d branches in a call: going on with one at a time", len(own))
-    alone = [partial(lambda run, call: evaluate(run, [call]), run) for run in runs]
-    return [evaluate_within(*each) for each in zip(runs, own, alone, strict=True)]
+
+    def alone(run: TileRun) -> Callable[[Call], Tensor]:
+        return lambda call: evaluate(run, [call])
+
+    return [evaluate_within(run, call, alone(run)) for run, call in zip(runs, own, strict=True)]
 
 
 def run_pass(

@@ -87,8 +87,8 @@ def _end(norm: nn.Module, out: Sequence[nn.Module], run: Callable[[Tensor], Tens
 
 def _residual(name: str, block: nn.Module, run: Callable[[Tensor], Tensor], level: int) -> DecoderOp:
     """A step of diffusers', which stays where its block adds nothing: modules beside it go by its name."""
-    nothing = (lambda: []) if isinstance(block, Idle) else None
-    return DecoderOp(name, (block,), run, level, residual=True, sweeps=nothing)
+    sweeps: Callable[[], list[Any]] | None = list[Any] if isinstance(block, Idle) else None
+    return DecoderOp(name, (block,), run, level, residual=True, sweeps=sweeps)
 
 
 def _diffusers_decoder(decoder: Any) -> list[DecoderOp]:
