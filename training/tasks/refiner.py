@@ -19,7 +19,7 @@ from training.loop.curve import rows_of
 from training.loop.recipe import Recipe, from_table
 from training.loop.state import REFINER, upscaler_note, weights_of
 from training.loop.task import Batch
-from training.losses.losses import charbonnier, information, psnr, temporal_difference
+from training.losses.losses import charbonnier, flicker, information, motion_of, psnr, temporal_difference
 from training.losses.perceptual import haar_loss, neg_loss
 from training.tasks.sampled import SampledLatents, SampledSettings
 from training.tasks.svd import read_start
@@ -51,8 +51,8 @@ class RefinerModelSettings:
 @dataclass(frozen=True)
 class RefinerLossSettings:
     """Weights. Of the refined video: Charbonnier's and the squared error, 1 - HaarPSI, the information lost, what
-    VMAF-NEG's features lack (`neg`), the change from frame to frame, and Charbonnier's distance to what the decoder and
-    refiner gave before (`taught`); of the decoded one its detail's reconstruction loss."""
+    VMAF-NEG's features lack (`neg`), the change from frame to frame, flicker where nothing moves (`still`), and
+    Charbonnier's distance to what the decoder and refiner gave before (`taught`); of the decoded one its detail's reconstruction loss."""
 
     charbonnier: float = 2.0
     squared: float = 20.0
@@ -60,6 +60,7 @@ class RefinerLossSettings:
     information: float = 0.2
     neg: float = 0.0
     change: float = 0.5
+    still: float = 0.0
     taught: float = 0.0
     decoded: float = 0.15
 
@@ -117,6 +118,9 @@ class RefinerTask:
             + weights.change * temporal_difference(refined, clips)
             + weights.decoded * reconstruction_loss(detail(2 * decoded - 1), detail(2 * truth - 1))
         )
+        if weights.still:
+            each = [flicker(result, motion_of(clip)) for result, clip in zip(refined, clips, strict=True)]
+            loss = loss + weights.still * torch.stack(each).mean()
         if weights.taught:
             loss = loss + weights.taught * charbonnier(result, flat(self._before(batch)))
         if weights.neg:
