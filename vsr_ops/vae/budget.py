@@ -82,7 +82,8 @@ def kept_bytes(vae: Any, modules: DecoderModules, frames: int, sides: Sequence[i
         # All frames wait before the first of these, and their pictures behind the last but one.
         found.append(found[0] + max(copies[alone:]) + 3.0 * frames * _pixels(ops[-1], ops[0].level, sides))
     fused = _fused_values(vae, modules, sides)
-    return itemsize * (max(*found, *(KEPT_CFW_COPIES * frames * value for value in fused)) + frames * sum(fused))
+    found += [KEPT_CFW_COPIES * frames * value for value in fused]
+    return itemsize * (max(found) + frames * sum(fused))
 
 
 def _norm_width(op: DecoderOp) -> int:
