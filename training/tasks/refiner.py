@@ -50,9 +50,10 @@ class RefinerModelSettings:
 
 @dataclass(frozen=True)
 class RefinerLossSettings:
-    """Weights. Of the refined video: Charbonnier's and the squared error, 1 - HaarPSI, the information lost, what
-    VMAF-NEG's features lack (`neg`), the change from frame to frame, flicker where nothing moves (`still`), and
-    Charbonnier's distance to what the decoder and refiner gave before (`taught`); of the decoded one its detail's reconstruction loss."""
+    """Weights. Charbonnier's and the squared error, 1 - HaarPSI, the information lost, what VMAF-NEG's features lack
+    (`neg`), the change from frame to frame, flicker where nothing moves (`still`), and Charbonnier's distance to what
+    decoder and refiner gave before (`taught`); of the decoded one its detail's reconstruction loss. All but that are of
+    the refined video."""
 
     charbonnier: float = 2.0
     squared: float = 20.0
