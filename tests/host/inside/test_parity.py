@@ -94,8 +94,8 @@ def in_the_host(
         made = guided_within(nodes, tiled.args[0], positive, negative, case)
         return host.sample(made, latent, SEED, STEPS, "euler", "karras", denoise)["samples"]
     sampler = importlib.import_module(f"{NAME}.nodes.sampler")
-    guide = sampler.GUIDERS[case["guidance"]]
-    made = guide(tiled.args[0], positive, negative, case.get("cfg", 1.0), case.get("scale", 1.0))
+    guide, everywhere = sampler.GUIDERS[case["guidance"]], sampler.GuidanceInterval()
+    made = guide(tiled.args[0], positive, negative, case.get("cfg", 1.0), case.get("scale", 1.0), everywhere)
     return host.sample(made, latent, SEED, STEPS, "euler", "karras", denoise)["samples"]
 
 
