@@ -34,8 +34,8 @@ from .plan_cost import plan_cuts
 from .sampler import NoiseRange, Settings, run_steps, strengths
 from .tile_time import TileSeconds, tile_seconds
 
-#: Seconds that a part's second run may take, its last one, and the UNet's; one as short as BRIEF is done again.
-SECOND, PART, UNET, BRIEF = 0.6, 0.2, 0.6, 0.05
+#: Seconds that a part's second run may take, its last one, and the UNet's.
+SECOND, PART, UNET = 0.6, 0.2, 1.5
 #: A part of less than this share of those that are known need not be known well.
 NEGLIGIBLE = 0.03
 #: Sides in latents of the squares that a part is tried on, in turn.
@@ -165,8 +165,8 @@ def _seconds(work: Work, sample: Callable[[int], float], units: float, known: fl
         before, side, (spent, done) = done, larger, run(larger)
         if done == before:
             break
-    if side == SIDES[0] or spent < BRIEF:
-        spent = min(spent, run(side)[0])  # what is first used takes longer
+    if spent / done * units >= NEGLIGIBLE * known:
+        spent = min(spent, run(side)[0])  # what is first used takes up to twice as long
     return spent / done * units
 
 

@@ -18,8 +18,6 @@ SHARES = ((0.0, 0.0), (0.25, 0.25), (0.5, 0.5), (0.5, 1.0), (0.75, 1.0), (1.0, 1
 SMALLEST = 2
 #: Runs this much shorter than the time there is say nothing of the next size: they are all beginning and end.
 BRIEF = 50
-#: A last run this much shorter is done again, and the better one taken: what is first used takes longer.
-AGAIN = 2
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,7 @@ def tile_seconds(
             break
         size = known[-1] if known else left[0]
         kinds, left = run(size), left[left.index(size) + 1 :]
-    if sum(kinds.values()) < seconds / AGAIN:
-        again = run(size)
-        kinds = {kind: min(each, again[kind]) for kind, each in kinds.items()}
+    again = run(size)  # as above: twice as long at a process's start
+    kinds = {kind: min(each, again[kind]) for kind, each in kinds.items()}
     times = 1.0 if size == tile else flops(tile) / flops(size)
     return TileSeconds(tile, size, {kind: times * each for kind, each in kinds.items()})
