@@ -16,7 +16,11 @@ def main(arguments: Sequence[str] | None = None, alone: bool = False) -> int:
     command's own, and imports no more than it needs."""
     args = make_parser().parse_args(arguments)
     # Torch and the models take seconds to import, which help and a mistyped option need not wait for.
-    with lean() if alone else nullcontext():
+    try:
+        with lean() if alone else nullcontext():
+            from .cli.commands import run
+    except (ImportError, AttributeError):
+        # A library that does not do without: slower, or the error itself.
         from .cli.commands import run
 
     return run(args)

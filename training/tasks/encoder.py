@@ -15,14 +15,14 @@ from training.data.folder import Folder, check_degradation, degraded
 from training.loop.curve import rows_of
 from training.loop.draws import uniform
 from training.loop.recipe import Recipe, from_table
-from training.loop.state import upscaler_note, weights_of
+from training.loop.state import upscaler_note
 from training.loop.task import Batch
 from training.losses.losses import charbonnier
+from training.tasks.enlarging import Enlarging
 from training.tasks.refiner import factor_of, silenced
 from training.tasks.svd import read_start
 from vsr_ops.checkpoints.svd import SVDWeights, write_svd
 from vsr_ops.errors import SettingError
-from vsr_ops.modules.dcm import UpscaleFn, load_dcm
 from vsr_ops.modules.idle import leave_out_idle
 
 SCALE = 4
@@ -59,7 +59,7 @@ class EncoderLossSettings:
     features: float = 0.3
 
 
-class EncoderTask:
+class EncoderTask(Enlarging):
     """Task "encoder". A sample is lr `(1, 3, h/4, w/4)`, truth `(1, 3, h, w)` in [0, 1], and which of them is seen."""
 
     def __init__(self, recipe: Recipe, data: Path, out: Path) -> None:
@@ -71,20 +71,7 @@ class EncoderTask:
         if self.data.size % 8 or self.data.size < 32:
             raise SettingError(f"data.size is {self.data.size}: expected a multiple of 8 of at least 32 pixels")
         check_degradation(self.data.degradation)
-        self._folder = Folder(data)
-        self._upscale_fn: UpscaleFn | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the DCM: processes that draw samples need none."""
-        return {**self.__dict__, "_upscale_fn": None}
-
-    @property
-    def data_summary(self) -> str:
-        return self._folder.summary
-
-    def prepare(self, device: torch.device) -> None:
-        self._folder.load()
-        self._upscale_fn = load_dcm(weights_of(self.shape.dcm), device)
+        super().__init__(Folder(data), self.shape.dcm)
 
     @cached_property
     def _before(self) -> SVDWeights:
@@ -124,10 +111,9 @@ class EncoderTask:
 
     def _seen(self, batch: Batch) -> Tensor:
         """What is encoded, `(n, 3, h, w)` in [-1, 1]."""
-        assert self._upscale_fn is not None, "prepare comes first"
         lr, truth = (batch[key].flatten(0, 1) for key in ("lr", "truth"))
         with torch.no_grad():
-            enlarged = self._upscale_fn(lr).clamp(0, 1)
+            enlarged = self.enlarged(lr)
         return 2 * torch.where(batch["true"].view(-1, 1, 1, 1) > 0, truth, enlarged) - 1
 
     def picture(self, model: nn.Module, batch: Batch) -> Tensor:

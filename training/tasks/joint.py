@@ -23,6 +23,7 @@ from training.loop.state import REFINER, upscaler_note, weights_of
 from training.loop.task import Batch
 from training.losses.losses import charbonnier, flicker, followed_change, motion_of, psnr, temporal_difference
 from training.losses.perceptual import haar_loss, neg_losses
+from training.tasks.enlarging import Enlarging
 from training.tasks.refiner import decode_refined, decoder_of, decoder_state, factor_of, grown
 from training.tasks.svd import edm_loss, euler, read_start
 from training.tasks.vae import detail, encoded, reconstruction_loss
@@ -30,7 +31,6 @@ from training.tasks.vae_refined import beside
 from vsr_ops.backbones.svd import build_svd, sigmas
 from vsr_ops.checkpoints.svd import SVDWeights, write_svd
 from vsr_ops.errors import SettingError
-from vsr_ops.modules.dcm import UpscaleFn, load_dcm
 from vsr_ops.modules.refiner import Refiner, RefinerShape, load_refiner, write_refiner
 
 SCALE = 4
@@ -85,7 +85,7 @@ class JointLossSettings:
     drop: float = 0.1
 
 
-class Joint:
+class Joint(Enlarging):
     """Task "whole". A sample is lr `(frames, 3, h/4, w/4)`, truth `(frames, 3, h, w)`, and what sampling draws."""
 
     shapes: ClassVar[type[JointModelSettings]] = JointModelSettings
@@ -105,20 +105,7 @@ class Joint:
                 " expected a multiple of 64, at least two frames and two steps"
             )
         check_degradation(self.data.degradation)
-        self._folder = Folder(data)
-        self._upscale_fn: UpscaleFn | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the DCM: processes that draw samples need none."""
-        return {**self.__dict__, "_upscale_fn": None}
-
-    @property
-    def data_summary(self) -> str:
-        return self._folder.summary
-
-    def prepare(self, device: torch.device) -> None:
-        self._folder.load()
-        self._upscale_fn = load_dcm(weights_of(self.shape.dcm), device)
+        super().__init__(Folder(data), self.shape.dcm)
 
     def base(self) -> SVDWeights:
         """The SVD before this training, float32. Raises SettingError for one that a refined clip cannot train."""
@@ -212,8 +199,7 @@ class Joint:
 
     def _guide(self, model: nn.Module, lr: Tensor) -> Tensor:
         """The enlarged input `(frames, 3, 4h, 4w)` in [0, 1]."""
-        assert self._upscale_fn is not None, "prepare comes first"
-        return self._upscale_fn(lr).clamp(0, 1)
+        return self.enlarged(lr)
 
     def _sampled(self, model: nn.Module, lr: Tensor, clip: Batch) -> Tensor:
         """Latents of deviation 1. Gradients go through the last step but one: the last, at sigma 0.002, adds nothing,

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from training.data.patches import Patches, PatchSettings
 from training.loop.curve import rows_of
 from training.loop.recipe import Recipe, from_table
-from training.loop.state import weights_of
 from training.loop.task import Batch
 from training.losses.losses import psnr
 from training.losses.perceptual import haar_loss
+from training.tasks.enlarging import Enlarging
 from training.tasks.vae import (
     MEASURED,
     PICTURE,
@@ -37,7 +37,6 @@ from training.tasks.vae import (
 )
 from vsr_ops.checkpoints.module_file import write_module
 from vsr_ops.errors import SettingError
-from vsr_ops.modules.dcm import UpscaleFn, load_dcm
 from vsr_ops.modules.refiner import Refiner, RefinerShape, write_refiner
 
 
@@ -64,7 +63,7 @@ class RefinedLossSettings:
     scale: float = 0.01
 
 
-class RefinedVAE:
+class RefinedVAE(Enlarging):
     """Task "vae_refined". A sample is `crops` patches, lr `(crops, 3, p, p)` and truth `(crops, 3, 4p, 4p)` in [0, 1],
     and noise for their latents.
 
@@ -78,19 +77,7 @@ class RefinedVAE:
         if (patch := self._patches.settings.patch) % 2 or patch < 4:
             # HaarPSI wants 16 pixels, and a latent is 8 x 8 of them.
             raise SettingError(f"data.patch is {patch}: expected an even number of at least 4 LR pixels")
-        self._upscale_fn: UpscaleFn | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the DCM: processes that draw samples need none."""
-        return {**self.__dict__, "_upscale_fn": None}
-
-    @property
-    def data_summary(self) -> str:
-        return self._patches.folder.summary
-
-    def prepare(self, device: torch.device) -> None:
-        self._patches.folder.load()
-        self._upscale_fn = load_dcm(weights_of(self.shape.dcm), device)
+        super().__init__(self._patches.folder, self.shape.dcm)
 
     def build(self) -> nn.Module:
         shape = shape_of(self.shape)
@@ -129,10 +116,9 @@ class RefinedVAE:
 
     def _refined(self, model: nn.Module, batch: Batch, noise: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(truth, guide, latent mean, decoded, refined), all patches along the first axis, pictures in [0, 1]."""
-        assert self._upscale_fn is not None, "prepare comes first"
         lr, truth, drawn = (rearrange(batch[key], "b n c h w -> (b n) c h w") for key in ("lr", "truth", "noise"))
         vae, refiner = cast(Any, model)["vae"], cast(Any, model)["refiner"]
-        guide = self._upscale_fn(lr)
+        guide = self.enlarged(lr)
         mean = encoded(vae, 2 * truth - 1)
         decoded = vae.decoder(mean + noise * drawn).float() / 2 + 0.5
         return truth, guide, mean, decoded, guide + refiner(decoded, guide).float()
