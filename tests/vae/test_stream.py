@@ -57,7 +57,7 @@ def test_tiles_of_frames_that_see_each_other_are_one_pass(height: int, width: in
 def test_one_tile_is_the_plain_decoder() -> None:
     for vae in (picture_vae(), video_vae()):
         z = noise(2, 4, 7, 9)
-        assert torch.equal(streamed(vae, z), one_pass(vae, z))
+        assert apart(streamed(vae, z), one_pass(vae, z)) <= ONCE
 
 
 def test_passes_end_exactly_where_no_tolerance_is_left() -> None:

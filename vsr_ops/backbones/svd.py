@@ -33,6 +33,7 @@ from ..sampling.tiling import TileSize
 from ..system.no_data import without_data
 from ..system.precision import decoded_within, dtype_of, narrow
 from .attention import ChunkedAttention, OneTokenAttention, PatchedAttention
+from .feed_forward import keep_in_caches
 
 #: What the UNet is told beside the picture: frame rate (the paper's 8, as the UNet sees it), motion bucket, noise.
 MICRO_CONDITIONS = (8.0, 127.0, 0.0)
@@ -87,6 +88,7 @@ class Backbone(ABC):
                 cast(Any, module).set_processor(OneTokenAttention())
             elif name.endswith(".attn1") and name not in layers:
                 cast(Any, module).set_processor(ChunkedAttention())
+        keep_in_caches(self.unet)
 
     @property
     def scaling_factor(self) -> float:

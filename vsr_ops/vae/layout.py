@@ -19,11 +19,11 @@ from ..errors import SettingError
 from ..modules.idle import Idle
 from ..modules.windows import Place
 from ..sampling.tiling import Span
+from .doubling import upsampling
 
 Box = tuple[Span, Span]
 """Rows and columns."""
-#: The mosaic is made of so many runs of latents along each axis.
-RUNS = 4
+RUNS = 4  # of latents along each axis that the mosaic is made of
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _diffusers_decoder(decoder: Any) -> list[DecoderOp]:
         level = top - place
         steps += [residual(f"up_{level}_{index}", block, level) for index, block in enumerate(up.resnets)]
         for upsampler in up.upsamplers or ():
-            steps.append(DecoderOp(f"up_{level}", (upsampler,), upsampler, level, resize=1))
+            steps.append(DecoderOp(f"up_{level}", (upsampler,), upsampling(upsampler), level, resize=1))
 
     def out(x: Tensor) -> Tensor:
         x = decoder.conv_out(x)

@@ -92,6 +92,8 @@ def sweeps_of(ops: Sequence[DecoderOp]) -> list[Sweep] | None:
 def _of(op: DecoderOp) -> list[Sweep] | None:
     if op.sweeps is not None:
         return op.sweeps()
+    if all(isinstance(module, Idle) for module in op.modules):
+        return []
     if op.residual:
         return _residual_op(op.modules[0])
     if op.name == "out":

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ..modules.windows import Place
 from ..sampling.tiling import Span
 from ..system.precision import widen
-from .budget import features_bytes, home_of_kept, kept_bytes
+from .budget import KEPT_COPIES, features_bytes, home_of_kept, kept_bytes
 from .capm_tiles import TiledCAPM
 from .decoder_modules import DecoderModules
 from .group_norm import Statistics
@@ -111,7 +111,8 @@ class ComputedIn(NamedTuple):
 
 @dataclass
 class TiledDecoder:
-    """One VAE's decoder with what stands beside it. `head` runs over whole frames, `tail` and `encoder` over tiles."""
+    """One VAE's decoder with what stands beside it: `tail` and `encoder` run over tiles, and so does `head`, at the
+    latents' own level, where each is computed once; else it runs over whole frames."""
 
     vae: Any
     head: list[DecoderOp]
@@ -154,30 +155,30 @@ class TiledDecoder:
         if self.prompts is not None:
             self.prompts.offset = {}
 
-    def _begin(self, latents: Tensor, hint: Tensor | None) -> Tensor:
-        """All frames through `head`, kept where the latents are."""
-        z = self._there(latents)
-        if (post := getattr(self.vae, "post_quant_conv", None)) is not None:
-            z = post(z)
+    def _begin(self, z: Tensor, hint: Tensor | None) -> Tensor:
+        """All frames through `head`."""
         for step in self.head:
             z = step.run(z) if step.placed is None else step.placed(z, None, None, hint)
-        return z.to(latents.device)
+        return z
 
     def __call__(self, latents: Tensor, reference: Tensor | None, hint: Tensor | None = None) -> Tensor:
         """Frames `(t, 3, h, w)` of latents that may see each other, [0, 1], not clamped. `hint` are their compression
         levels `(t,)`, NaN where unknown; None where all are."""
-        z = self._begin(latents, hint)
+        z = self._there(latents)
+        if (post := getattr(self.vae, "post_quant_conv", None)) is not None:
+            z = post(z)
         extent = (latents.shape[-2] * self.cell, latents.shape[-1] * self.cell)
         out = torch.empty((latents.shape[0], self._channels, *extent), device=latents.device)
         down, across = (axis_parts(side, self.tile, self.cell) for side in latents.shape[-2:])
         tiles = list(product(down, across))
         if len(tiles) == 1:
+            z = self._begin(z, hint).to(latents.device)
             self._put(out, tiles[0], self._tile(z, reference, tiles[0], extent, hint, gather=False))
             return out
         if (arena := self._room(latents)) is not None:
             self._once(arena, z, reference, hint, out)
             return out
-        known = self._known(latents)
+        z, known = self._begin(z, hint).to(latents.device), self._known(latents)
         little = [mosaic_index(side, self.tile) for side in latents.shape[-2:]]
         rows, cols = (Span(0, index.numel() * self.cell) for index in little)
         size = (rows.stop, cols.stop)
@@ -209,7 +210,7 @@ class TiledDecoder:
             itemsize = self._in(self.vae.decoder).dtype.itemsize
             needed = kept_bytes(self.vae, self.modules, latents.shape[0], latents.shape[-2:], itemsize)
             home = home_of_kept(needed, self.device, self.kept)
-            self.arena = None if home is None else Arena(home, self.device.type == "cpu")
+            self.arena = None if home is None else Arena(home, self.device.type == "cpu", int(needed / KEPT_COPIES))
         return self.arena
 
     def _known(self, latents: Tensor) -> dict[tuple[Box, tuple[int, int]], Features] | None:
@@ -222,7 +223,10 @@ class TiledDecoder:
         """Every tile once, from one group norm to the next."""
         steps = Lockstep(self.device, arena, self.check_interrupted, self.tile * self.cell)
         features = {} if reference is None else self._whole_features(steps, reference)
-        together, alone, last = frame_by_frame(sweeps_of(self.tail) or [])
+        head, tail = sweeps_of(self.head), sweeps_of(self.tail) or []
+        if head is None:
+            z = self._begin(z, hint).to(out.device)
+        together, alone, last = frame_by_frame([*(head or []), *tail])
         if len(alone) < 2 or len(z) == 1:
             steps.run([*together, *alone, *last], z, partial(self._put, out), hint, features)
             return
