@@ -66,7 +66,7 @@ def test(python: Path, rest: list[str]) -> None:
     """Runs the tests, in two to four processes where all are asked for. A ComfyUI's tests share its server: in one."""
     alone = rest or os.environ.get("COMFYUI_HOSTS") or os.environ.get("COMFYUI_PATH")
     # Neighbours stay together, for their fixtures, until a process has nothing left to do.
-    together = [] if alone else ["-n", str(PROCESSES), "--dist", "worksteal", "--cov=vsr_ops", "--cov-report="]
+    together = [] if alone else ["-n", str(PROCESSES), "--dist", "worksteal"]
     run(python, "-m", "pytest", *together, *rest)
 
 
@@ -75,10 +75,6 @@ def check(python: Path, rest: list[str]) -> None:
     run(python, "-m", "ruff", "check", ".")
     run(python, "-m", "ruff", "format", "--check", ".")
     run(python, "-m", "pyright", "--pythonpath", python, *rest)
-    if (ROOT / ".coverage").exists():
-        # A number to look at, no gate: what the last run of all tests went through of vsr_ops, in percent.
-        print("coverage of vsr_ops, %:", flush=True)
-        subprocess.run([str(python), "-m", "coverage", "report", "--format=total"], cwd=ROOT, check=False)
 
 
 COMMANDS = {"demo": demo, "test": test, "check": check}

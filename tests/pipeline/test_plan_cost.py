@@ -110,6 +110,18 @@ def test_a_tile_is_timed_on_the_largest_that_there_is_time_for() -> None:
         assert found.of("sap") == found.of("plain")
 
 
+def test_several_tiles_in_a_call_may_take_less_each() -> None:
+    """The job's own way of taking tiles has the last word, if it is the faster; a stall there says nothing."""
+
+    def alone(tile: TileSize) -> dict[Kind, float]:
+        return {"plain": 3.0}
+
+    for each, expected in ((2.0, 2.0), (9.0, 3.0)):
+        tile = TileSize(16, 16, 8)
+        found = tile_seconds(alone, volume, tile, 8, 100.0, lambda _, each=each: {"plain": each})
+        assert found.measured == tile and found.of("plain") == expected
+
+
 def test_bytes_for_a_person() -> None:
     assert (readable(0), readable(2**20), readable(3 * 2**29)) == ("0.0 MiB", "1.0 MiB", "1.50 GiB")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 
@@ -139,9 +139,9 @@ def _noise(frames: int, height: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def run_tile(work: Work, size: TileSize, windows: int) -> dict[Kind, float]:
-    """Seconds of a tile of a `size` in the UNet: of the first window, and where there are two and TAP acts, of the
-    second, which sees the first."""
+def run_tile(work: Work, size: TileSize, windows: int, together: int = 1) -> dict[Kind, float]:
+    """Seconds of a tile of a `size` in the UNet, of `together` in one call: of the first window, and where there are
+    two and TAP acts, of the second, which sees the first."""
     settings, model = work.settings, work.model
     frames = size.frames if windows == 1 else size.frames + max(size.frames // 2, 1)
     plan = plan_tiles(frames, size.height, size.width, size, 0.5, factor=1)
@@ -151,12 +151,13 @@ def run_tile(work: Work, size: TileSize, windows: int) -> dict[Kind, float]:
     context = model.context(None)
 
     def seconds(call: Call) -> float:
+        call = replace(call, tiles=call.tiles * together)
         began = work.clock()
         inputs = gather_tiles(plan, call, video)
         with model.serving(run, call):
             out = model.denoise(inputs, 1.0, inputs, context, call.frames)
         out[0, 0, 0, 0].item()  # waits for the device
-        return work.clock() - began
+        return (work.clock() - began) / together
 
     run.begin(step, COND)
     with apply_capm(model, work.parts.prompts, None):

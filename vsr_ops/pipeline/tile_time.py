@@ -51,10 +51,16 @@ def sizes_up_to(tile: TileSize, factor: int) -> list[TileSize]:
 
 
 def tile_seconds(
-    run: TileRunner, flops: Callable[[TileSize], float], tile: TileSize, factor: int, seconds: float
+    run: TileRunner,
+    flops: Callable[[TileSize], float],
+    tile: TileSize,
+    factor: int,
+    seconds: float,
+    once_more: TileRunner | None = None,
 ) -> TileSeconds:
     """Runs the smallest tile twice, and then the largest that takes no more than about `seconds`, by those before.
-    Where that is smaller than `tile` itself, the rest is by their operations, `flops`."""
+    Where that is smaller than `tile` itself, the rest is by their operations, `flops`. The last is run once more, by
+    `once_more` where the job itself takes tiles in another way."""
     sizes = sizes_up_to(tile, factor)
     run(sizes[0])  # what is first used takes longer
     kinds: Mapping[Kind, float] = run(sizes[0])
@@ -66,7 +72,7 @@ def tile_seconds(
             break
         size = known[-1] if known else left[0]
         kinds, left = run(size), left[left.index(size) + 1 :]
-    again = run(size)  # as above: twice as long at a process's start
+    again = (once_more or run)(size)  # as above: twice as long at a process's start
     kinds = {kind: min(each, again[kind]) for kind, each in kinds.items()}
     times = 1.0 if size == tile else flops(tile) / flops(size)
     return TileSeconds(tile, size, {kind: times * each for kind, each in kinds.items()})
