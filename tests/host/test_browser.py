@@ -158,7 +158,9 @@ def test_saved_values_arrive_by_name(folder: Path, page: Page) -> None:
     page.load(graph, "values")
     prompt = page.prompt()
     (sampler,) = of_type(prompt, "VSRTiledSVDSampler")
-    expected = {"scale": 4, "steps": 4, "cfg": 1, "seed": 1, "guidance": "none", "guidance_scale": 1, "denoise": 1}
+    # The older one asks for four steps, as many as suited its weights.
+    steps = 0 if folder == EXAMPLES else 4
+    expected = {"scale": 4, "steps": steps, "cfg": 1, "seed": 1, "guidance": "none", "guidance_scale": 1, "denoise": 1}
     expected |= {"sampler_name": "euler", "scheduler": "karras", "tile_height": 0, "tile_width": 0, "tile_frames": 0}
     expected |= {"overlap": 0.5, "propagation": "sap+tap", "sap_mode": "auto", "color": "none"}
     taken = prompt[sampler]["inputs"]
