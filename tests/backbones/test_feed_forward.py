@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
 from torch import Tensor, nn
 
 from vsr_ops.backbones.feed_forward import TOKENS, keep_in_caches
@@ -35,6 +35,15 @@ def test_it_gives_the_same_in_parts(shape: tuple[int, ...]) -> None:
     seen = tokens_seen(parts)
     torch.testing.assert_close(parts.ff(x), whole.ff(x), atol=1e-6, rtol=1e-6)
     assert sum(seen) == x.shape[:-1].numel() and max(seen) <= TOKENS
+
+
+@torch.no_grad()
+def test_one_that_changes_the_width_does_so_in_parts() -> None:
+    torch.manual_seed(1)
+    wider, x = TemporalBasicTransformerBlock(16, 32, 2, 8), noise(3, 1000, 16)
+    expected = wider.ff_in(x)
+    keep_in_caches(wider)
+    torch.testing.assert_close(wider.ff_in(x), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_who_learns_sees_all_at_once() -> None:

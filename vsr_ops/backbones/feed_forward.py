@@ -29,9 +29,11 @@ def _in_parts(forward: Callable[[Tensor], Tensor], x: Tensor, *args: Any, **kwar
     tokens = x.flatten(0, -2)
     if len(tokens) <= TOKENS:
         return forward(x, *args, **kwargs)
+    first = forward(tokens[:TOKENS], *args, **kwargs)
     # Into one tensor: parts that wait to be joined would lie between what each of them leaves free.
-    out = torch.empty_like(tokens)
-    for first in range(0, len(tokens), TOKENS):
-        part = slice(first, first + TOKENS)
+    out = first.new_empty(len(tokens), first.shape[-1])
+    out[:TOKENS] = first
+    for start in range(TOKENS, len(tokens), TOKENS):
+        part = slice(start, start + TOKENS)
         out[part] = forward(tokens[part], *args, **kwargs)
-    return out.view_as(x)
+    return out.view(*x.shape[:-1], -1)

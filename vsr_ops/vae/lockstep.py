@@ -28,12 +28,10 @@ TILE_BYTES, TILE_BYTES_GPU, SMALLEST = 4 << 20, 128 << 20, 16
 @dataclass
 class Arena:
     """Memory for activations, given out and taken back: a new one goes where an old one lay that is as large. With
-    `channels_last` they lie so, which is faster on a CPU. There each has room for `least` bytes, the largest to come: a
-    page that nobody has written on takes no memory, and what outgrew its room would leave a hole."""
+    `channels_last` they lie so, which is faster on a CPU."""
 
     home: torch.device
     channels_last: bool = False
-    least: int = 0
     free: list[Tensor] = field(default_factory=lambda: [])
     lent: dict[int, Tensor] = field(default_factory=lambda: {})
 
@@ -46,8 +44,7 @@ class Arena:
         """Room for frames `(t, c, h, w)`, with anything in it."""
         size = prod(shape)
         self.free = [part for part in self.free if part.dtype == dtype and part.numel() >= size]
-        room = max(size, self.least // dtype.itemsize) if self.home.type == "cpu" else size
-        flat = self.free.pop() if self.free else torch.empty(room, dtype=dtype, device=self.home)
+        flat = self.free.pop() if self.free else torch.empty(size, dtype=dtype, device=self.home)
         self.lent[flat.data_ptr()] = flat
         if not self.channels_last:
             return flat[:size].view(*shape)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ..modules.windows import Place
 from ..sampling.tiling import Span
 from ..system.precision import widen
-from .budget import KEPT_COPIES, features_bytes, home_of_kept, kept_bytes
+from .budget import features_bytes, home_of_kept, kept_bytes
 from .capm_tiles import TiledCAPM
 from .decoder_modules import DecoderModules
 from .group_norm import Statistics
@@ -210,7 +210,7 @@ class TiledDecoder:
             itemsize = self._in(self.vae.decoder).dtype.itemsize
             needed = kept_bytes(self.vae, self.modules, latents.shape[0], latents.shape[-2:], itemsize)
             home = home_of_kept(needed, self.device, self.kept)
-            self.arena = None if home is None else Arena(home, self.device.type == "cpu", int(needed / KEPT_COPIES))
+            self.arena = None if home is None else Arena(home, self.device.type == "cpu")
         return self.arena
 
     def _known(self, latents: Tensor) -> dict[tuple[Box, tuple[int, int]], Features] | None:
