@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -104,40 +104,39 @@ def measured(case: Case, plan: TilePlan, limits: Limits) -> list[Line]:
 def rounds(bench: Bench, case: Case, limits: Limits, others: list[Line]) -> dict[str, list[Taken]]:
     """What the rows took, round by round; `others` gets a line for each that failed or had to be left out.
 
-    On a card each row first runs once with its traffic counted, which slows it; later rounds do not, and only their
-    times count where there are any. Every second round runs backwards, so that drift cancels.
+    On a card each row runs once more at the end with its traffic counted, where there is time: that slows it, most of
+    all where calls are many and small, so its seconds do not count. Every second round runs backwards, so that drift
+    cancels.
     """
-    counting = case.device.type != "cpu"
     names = [name for name in ROWS if name in case.rows or name == PLAIN]
     times: dict[str, list[Taken]] = {name: [] for name in names}
-    counted: dict[str, Taken] = {}
     a_pass = 0.0
-    for turn in range(limits.rounds + counting):
+    for turn in range(limits.rounds):
         begun = time.monotonic()
         for name in names if turn % 2 == 0 else names[::-1]:
             row, start = ROWS[name], time.monotonic()
             if turn == 0 and name != PLAIN and not limits.allows(a_pass * row.passes * row.steps):
                 others.append(report.left_out(f"{case.label}: {row.title}"))
                 continue
-            taken = attempt(bench, name, counting and turn == 0, case.label, others)
-            if taken is None:
-                continue
-            a_pass = a_pass or time.monotonic() - start
-            if counting and turn == 0:
-                counted[name] = taken
-            else:
-                times[name].append(with_traffic(taken, counted.get(name)))
-        names = [name for name in names if times[name] or name in counted]
+            if (taken := attempt(bench, name, False, case.label, others)) is not None:
+                a_pass = a_pass or time.monotonic() - start
+                times[name].append(taken)
+        names = [name for name in names if times[name]]
         if PLAIN not in names or not limits.allows(time.monotonic() - begun):
             break
-    return times if any(times.values()) else {name: [taken] for name, taken in counted.items()}
+    for name in names if case.device.type != "cpu" else ():
+        row = ROWS[name]
+        if limits.allows(2 * a_pass * row.passes * row.steps):
+            counted = attempt(bench, name, True, case.label, others)
+            times[name] = [with_traffic(taken, counted) for taken in times[name]]
+    return times
 
 
 def with_traffic(taken: Taken, counted: Taken | None) -> Taken:
     """With the bytes of the run that counted them."""
     if counted is None:
         return taken
-    return Taken(taken.seconds, taken.peak, counted.sent, counted.received, taken.passes, taken.parted)
+    return replace(taken, moved=counted.moved)
 
 
 def attempt(bench: Bench, name: str, counting: bool, label: str, others: list[Line]) -> Taken | None:

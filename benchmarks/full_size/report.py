@@ -89,7 +89,7 @@ def row_line(label: str, row: Row, taken: Sequence[Taken], ratio: str, frames: i
     most = max(taken, key=lambda each: each.peak)
     whole = STEPS * seconds + (0.0 if vae is None else vae.encode + vae.decode)
     note = ", did not fit: in parts" if any(each.parted for each in taken) else ""
-    moved = max(taken, key=lambda each: each.sent + each.received)
+    moved = max((each.moved for each in taken if each.moved is not None), key=sum, default=None)
     return Line(
         f"{label}: {row.title}{note}",
         str(most.passes),
@@ -98,7 +98,7 @@ def row_line(label: str, row: Row, taken: Sequence[Taken], ratio: str, frames: i
         "" if vae is None else f"{whole / frames:.2f}",
         "" if vae is None else f"{(vae.encode + vae.decode) / whole:.3f}",
         f"{most.peak / GIB:.2f}",
-        f"{moved.sent / MIB:.0f} + {moved.received / MIB:.0f}",
+        "" if moved is None else f"{moved[0] / MIB:.0f} + {moved[1] / MIB:.0f}",
     ).tell()
 
 

@@ -108,12 +108,12 @@ class Traffic(TorchDispatchMode):
 @dataclass
 class Taken:
     """What one step took: seconds, most bytes held (weights included; on the CPU the process' resident memory), bytes
-    to the device and back, UNet passes seen, and whether the tiles of a synchronous call had to be parted."""
+    to the device and back (None where nobody counted), UNet passes seen, and whether the tiles of a synchronous call
+    had to be parted."""
 
     seconds: float
     peak: int
-    sent: int
-    received: int
+    moved: tuple[int, int] | None
     passes: int
     parted: bool
 
@@ -220,8 +220,7 @@ class Bench:
         return Taken(
             seconds - clock.stood_in - clock.evaluated + clock.evaluated * times,
             peak(device),
-            round((traffic.sent if traffic else 0) * times),
-            round((traffic.received if traffic else 0) * times),
+            None if traffic is None else (round(traffic.sent * times), round(traffic.received * times)),
             len(clock.branches),
             clock.parted,
         )

@@ -158,11 +158,9 @@ class Watch:
     def taken(self) -> Taken:
         """What the step took."""
         times = self.row.passes * self.plan.tiles / self.tiles
-        moved = (self.traffic.sent, self.traffic.received) if self.traffic else (0, 0)
-        sent, received = (round(each * times) for each in moved)
-        return Taken(
-            self.seconds + self.evaluated * (times - 1), peak(self.device), sent, received, self.row.passes, False
-        )
+        traffic, seconds = self.traffic, self.seconds + self.evaluated * (times - 1)
+        moved = None if traffic is None else (round(traffic.sent * times), round(traffic.received * times))
+        return Taken(seconds, peak(self.device), moved, self.row.passes, False)
 
 
 @torch.no_grad()
@@ -205,6 +203,6 @@ def host_lines(
         seconds = [each.seconds for each in times] or [first.seconds]
         alone = next((line for line in headless if line.what.endswith(f": {row.title}") and line.seconds), None)
         against = "" if alone is None else f"{median(seconds) / float(alone.seconds):.3f} of headless"
-        counted = Taken(median(seconds), first.peak, first.sent, first.received, first.passes, False)
+        counted = replace(first, seconds=median(seconds))
         lines.append(report.row_line(label, row, [counted], against, plan.frames, None))
     return lines

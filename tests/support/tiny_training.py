@@ -57,6 +57,9 @@ def settings_of(name: str, vaes: tuple[Path, Path]) -> list[str]:
         return tiny + ([f"model.picture={vaes[0]}", "data.frames=2"] if name == "vae_temporal" else [])
     if name == "encoder":
         return [f"model.start={vaes[1].parent / 'svd.safetensors'}", "data.size=64"]
+    if name == "thin_unet":
+        svd = vaes[1].parent / "svd.safetensors"
+        return [f"model.start={svd}", "data.size=64", "data.frames=2", "data.clips=2", "train.batch=1", BICUBIC]
     if name == "compression":
         return ["model.widths=[8]", "model.blocks=[1]", "data.size=32", "data.crop=16", "data.frames=2"]
     if name == "capm":

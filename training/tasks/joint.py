@@ -233,6 +233,7 @@ class Joint(Enlarging):
         weights, parts = self.base(), cast(Any, model)
         encoder = {f"encoder.{name}": value for name, value in parts["encoder"].state_dict().items()}
         state = {**weights.vae, **encoder, **decoder_state(parts["decoder"], weights)}
-        unet, noted = parts["unet"].state_dict(), upscaler_note(self._upscaler)
+        # What is idle is not in the UNet.
+        unet, noted = {**weights.unet, **parts["unet"].state_dict()}, upscaler_note(self._upscaler)
         write_svd(path, replace(weights, unet=unet, vae=state, metadata=noted), trained_on)
         write_refiner(beside(path), cast(Refiner, parts["refiner"]), trained_on)

@@ -20,6 +20,7 @@ from training.tasks.joint_dcm import JointWithDCM
 from training.tasks.refiner import RefinerTask
 from training.tasks.sd import SDTask
 from training.tasks.svd import SVDTask
+from training.tasks.thin_unet import ThinUNet
 from training.tasks.vae import PictureVAE, TemporalVAE
 from training.tasks.vae_refined import RefinedVAE
 from vsr_ops.errors import SettingError
@@ -32,6 +33,7 @@ TASKS: dict[str, TaskMaker] = {
     "svd": SVDTask,
     "refiner": RefinerTask,
     "encoder": EncoderTask,
+    "thin_unet": ThinUNet,
     "whole": Joint,
     "whole_dcm": JointWithDCM,
     "capm_whole": JointCAPM,

@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..modules.idle import Nothing
 from ..sampling.attention import fused_attention, plain
 from ..sampling.calls import Call
 from ..sampling.layers import Layer
@@ -85,5 +86,5 @@ class OneTokenAttention:
 def use_chunks(module: nn.Module) -> None:
     """Gives every attention layer in a module the chunked processor."""
     for name, layer in cast("Iterable[tuple[str, nn.Module]]", module.named_modules()):
-        if name.endswith((".attn1", ".attn2")):
+        if name.endswith((".attn1", ".attn2")) and not isinstance(layer, Nothing):
             cast(Any, layer).set_processor(ChunkedAttention())

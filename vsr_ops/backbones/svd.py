@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.svd import LITE, SVDWeights, match_host_epsilon, read_svd
 from ..errors import DeviceError
-from ..modules.idle import leave_out_idle
+from ..modules.idle import Nothing, leave_out_idle
 from ..sampling.calls import Call
 from ..sampling.layers import Layer, place_layers
 from ..sampling.passes import SideBySide
@@ -86,7 +86,7 @@ class Backbone(ABC):
         for name, module in cast("Iterable[tuple[str, nn.Module]]", self.unet.named_modules()):
             if name.endswith(".attn2"):
                 cast(Any, module).set_processor(OneTokenAttention())
-            elif name.endswith(".attn1") and name not in layers:
+            elif name.endswith(".attn1") and name not in layers and not isinstance(module, Nothing):
                 cast(Any, module).set_processor(ChunkedAttention())
         keep_in_caches(self.unet)
 
@@ -280,6 +280,7 @@ def build_svd(weights: SVDWeights, device: torch.device, dtype: torch.dtype) -> 
         unet = UNetSpatioTemporalConditionModel(**weights.unet_config)
     unet.load_state_dict(weights.unet, assign=True)
     match_host_epsilon(unet)
+    leave_out_idle(unet)
     image_encoder = None
     if weights.image_encoder is not None:
         image_encoder = _build_image_encoder(weights).to(device).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Blocks of an autoencoder that add nothing, because training for speed has made their last layer zero.
+"""Blocks of an autoencoder or a UNet that add nothing, because training for speed has made their last layer zero.
 
 Such a file keeps the shape that every program expects and is read by all of them; here what adds nothing is not
 computed.
@@ -23,14 +23,38 @@ class Idle(nn.Module):
         return x
 
 
+class Nothing(nn.Module):
+    """Stands in the place of a branch that is added to what went into it, and adds nothing."""
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return x.new_zeros(())
+
+
+#: The branches of a transformer's block over time: each with the norm before it, and the layer that it ends with.
+BRANCHES = (("ff_in", "norm_in", "net.2"), ("attn1", "norm1", "to_out.0"), ("ff", "norm3", "net.2"))
+
+
 def leave_out_idle(model: nn.Module) -> None:
-    """Puts an `Idle` in the place of every block of diffusers' autoencoders that adds nothing: of a residual block, or
-    its half over time, whose second convolution is zero, and of an attention whose projection is."""
+    """Puts stand-ins in the place of all that adds nothing in diffusers' networks.
+
+    An `Idle` for a residual block, or its half over time, whose second convolution is zero, and for an autoencoder's
+    attention whose projection is; `Nothing` for the feed-forwards and the self-attention of a UNet's blocks over time
+    that end with a zero layer, and no norm before it. Attention within a frame stays, for methods act in it.
+    """
     for name, child in list(model.named_children()):
         leave_out_idle(child)
+        if getattr(child, "is_res", False) and hasattr(child, "ff_in"):
+            _leave_out_branches(child)
         channels = _idle_channels(child)
         if channels is not None:
             model.add_module(name, Idle(channels))
+
+
+def _leave_out_branches(block: nn.Module) -> None:
+    for branch, norm, last in BRANCHES:
+        if _is_zero(block.get_submodule(f"{branch}.{last}").parameters()):
+            block.add_module(branch, Nothing())
+            block.add_module(norm, nn.Identity())
 
 
 def _idle_channels(block: Any) -> int | None:

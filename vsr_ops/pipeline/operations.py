@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from ..modules.idle import Nothing
 from ..sampling.tiling import TileSize
 
 Growth = Callable[[float, float], float]
@@ -52,7 +53,7 @@ class Operations:
 
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
             hooks.callback(module.register_forward_hook(layer).remove)
-        elif name.endswith(".attn1"):
+        elif name.endswith(".attn1") and not isinstance(module, Nothing):
             hooks.callback(module.register_forward_pre_hook(attention).remove)
 
     def of(self, tile: TileSize) -> float:

@@ -31,6 +31,7 @@ LEARNS = {
     "dcm": Learns("dcm_lite", 0.94),
     "refiner": Learns("lite_5_refiner", 0.82),
     "encoder": Learns("lite_8_encoder", 0.85, 3e-4),
+    "thin_unet": Learns("lite_9_unet", 0.76, 5e-5),
     "svd": Learns("lite_4_svd", 0.5),
     "vae_picture": Learns("lite_2_picture", 0.72),
     "vae_refined": Learns("lite_3_refined", 0.77),
