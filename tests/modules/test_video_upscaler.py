@@ -1,0 +1,121 @@
+"""The video upscaler's laws: nothing at its start, the same both ways, whole or frame by frame, never past a cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.small_vaes import pictures
+from vsr_ops.cli.demo_clip import ground_truth
+from vsr_ops.errors import CheckpointError, SettingError
+from vsr_ops.flow.warp import warp
+from vsr_ops.image.resize import quantize8, resize_bicubic
+from vsr_ops.metrics.pixels import psnr_y
+from vsr_ops.modules.dcm import load_dcm
+from vsr_ops.modules.video_upscaler import (
+    Pairs,
+    VideoUpscaler,
+    VideoUpscalerShape,
+    load_video_upscaler,
+    sharpened,
+    write_video_upscaler,
+)
+
+SMALL = VideoUpscalerShape(8, 2, 1)
+CLOSE = 2e-5
+
+
+def some() -> VideoUpscaler:
+    """A model in which nothing is zero."""
+    torch.manual_seed(0)
+    model = VideoUpscaler(SMALL)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def moving(frames: int, height: int = 24, width: int = 32) -> tuple[Tensor, Tensor]:
+    """A picture that moves two pixels a frame, and the same enlarged."""
+    wide = pictures(1, 3, 4 * height, 4 * (width + 2 * frames))
+    large = torch.cat([wide[..., 8 * t : 8 * t + 4 * width] for t in range(frames)])
+    return resize_bicubic(large, (height, width)).clamp(0, 1), large
+
+
+def result(model: VideoUpscaler, lr: Tensor, large: Tensor, cuts: tuple[int, ...] = (), strength: float = 1) -> Tensor:
+    return torch.stack(list(sharpened(model, zip(lr, large, strict=True), cuts, strength)))
+
+
+def test_a_new_one_and_strength_0_leave_the_enlarged_video_to_the_bit() -> None:
+    lr, large = moving(3)
+    assert torch.equal(result(VideoUpscaler(SMALL), lr, large), large)
+    assert torch.equal(result(some(), lr, large, strength=0), large)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 2, 3, 6])
+def test_frame_by_frame_is_the_whole_scene_at_once(frames: int) -> None:
+    model, (lr, large) = some(), moving(frames)
+    whole = model(lr[None], large[None], Pairs.of(lr[:-1], lr[1:]))[0]
+    assert whole.abs().max() > 0.05
+    torch.testing.assert_close(result(model, lr, large), (large + whole).clamp(0, 1), atol=CLOSE, rtol=0)
+
+
+def test_backwards_is_the_same_backwards() -> None:
+    model, (lr, large) = some(), moving(5)
+    torch.testing.assert_close(
+        result(model, lr.flip(0), large.flip(0)), result(model, lr, large).flip(0), atol=CLOSE, rtol=0
+    )
+
+
+def test_a_frame_hears_of_as_many_as_there_are_stages_and_of_no_more() -> None:
+    model, (lr, large) = some(), moving(7)
+    other = large.clone()
+    other[6] = other[6].flip(-1)
+    changed = (result(model, lr, other) - result(model, lr, large)).abs().amax((1, 2, 3))
+    assert bool((changed[:4] == 0).all()) and bool((changed[4:] > 1e-4).all())
+
+
+def test_nothing_is_heard_across_a_cut() -> None:
+    model, (lr, large) = some(), moving(5)
+    parts = torch.cat([result(model, lr[:2], large[:2]), result(model, lr[2:], large[2:])])
+    assert torch.equal(result(model, lr, large, (2,)), parts)
+    assert not torch.equal(result(model, lr, large), parts)
+
+
+def test_frames_too_small_for_a_flow_stand_still() -> None:
+    lr, large = moving(2, 8, 12)
+    assert bool(torch.isfinite(result(some(), lr, large)).all())
+
+
+def test_the_bundled_one_is_nearer_to_the_truth_than_the_dcm_and_steadier() -> None:
+    truth = ground_truth()[0][:6, :, :192, :256]
+    lr = quantize8(resize_bicubic(truth, (48, 64)))
+    large = load_dcm("lite", torch.device("cpu"))(lr)
+    found = result(load_video_upscaler("lite"), lr, large)
+    assert float(psnr_y(found, truth).mean()) > float(psnr_y(large, truth).mean()) + 0.4
+    pairs = Pairs.of(truth[:-1], truth[1:])
+    warped = [((warp(x[1:], pairs.forward) - x[:-1]) * pairs.seen_after).abs().mean() for x in (found, large)]
+    assert warped[0] < 0.9 * warped[1]
+
+
+def test_files(tmp_path: Path) -> None:
+    model, path = some(), tmp_path / "v.safetensors"
+    write_video_upscaler(path, model, "noise")
+    lr, large = moving(3)
+    again = load_video_upscaler(path)
+    assert again.shape == SMALL
+    torch.testing.assert_close(result(again, lr, large), result(model, lr, large), atol=1e-2, rtol=0)
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    lr, large = moving(2)
+    with pytest.raises(SettingError, match=r"the enlarged video is 64x48, the input 32x24: .* 128x96"):
+        result(some(), lr, large[..., ::2, ::2])
+    for strength in (-0.1, 2.1, float("nan")):
+        with pytest.raises(SettingError, match=r"strength is .*: expected 0"):
+            result(some(), lr, large, strength=strength)
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_video_upscaler(tmp_path / "none.safetensors")
