@@ -18,7 +18,8 @@ from vsr_ops.modules.refiner import refine_frames
 from vsr_ops.pipeline.parts import PipelineModules
 from vsr_ops.pipeline.sampler import Settings, sample
 from vsr_ops.sampling.layouts import TileLayout, lay_out
-from vsr_ops.vae.latents import CELL, decode_frames, encode_frames
+from vsr_ops.vae.encode import stream_encode
+from vsr_ops.vae.latents import CELL, decode_frames
 
 NAMES = ("car-shadow", "kite-surf", "tea-gardens")
 
@@ -53,7 +54,7 @@ def ready(model: Backbone, parts: PipelineModules, clip: Clip) -> Ready:
     count, _, height, width = clip.small.shape
     size = height * SCALE, width * SCALE
     upscaled = torch.cat([upscale_frames(frame[None], size, upscale_fn=parts.upscale_fn) for frame in clip.small])
-    lr = torch.stack(list(encode_frames(model, iter(upscaled), *(side // CELL for side in size))))
+    lr = torch.stack(list(stream_encode(model.vae, iter(upscaled), size[0] // CELL, size[1] // CELL)))
     assert lr.shape[0] == count
     return Ready(clip, upscaled, lr)
 

@@ -39,7 +39,8 @@ from vsr_ops.pipeline.sampler import Settings, sample
 from vsr_ops.sampling.layouts import LAYOUTS, TileLayout, laid_out, lay_out
 from vsr_ops.sampling.propagation import PROPAGATION, Propagation
 from vsr_ops.sampling.tiling import TileSize, plan_tiles
-from vsr_ops.vae.latents import CELL, decode_frames, encode_frames
+from vsr_ops.vae.encode import stream_encode
+from vsr_ops.vae.latents import CELL, decode_frames
 from vsr_ops.video.pictures import save_png8
 
 #: Beside the table of layouts: without overlap, a quarter of it everywhere, and without tiles.
@@ -77,7 +78,7 @@ def cases_of(model: Backbone, data: Path, frames: int, strength: float) -> list[
     for clip in shrunk({name: clip[..., :height, :width] for name, clip in clips.items()}, None):
         large = torch.cat([upscale(frame[None]).clamp(0, 1) for frame in clip.small])
         rows, cols = (-(-side // CELL // model.factor) * model.factor for side in clip.truth.shape[-2:])
-        lr = torch.stack(list(encode_frames(model, large, rows, cols)))
+        lr = torch.stack(list(stream_encode(model.vae, large, rows, cols)))
         found.append(Case(clip.name, lr * strength, clip.truth, large))
     return found
 

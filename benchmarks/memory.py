@@ -1,7 +1,7 @@
 """Peak memory against a video's length and area: encode, sample (DSSAG, lagged SAP and TAP in turn), decode.
 
 Device: most bytes the model side holds at once beyond its weights. On a GPU over a whole stage; on the CPU, where the
-video lies beside it, the most that any single encoder, UNet or decoder call allocates.
+video lies beside it, the most that encoding a frame, or a single UNet or decoder call, allocates.
 Host (CPU only, another process without the profiler): growth of the peak resident memory after a warm-up, what of it
 the video's own tensors and SAP's banks are, and the rest. Own tensors: VIDEO_COPIES latent videos while sampling; all
 latents and CHUNK_COPIES chunks of frames while decoding.
@@ -15,11 +15,11 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.common import MIB, Options, build, heading, parser, peak_bytes, peak_resident, read, table
 from vsr_ops.backbones.svd import SVD
@@ -28,7 +28,9 @@ from vsr_ops.sampling.propagation import Propagation
 from vsr_ops.sampling.tiling import plan_tiles
 from vsr_ops.system.allocator import keep_freed
 from vsr_ops.vae import latents
-from vsr_ops.vae.latents import CELL, CHUNK_COPIES, decode_frames, encode_frames
+from vsr_ops.vae.encode import stream_encode
+from vsr_ops.vae.latents import CELL, CHUNK_COPIES, decode_frames
+from vsr_ops.vae.stream import Streaming
 
 STEPS = 3  # SAP, TAP, and a SAP step that reads banks
 
@@ -71,25 +73,29 @@ def child(options: Options, frames: int, times: int, lagged: bool, profiled: boo
     one = options.tile
     stages(model, Settings(steps=1, tile=one), plan_tiles(one.frames, one.height, one.width, one, 0.5), {}, False)
     before = peak_resident()
-    for method in ("encode", "denoise", "decode"):
+    for method in ("denoise", "decode"):
         watch(model, method, peaks, profiled and not cuda)
-    stages(model, settings, plan, peaks, cuda)
+    stages(model, settings, plan, peaks, cuda, profiled and not cuda)
     peaks["host"] = peak_resident() - before
     return peaks
 
 
-def stages(model: SVD, settings: Settings, plan: Any, peaks: dict[str, int], cuda: bool) -> None:
-    """Encode, sample and decode; on a GPU with each stage's peak."""
-
-    def pictures() -> Iterator[Tensor]:
-        for _ in range(plan.frames):
-            yield torch.rand(3, plan.height * CELL, plan.width * CELL)
-
+def stages(
+    model: SVD, settings: Settings, plan: Any, peaks: dict[str, int], cuda: bool, profiled: bool = False
+) -> None:
+    """Encode, sample and decode; on a GPU with each stage's peak, `profiled` with that of encoding a frame."""
+    picture = torch.rand(3, plan.height * CELL, plan.width * CELL)
     lr = torch.empty(plan.frames, 4, plan.height, plan.width)
 
     def encode() -> None:
-        for i, z in enumerate(encode_frames(model, pictures(), plan.height, plan.width)):
-            lr[i] = z
+        pictures, how = repeat(picture, plan.frames), Streaming(tile=latents.VAE_TILE)
+        encoded = stream_encode(model.vae, pictures, plan.height, plan.width, how)
+        for i in range(plan.frames):
+            if profiled:
+                taken = peak_bytes(lambda i=i: lr[i].copy_(next(encoded)), model.device)
+                peaks["encode"] = max(peaks.get("encode", 0), taken)
+            else:
+                lr[i] = next(encoded)
 
     def decode() -> None:
         for _ in decode_frames(model, lr, model.tile.frames):

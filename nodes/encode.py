@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .session.known import KNOWN, KnownVideo
 
 
 class Encode(io.ComfyNode):
-    """A video to latents, frame by frame, in tiles."""
+    """A video to latents, frame by frame, each in one pass."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -27,7 +28,7 @@ class Encode(io.ComfyNode):
             display_name="Encode Video (VSR)",
             category=f"{CATEGORY}/latent",
             description=(
-                "Encodes a video of any length and size in flat memory, for Stable Diffusion graphs: frames are the"
+                "Encodes a video of any length and size, frame by frame, for Stable Diffusion graphs: frames are the"
                 " batch. Any size works, for it is padded, and Decode Video (VSR) crops again; the host's VAE Encode"
                 " crops. SVD takes its latent from SVD Video Conditioning (VSR)."
             ),
@@ -53,7 +54,7 @@ class Encode(io.ComfyNode):
         frames = to_frames(image)
         from_lr = STARTS[check_choice("start", start, STARTS)]
         cuts = find_cuts(iter(frames)) if CUTS[check_choice("scene_cuts", scene_cuts, CUTS)] else ()
-        lr = encode_video(host.HostVAE(vae), iter(frames), host.progress(len(frames)))
+        lr = encode_video(partial(host.encoded, vae), iter(frames), host.progress(len(frames)))
         known = {KNOWN: KnownVideo.of(frames, lr, cuts)}
         return io.NodeOutput(
             {"samples": lr if from_lr else torch.zeros_like(lr), **known},

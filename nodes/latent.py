@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +86,9 @@ class SVDConditioning(io.ComfyNode):
         from_lr = STARTS[check_choice("start", start, STARTS)]
         cuts = find_cuts(iter(frames)) if CUTS[check_choice("scene_cuts", scene_cuts, CUTS)] else ()
         context = host.scene_contexts(model, clip_vision_output, clip_vision, frames, cuts)
-        lr = encode_video(host.HostVAE(vae), with_augmentation(frames, augmentation), host.progress(len(frames)))
+        lr = encode_video(
+            partial(host.encoded, vae), with_augmentation(frames, augmentation), host.progress(len(frames))
+        )
         micro = {"motion_bucket_id": motion_bucket_id, "fps": host.fps_key(fps), "augmentation_level": augmentation}
         scenes = {"vsr_cuts": cuts, "vsr_frames": len(frames)}
         positive = [[context, {**micro, "concat_latent_image": lr, **scenes}]]

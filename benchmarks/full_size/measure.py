@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from benchmarks.full_size.rows import PLAIN, ROWS, Bench, Taken, Traffic, forget
 from vsr_ops.backbones.svd import Backbone
 from vsr_ops.sampling.tiling import TilePlan, TileSize, plan_tiles
 from vsr_ops.system.memory import free_cached, ran_out
-from vsr_ops.vae.latents import CELL, decode_frames, encode_frames
+from vsr_ops.vae.encode import stream_encode
+from vsr_ops.vae.latents import CELL, decode_frames
 
 FRAMES = 28
 #: Height and width of the results.
@@ -157,7 +159,7 @@ def attempt(bench: Bench, name: str, counting: bool, label: str, others: list[Li
 
 @dataclass
 class Counter:
-    """Calls of an encoder or decoder: how many there were, how many were evaluated, seconds of these and of all."""
+    """Calls of a decoder: how many there were, how many were evaluated, seconds of these and of all."""
 
     calls: int = 0
     evaluated: int = 0
@@ -165,50 +167,56 @@ class Counter:
 
 
 @contextmanager
-def sampled(model: Backbone, method: str, limit: int | None, counter: Counter) -> Generator[None]:
-    """Within, only the first `limit` calls of a model's `encode` or `decode` are evaluated; the others give zeros."""
-    inner: Callable[[Tensor], Tensor] = getattr(model, method)
-    channels, scale = {"encode": (4, 1 / CELL), "decode": (3, CELL)}[method]
+def sampled(model: Backbone, limit: int | None, counter: Counter) -> Generator[None]:
+    """Within, only the first `limit` calls of a model's `decode` are evaluated; the others give zeros."""
+    inner: Callable[[Tensor], Tensor] = model.decode
 
     def call(x: Tensor) -> Tensor:
         counter.calls += 1
         if limit is not None and counter.evaluated >= limit:
-            return torch.zeros(x.shape[0], channels, int(x.shape[-2] * scale), int(x.shape[-1] * scale))
+            return torch.zeros(x.shape[0], 3, x.shape[-2] * CELL, x.shape[-1] * CELL)
         begun = now(model.device)
         out = inner(x)
         counter.seconds += now(model.device) - begun
         counter.evaluated += 1
         return out
 
-    setattr(model, method, call)
+    setattr(model, "decode", call)  # noqa: B010
     try:
         yield
     finally:
-        delattr(model, method)
+        delattr(model, "decode")
 
 
 def vae_of(bench: Bench, limits: Limits, what: str, others: list[Line]) -> VAETaken | None:
     """The whole video encoded and decoded, in the pipeline's own tiles and chunks."""
     model, plan = bench.model, bench.plan
     picture = torch.rand(3, plan.height * CELL, plan.width * CELL, generator=torch.Generator().manual_seed(2))
-    work: dict[str, Callable[[], object]] = {
-        "encode": lambda: drain(encode_frames(model, (picture for _ in range(plan.frames)), plan.height, plan.width)),
-        "decode": lambda: drain(decode_frames(model, bench.lr, model.tile.frames)),
-    }
+    frames = plan.frames if limits.vae_calls is None else min(plan.frames, limits.vae_calls)
+
+    def encode() -> float:
+        """Frames take the same."""
+        begun = now(model.device)
+        drain(stream_encode(model.vae, repeat(picture, frames), plan.height, plan.width))
+        return (now(model.device) - begun) * plan.frames / frames
+
+    def decode() -> float:
+        counter, begun = Counter(), now(model.device)
+        with sampled(model, limits.vae_calls, counter):
+            drain(decode_frames(model, bench.lr, model.tile.frames))
+        rest = now(model.device) - begun - counter.seconds
+        return rest + counter.seconds * counter.calls / counter.evaluated
+
     seconds: dict[str, float] = {}
     peaks: dict[str, int] = {}
+    work: dict[str, Callable[[], float]] = {"encode": encode, "decode": decode}
     for method, run in work.items():
-        counter = Counter()
         forget_peak(model.device)
-        begun = now(model.device)
         try:
-            with sampled(model, method, limits.vae_calls, counter):
-                run()
+            seconds[method] = run()
         except Exception as error:
             others.append(report.failure(f"{what}, {method}", error))
             return None
-        rest = now(model.device) - begun - counter.seconds
-        seconds[method] = rest + counter.seconds * counter.calls / counter.evaluated
         peaks[method] = peak(model.device)
     return VAETaken(seconds["encode"], seconds["decode"], peaks["encode"], peaks["decode"])
 

@@ -11,7 +11,7 @@ from .load import load_lite, weights_file, weights_files
 from .load_unet import load_unet, unet_names
 from .model import defaults_of, require_svd
 from .motion import estimated_flow, patch_alignment
-from .picture import HostVAE, decoded, managed, progress, refined, sees_time, upscaler, with_capm
+from .picture import HostVAE, decoded, encoded, managed, progress, refined, sees_time, upscaler, with_capm
 from .sampling import SAMPLERS, SCHEDULERS, cfg_guider, dssag_guider, fps_key, guider, null_prompt, sample
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "defaults_of",
     "describe",
     "dssag_guider",
+    "encoded",
     "estimated_flow",
     "fps_key",
     "guider",

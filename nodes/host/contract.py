@@ -182,7 +182,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "comfy.sd.VAE.encode(self, pixels)",
         "comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=d, embed_dim=e)",
         "comfy.ldm.models.autoencoder.AutoencodingEngine(encoder_config=e, decoder_config=d, regularizer_config=r)",
-        "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer",
+        "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer(sample=s)",
         "comfy.ldm.modules.diffusionmodules.model.Encoder",
         "comfy.ldm.modules.temporal_ae.VideoDecoder",
         f"{_MEMORY}.load_models_gpu(models, memory_required=m)",

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
 from ...vsr_ops.modules.control import Control, load_control
-from ...vsr_ops.vae.latents import CELL, encode_frames
+from ...vsr_ops.vae.latents import CELL
 from ..session.run import KEY
 from .device import make_patcher
-from .picture import HostVAE
+from .picture import encoded
 
 #: Where a call's controls wait in its transformer options for the tiles that they are evaluated in.
 CONTROLS = "coherent_vsr_controls"
@@ -178,7 +178,7 @@ class HostControl(ControlBase):
             manage = comfy.model_management
             loaded = manage.loaded_models(only_currently_used=True)
             latents: list[Tensor] = []
-            for latent in encode_frames(HostVAE(self.vae), picture, height, width):
+            for latent in encoded(self.vae, picture, height, width):
                 manage.throw_exception_if_processing_interrupted()
                 latents.append(self.latent_format.process_in(latent).to(self.model.dtype))
             # What has been let go of meanwhile is still on the host's list, as nothing.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
 import comfy.utils
 import torch
+from comfy.ldm.models.autoencoder import DiagonalGaussianRegularizer
 from einops import rearrange
 from torch import Tensor
 
@@ -20,8 +21,9 @@ from ...vsr_ops.modules.refiner import Refiner, refine
 from ...vsr_ops.modules.stam import STAM
 from ...vsr_ops.vae.budget import fitting_tile, modules_bytes, tile_side
 from ...vsr_ops.vae.decoder_modules import DecoderModules
-from ...vsr_ops.vae.latents import CELL, VAE_TILE, collect, decode_video
-from ...vsr_ops.vae.layout import cell_of, is_known, is_temporal
+from ...vsr_ops.vae.encode import stream_encode
+from ...vsr_ops.vae.latents import CELL, VAE_TILE, collect, decode_video, encode_frames
+from ...vsr_ops.vae.layout import cell_of, encoding_steps, is_known, is_temporal
 from ...vsr_ops.vae.stream import Streaming, stream_decode
 from ...vsr_ops.vae.tiles import ComputedIn
 from .device import intermediate_dtype, make_patcher
@@ -126,6 +128,36 @@ def with_capm(modules: DecoderModules, capm: HostCAPM | None, frames: int) -> tu
 def sees_time(vae: Any, stam: STAM | None) -> bool:
     """Whether frames see each other while a VAE decodes them: only then do scene cuts matter there."""
     return stam is not None or is_temporal(vae.first_stage_model)
+
+
+def encoded(vae: Any, frames: Iterable[Tensor], height: int, width: int) -> Iterator[Tensor]:
+    """Unscaled latents `(4, height, width)` of frames `(3, h, w)`, padded to fit, one by one, on the host's device: of
+    one pass over each whole frame. A VAE of no known layout, or whose latents are no plain mode, takes `encode_frames`:
+    the host's own encoding of blended tiles."""
+    if encoding_steps(vae.first_stage_model) is None or not _gives_its_mode(vae.first_stage_model):
+        return encode_frames(HostVAE(vae), frames, height, width)
+
+    def needed(tile: int) -> float:
+        return vae.memory_used_encode((1, 3, *(min(side, tile) * CELL for side in (height, width))), vae.vae_dtype)
+
+    manage = comfy.model_management
+    tile = fitting_tile(VAE_TILE, needed, manage.get_total_memory(vae.device) - vae.patcher.model_size())
+    how = Streaming(
+        tile=tile,
+        check_interrupted=manage.throw_exception_if_processing_interrupted,
+        computed_in=ComputedIn(vae.device, vae.vae_dtype),
+    )
+    # Whole: the streaming encoder calls the VAE's layers one by one, tile after tile.
+    manage.load_models_gpu([vae.patcher], memory_required=needed(tile), force_full_load=True)
+    latents = stream_encode(vae.first_stage_model, frames, height, width, how)
+    return (z.to(vae.output_device) for z in latents)
+
+
+def _gives_its_mode(autoencoder: Any) -> bool:
+    """Whether the host takes a distribution's mode for an autoencoder's latents, and leaves it as it is."""
+    regularised: Any = getattr(autoencoder, "regularization", None)
+    plain = isinstance(regularised, DiagonalGaussianRegularizer) and not regularised.sample
+    return plain and getattr(autoencoder, "bn", None) is None
 
 
 def decoded(

@@ -23,7 +23,8 @@ from ..sampling.layouts import TileLayout
 from ..sampling.propagation import TileRun
 from ..sampling.schedule import Kind, Step
 from ..sampling.tiling import TileSize, plan_tiles
-from ..vae.latents import CELL, encode_frames
+from ..vae.encode import stream_encode
+from ..vae.latents import CELL
 from ..video import Frame, made_info, open_writer
 from .job import Job, from_levels, to_levels
 from .parts import PipelineModules, apply_capm, decoded, refined
@@ -86,7 +87,7 @@ class Samples:
         """Latent pixels."""
         frame = self._enlarged(side)[0]
         sides = [each // CELL for each in frame.shape[-2:]]
-        list(encode_frames(self._work.model, [frame], *sides))
+        list(stream_encode(self._work.model.vae, [frame], sides[0], sides[1]))
         return sides[0] * sides[1]
 
     def flow(self, side: int) -> float:

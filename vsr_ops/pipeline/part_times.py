@@ -24,7 +24,7 @@ from ..sampling.layouts import TileLayout
 from ..sampling.schedule import Kind
 from ..sampling.tiling import Span, TileSize, cores, even_part, spans
 from ..system.load import Watch, one_thread, speedup
-from ..vae.latents import VAE_OVERLAP, vae_plan
+from ..vae.latents import VAE_OVERLAP
 from ..vae.layout import is_temporal
 from .cost import networks
 from .job import Job
@@ -123,8 +123,7 @@ def time_parts(work: Work) -> PartTimes:
 
     # The dearest first: what others need not be known well beside.
     add("decode", samples.decode, _decoded_volume(work))
-    encoded = vae_plan(1, plan.height, plan.width)
-    add("encode", samples.encode, _covered(encoded.rows) * _covered(encoded.cols) * job.frames)
+    add("encode", samples.encode, plan.height * plan.width * job.frames)
     enlarged = readings if parts.upscale_fn is None else _upscaled_share(job)
     add("upscaler", samples.enlarge, pixels * enlarged)
     if parts.refiner is not None:

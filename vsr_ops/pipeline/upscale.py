@@ -24,7 +24,8 @@ from ..sampling.calls import Call
 from ..sampling.tiling import TilePlan
 from ..system.allocator import give_back
 from ..system.outputs import claimed
-from ..vae.latents import CELL, encode_frames
+from ..vae.encode import stream_encode
+from ..vae.latents import CELL
 from ..video import Frame, check_output, open_writer
 from .job import Job, UpscaledFrames, scene_cuts
 from .parts import PipelineModules, apply_capm, decoded, refined
@@ -64,7 +65,7 @@ def upscale(
         flow = _latent_flow(job, settings, plan, upscaled, cuts, progress, parts.flow)
         lr = torch.empty(job.frames, 4, plan.height, plan.width)
         progress("encode", 0, job.frames)
-        for i, z in enumerate(encode_frames(model, (frame.image for frame in upscaled()), plan.height, plan.width)):
+        for i, z in enumerate(stream_encode(model.vae, (frame.image for frame in upscaled()), plan.height, plan.width)):
             lr[i] = z
             progress("encode", i + 1, job.frames)
         give_back()

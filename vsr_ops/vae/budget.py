@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..modules.stam import POSITIONS
 from ..system.memory import free_bytes
@@ -84,6 +85,32 @@ def kept_bytes(vae: Any, modules: DecoderModules, frames: int, sides: Sequence[i
     fused = _fused_values(vae, modules, sides)
     found += [KEPT_CFW_COPIES * frames * value for value in fused]
     return itemsize * (max(found) + frames * sum(fused))
+
+
+def encoding_bytes(steps: Sequence[DecoderOp], sides: Sequence[int], itemsize: int) -> float:
+    """What whole activations take while an encoder's steps go over one picture of `sides` latents: what a sweep reads,
+    what it writes, and a room more where a residual block widens."""
+    top, width, held, found, third = steps[-1].level, 0, 0, [0], [0]
+    acting = [step for step in steps if step.norms or not step.residual]
+    for index, step in enumerate(acting):
+        before, width = width, _made_width(step)
+        made = (sides[0] * sides[1] << 2 * (top - step.level + min(step.resize, 0))) * width
+        following = acting[index + 1] if index + 1 < len(acting) else None
+        if following is not None and following.resize < 0 and not (step.norms or step.residual):
+            continue  # the two are one sweep
+        found.append(held + made)
+        if step.residual and before != width:
+            third.append(made)  # One as wide as what it is given writes over that.
+        held = made
+    return float(itemsize * (max(found) + max(third)))
+
+
+def _made_width(step: DecoderOp) -> int:
+    """Channels that a step of an encoder makes: of its last norm, or its convolution's."""
+    if step.residual:
+        return int(step.norms[-1].num_channels)
+    made = [part for module in step.modules for part in module.modules() if isinstance(part, nn.Conv2d)]
+    return int(made[-1].out_channels) if made else _norm_width(step)
 
 
 def _norm_width(op: DecoderOp) -> int:

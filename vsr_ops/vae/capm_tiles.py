@@ -14,7 +14,8 @@ from torch import Tensor
 from ..modules.capm import CAPM, CODE_STRIDE
 from ..modules.windows import WINDOW, Place
 from .group_norm import exact
-from .layout import Box, DecoderOp
+from .layout import DecoderOp
+from .places import Box
 from .sweeps import At, Sweep
 
 

@@ -1,4 +1,5 @@
-"""Pictures to latents and back, in spatial tiles and fixed chunks of frames: memory is flat in area and length."""
+"""Videos to latents and back by VAEs of any layout, in blended tiles and fixed chunks of frames: memory is flat in area
+and length. Those of a known layout have `encode` and `stream`."""
 
 from __future__ import annotations
 
@@ -24,6 +25,10 @@ VAE_TILE, VAE_OVERLAP = 64, 0.25
 CHUNK_COPIES = 3
 
 
+Encode = Callable[[Iterable[Tensor], int, int], Iterator[Tensor]]
+"""Latents `(4, height, width)`, one by one, of frames `(3, h, w)`, given both and the latents' height and width."""
+
+
 class VAE(Protocol):
     """SVD's autoencoder, headless or a host's; `device` is where it computes."""
 
@@ -40,7 +45,9 @@ class VAE(Protocol):
 
 
 def pad_to(frame: Tensor, height: int, width: int) -> Tensor:
-    """`(c, h, w)` grown at the bottom and right by repeating its edge."""
+    """`(c, h, w)` grown at the bottom and right by repeating its edge; itself where it is as large."""
+    if frame.shape[-2:] == (height, width):
+        return frame
     rows = torch.arange(height).clamp(max=frame.shape[-2] - 1)
     cols = torch.arange(width).clamp(max=frame.shape[-1] - 1)
     return frame[:, rows][:, :, cols]
@@ -70,7 +77,8 @@ def _alike(extent: int) -> tuple[Span, ...]:
 
 @torch.no_grad()
 def encode_frames(vae: VAE, frames: Iterable[Tensor], height: int, width: int) -> Iterator[Tensor]:
-    """Unscaled latents `(4, height, width)` of frames `(3, h, w)`, padded to fit, one by one, in spatial tiles."""
+    """Unscaled latents `(4, height, width)` of frames `(3, h, w)`, padded to fit, one by one, in spatial tiles that are
+    blended: each has group norms of its own."""
     plan = vae_plan(1, height, width)
     for frame in frames:
         padded = pad_to(frame, height * CELL, width * CELL)[None]
@@ -120,13 +128,14 @@ def with_augmentation(frames: Tensor, level: float, seed: int = 0) -> Iterator[T
 
 
 def encode_video(
-    vae: VAE, frames: Iterable[Tensor], tick: Callable[[int], None] = lambda done: None, factor: int = 1
+    encode: Encode, frames: Iterable[Tensor], tick: Callable[[int], None] = lambda done: None, factor: int = 1
 ) -> Tensor:
-    """Unscaled latents `(n, 4, h/8, w/8)` of frames `(3, h, w)`, padded to multiples of 8 * `factor` pixels."""
+    """Unscaled latents `(n, 4, h/8, w/8)` of frames `(3, h, w)`, padded to multiples of 8 * `factor` pixels; `tick` is
+    told of every frame done. Raises SettingError for a video without frames."""
     latents: list[Tensor] = []
     first, rest = _peek(frames)
     height, width = (-(-side // (CELL * factor)) * factor for side in first.shape[-2:])
-    for z in encode_frames(vae, rest, height, width):
+    for z in encode(rest, height, width):
         latents.append(z)
         tick(1)
     return torch.stack(latents)

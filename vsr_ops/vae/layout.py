@@ -1,29 +1,20 @@
-"""A VAE's encoder and decoder as steps, and which part of the picture each step needs for a part of its output.
-
-Positions are whole pixels of the picture, halved at each level; nothing here touches a weight.
-"""
+"""A VAE's encoder and decoder as steps. Nothing here touches a weight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import SettingError
 from ..modules.idle import Idle
 from ..modules.windows import Place
-from ..sampling.tiling import Span
 from .doubling import upsampling
-
-Box = tuple[Span, Span]
-"""Rows and columns."""
-RUNS = 4  # of latents along each axis that the mosaic is made of
+from .places import Box
 
 
 @dataclass(frozen=True)
@@ -69,11 +60,14 @@ class DecoderOp:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one project's autoencoders are built: is a decoder its, and the steps of decoder and encoder."""
+    """How one project's autoencoders are built: is a decoder its, and the steps of decoder and encoder, the encoder's
+    down to its deepest level; is an encoder its, and the steps from there to its end."""
 
     fits: Callable[[Any], bool]
     decoder: Callable[[Any], list[DecoderOp]]
     encoder: Callable[[Any], list[DecoderOp]]
+    fits_encoder: Callable[[Any], bool]
+    deepest: Callable[[Any], list[DecoderOp]]
 
 
 def is_temporal(module: nn.Module) -> bool:
@@ -81,8 +75,12 @@ def is_temporal(module: nn.Module) -> bool:
     return any(isinstance(part, nn.Conv3d) for part in module.modules())
 
 
-def _end(norm: nn.Module, out: Sequence[nn.Module], run: Callable[[Tensor], Tensor]) -> DecoderOp:
-    return DecoderOp("out", (norm, *out), lambda x: run(F.silu(norm(x))), 0)
+Residual = Callable[[str, Any, int], DecoderOp]
+"""A residual block as a step of a name and level."""
+
+
+def _end(norm: nn.Module, out: Sequence[nn.Module], run: Callable[[Tensor], Tensor], level: int = 0) -> DecoderOp:
+    return DecoderOp("out", (norm, *out), lambda x: run(F.silu(norm(x))), level)
 
 
 def _residual(name: str, block: nn.Module, run: Callable[[Tensor], Tensor], level: int) -> DecoderOp:
@@ -102,12 +100,7 @@ def _diffusers_decoder(decoder: Any) -> list[DecoderOp]:
 
     top = len(decoder.up_blocks) - 1
     steps = [DecoderOp("in", (decoder.conv_in,), decoder.conv_in, top)]
-    middle = decoder.mid_block
-    steps.append(residual("mid_0", middle.resnets[0], top))
-    for index, (attention, block) in enumerate(zip(middle.attentions, middle.resnets[1:], strict=False)):
-        if attention is not None:
-            steps.append(DecoderOp(f"mid_attention_{index}", (attention,), attention, top))
-        steps.append(residual(f"mid_{index + 1}", block, top))
+    steps += _diffusers_middle(decoder.mid_block, residual, top)
     for place, up in enumerate(decoder.up_blocks):
         level = top - place
         steps += [residual(f"up_{level}_{index}", block, level) for index, block in enumerate(up.resnets)]
@@ -122,14 +115,32 @@ def _diffusers_decoder(decoder: Any) -> list[DecoderOp]:
     return [*steps, _end(decoder.conv_norm_out, last, out)]
 
 
+def _diffusers_middle(middle: Any, residual: Residual, level: int) -> list[DecoderOp]:
+    steps = [residual("mid_0", middle.resnets[0], level)]
+    for index, (attention, block) in enumerate(zip(middle.attentions, middle.resnets[1:], strict=False)):
+        if attention is not None:
+            steps.append(DecoderOp(f"mid_attention_{index}", (attention,), attention, level))
+        steps.append(residual(f"mid_{index + 1}", block, level))
+    return steps
+
+
 def _diffusers_encoder(encoder: Any) -> list[DecoderOp]:
     steps = [DecoderOp("in", (encoder.conv_in,), encoder.conv_in, 0)]
     for level, down in enumerate(encoder.down_blocks):
         for index, block in enumerate(down.resnets):
-            steps.append(_residual(f"down_{level}_{index}", block, partial(block, temb=None), level))
+            steps.append(_encoders(f"down_{level}_{index}", block, level))
         for downsampler in down.downsamplers or ():
             steps.append(DecoderOp(f"down_{level}", (downsampler,), downsampler, level, resize=-1))
     return steps
+
+
+def _encoders(name: str, block: nn.Module, level: int) -> DecoderOp:
+    return _residual(name, block, partial(block, temb=None), level)
+
+
+def _diffusers_deepest(encoder: Any) -> list[DecoderOp]:
+    level, out = len(encoder.down_blocks) - 1, encoder.conv_out
+    return [*_diffusers_middle(encoder.mid_block, _encoders, level), _end(encoder.conv_norm_out, (out,), out, level)]
 
 
 def _ldm_decoder(decoder: Any) -> list[DecoderOp]:
@@ -139,9 +150,7 @@ def _ldm_decoder(decoder: Any) -> list[DecoderOp]:
     top = len(decoder.up) - 1
     steps = [
         DecoderOp("in", (decoder.conv_in,), decoder.conv_in, top),
-        residual("mid_0", decoder.mid.block_1, top),
-        DecoderOp("mid_attention_0", (decoder.mid.attn_1,), decoder.mid.attn_1, top),
-        residual("mid_1", decoder.mid.block_2, top),
+        *_ldm_middle(decoder.mid, residual, top),
     ]
     for level in range(top, -1, -1):
         up = decoder.up[level]
@@ -151,14 +160,27 @@ def _ldm_decoder(decoder: Any) -> list[DecoderOp]:
     return [*steps, _end(decoder.norm_out, (decoder.conv_out,), decoder.conv_out)]
 
 
+def _ldm_middle(middle: Any, residual: Residual, level: int) -> list[DecoderOp]:
+    return [
+        residual("mid_0", middle.block_1, level),
+        DecoderOp("mid_attention_0", (middle.attn_1,), middle.attn_1, level),
+        residual("mid_1", middle.block_2, level),
+    ]
+
+
 def _ldm_encoder(encoder: Any) -> list[DecoderOp]:
     steps = [DecoderOp("in", (encoder.conv_in,), encoder.conv_in, 0)]
     for level, down in enumerate(encoder.down):
         for index, block in enumerate(down.block):
-            steps.append(DecoderOp(f"down_{level}_{index}", (block,), partial(block, temb=None), level, residual=True))
+            steps.append(_encoders(f"down_{level}_{index}", block, level))
         if level < len(encoder.down) - 1:
             steps.append(DecoderOp(f"down_{level}", (down.downsample,), down.downsample, level, resize=-1))
     return steps
+
+
+def _ldm_deepest(encoder: Any) -> list[DecoderOp]:
+    level, out = len(encoder.down) - 1, encoder.conv_out
+    return [*_ldm_middle(encoder.mid, _encoders, level), _end(encoder.norm_out, (out,), out, level)]
 
 
 def _plain(blocks: Any, attention: str) -> bool:
@@ -171,11 +193,15 @@ LAYOUTS: dict[str, Layout] = {
         lambda d: isinstance(getattr(d, "conv_norm_out", None), nn.GroupNorm) and _plain(d.up_blocks, "attentions"),
         _diffusers_decoder,
         _diffusers_encoder,
+        lambda e: isinstance(getattr(e, "conv_norm_out", None), nn.GroupNorm) and _plain(e.down_blocks, "attentions"),
+        _diffusers_deepest,
     ),
     "ldm": Layout(
         lambda d: hasattr(d, "up") and isinstance(d.conv_in, nn.Conv2d) and _plain(d.up, "attn"),
         _ldm_decoder,
         _ldm_encoder,
+        lambda e: hasattr(e, "down") and isinstance(e.conv_in, nn.Conv2d) and _plain(e.down, "attn"),
+        _ldm_deepest,
     ),
 }
 
@@ -189,6 +215,20 @@ def layout_of(vae: Any) -> Layout:
     raise SettingError(
         f"the VAE's decoder is a {name}, built like none of {', '.join(LAYOUTS)}: expected Stable Diffusion's or SVD's"
     )
+
+
+def encoding_steps(vae: Any) -> list[DecoderOp] | None:
+    """An autoencoder's encoder whole, from a picture in [-1, 1] to its latents' distribution; None where it is built in
+    no way that is known here."""
+    encoder = getattr(vae, "encoder", None)
+    layout = next((layout for layout in LAYOUTS.values() if layout.fits_encoder(encoder)), None)
+    if encoder is None or layout is None:
+        return None
+    steps = [*layout.encoder(encoder), *layout.deepest(encoder)]
+    quantise = getattr(vae, "quant_conv", None)
+    if quantise is None or isinstance(quantise, nn.Identity):
+        return steps
+    return [*steps, DecoderOp("quant", (quantise,), quantise, steps[-1].level)]
 
 
 def alone_from(steps: Sequence[DecoderOp]) -> int:
@@ -237,114 +277,3 @@ def level_widths(vae: Any) -> dict[int, int]:
 def _width(step: DecoderOp) -> int:
     (block,) = step.modules
     return block.channels if isinstance(block, Idle) else int(step.norms[-1].num_channels)
-
-
-# --- Where tiles lie ------------------------------------------------------------------------------------------------
-
-
-class Reaching(Protocol):
-    """What says how much of its input a part of its output needs."""
-
-    @property
-    def reach(self) -> int: ...
-    @property
-    def resize(self) -> int: ...
-    @property
-    def window(self) -> int: ...
-    @property
-    def before(self) -> int: ...
-
-
-def needed_span(step: Reaching, out: Span, extent: int) -> Span:
-    """What part of a step's input, `extent` long, `out` of its output depends on."""
-    if step.resize > 0:
-        start, stop = (out.start - step.reach) // 2, -(-(out.stop + step.reach) // 2)
-    elif step.resize < 0:
-        # Padded at the end alone: the output at i sees 2i, 2i+1 and 2i+2.
-        start, stop = 2 * out.start, 2 * out.stop + 1
-    else:
-        start, stop = out.start - step.reach, out.stop + step.reach
-        start, stop = start // step.window * step.window, -(-stop // step.window) * step.window
-        start, stop = start - step.before, stop + step.before
-    return Span(max(start, 0), min(stop, extent))
-
-
-def resized(span: Span, resize: int) -> Span:
-    """Where a part lies after a step that doubles (1) or halves (-1) the picture."""
-    if resize > 0:
-        return Span(2 * span.start, 2 * span.stop)
-    return Span(span.start // 2, span.stop // 2) if resize < 0 else span
-
-
-def _plan(steps: Sequence[DecoderOp], out: Span, extent: int, taps: Sequence[tuple[int, Span]]) -> list[Span]:
-    """One axis: the part of each step's input that is needed, then `out` itself. `extent` is the picture's length.
-
-    `taps` are levels, and parts that must be there after the last residual block of each.
-    """
-    plan = [out]
-    for step in reversed(steps):
-        length = extent >> step.level
-        span = needed_span(step, plan[0], length)
-        if step.resize < 0:
-            for tap in (tap for level, tap in taps if level == step.level):
-                span = Span(min(span.start, tap.start), max(span.stop, tap.stop))
-            # A halved picture begins at an even pixel.
-            span = Span(span.start - span.start % 2, span.stop)
-        plan.insert(0, span)
-    return plan
-
-
-def crop(x: Tensor, have: Box, want: Box) -> Tensor:
-    """The part `want` of what lies at `have`; a view."""
-    rows, cols = (slice(w.start - h.start, w.stop - h.start) for h, w in zip(have, want, strict=True))
-    return x[..., rows, cols]
-
-
-@dataclass(frozen=True)
-class Tap:
-    """A part of the encoder's features after the last residual block of a level, in that level's pixels."""
-
-    level: int
-    box: Box
-
-
-def needed_boxes(steps: Sequence[DecoderOp], out: Box, extent: tuple[int, int], taps: Iterable[Tap] = ()) -> list[Box]:
-    """Rows and columns that every step needs of its input for `out`, then `out`; `extent` is the picture's size."""
-    rows, cols = (
-        _plan(steps, out[axis], extent[axis], [(tap.level, tap.box[axis]) for tap in taps]) for axis in (0, 1)
-    )
-    return list(zip(rows, cols, strict=True))
-
-
-def axis_parts(side: int, tile: int, cell: int) -> list[Span]:
-    """An axis of `side` latents, as pixels, in parts of nearly one size, none longer than `tile` latents."""
-    count = -(-side // tile)
-    edges = [side * i // count * cell for i in range(count + 1)]
-    return [Span(start, stop) for start, stop in pairwise(edges)]
-
-
-def mosaic_index(side: int, tile: int) -> Tensor:
-    """Which of an axis' latents the mosaic holds: all, or evenly spread runs that fill a tile."""
-    if side <= tile:
-        return torch.arange(side)
-    run = -(-tile // RUNS)
-    count = tile // run
-    starts = [(side - run) * i // max(count - 1, 1) for i in range(count)]
-    return torch.cat([torch.arange(start, start + run) for start in starts])
-
-
-def magnified(index: Tensor, cell: int) -> Tensor:
-    """The pixels of these latents along one axis."""
-    return (index[:, None] * cell + torch.arange(cell)).flatten()
-
-
-def pick(x: Tensor, index: Sequence[Tensor]) -> Tensor:
-    """These rows and columns of `(..., h, w)`."""
-    rows, cols = (i.to(x.device) for i in index)
-    return x[..., rows, :][..., cols]
-
-
-def at_level(box: Box, level: int) -> Box:
-    """The same part of the picture, in the pixels of a level."""
-    rows, cols = (Span(span.start >> level, span.stop >> level) for span in box)
-    return rows, cols

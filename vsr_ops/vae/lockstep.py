@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..modules.windows import Place
 from ..sampling.tiling import Span
 from .group_norm import Moments, affine, affine_of, over_frames, statistics_of, together
-from .layout import Box, crop, needed_span, resized
+from .places import Box, crop, needed_span, resized
 from .sweeps import MAIN, At, Sweep
 
 #: Bytes of a tile, of what a sweep reads; the smallest side, which windows and strides divide.
@@ -157,7 +157,7 @@ class Lockstep:
         """Each tile's own part of what is read, that with its margins, and what the sweep is told of them."""
         height, width = source.shape[-2:]
         limit = TILE_BYTES if self.device.type == "cpu" else TILE_BYTES_GPU
-        side = int((limit / (source.shape[0] * source.shape[1] * source.itemsize)) ** 0.5)
+        side = int((limit / (source.shape[0] * max(source.shape[1], sweep.widest) * source.itemsize)) ** 0.5)
         side = max(SMALLEST, min(side, self.side) // SMALLEST * SMALLEST)
         for top in range(0, height, side):
             for left in range(0, width, side):

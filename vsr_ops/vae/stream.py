@@ -24,9 +24,11 @@ from ..system.precision import decoded_within, run_like
 from .capm_tiles import TiledCAPM
 from .decoder_modules import DecoderModules
 from .latents import VAE_OVERLAP, VAE_TILE, chunk_bytes, pad_to
-from .layout import Box, DecoderOp, is_temporal, layout_of, output_name
+from .layout import DecoderOp, is_temporal, layout_of, output_name
+from .passes import TOLERANCE
+from .places import Box
 from .sweeps import fuse_sweeps
-from .tiles import TOLERANCE, ComputedIn, TiledDecoder
+from .tiles import ComputedIn, TiledDecoder
 
 #: Frames that see each other: what SVD's decoder was trained on.
 CHUNK = 14

@@ -7,7 +7,7 @@ every tile of every sweep is computed once, with exact statistics, and needs onl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from ..modules.cfw import FuseLayer
 from ..modules.idle import Idle
 from ..modules.windows import Place
 from ..system.precision import run_like
-from .layout import Box, DecoderOp, is_temporal
+from .layout import DecoderOp, is_temporal
+from .places import Box
 
 #: The buffer that goes from op to op, the branch beside it, and what a guided op works out of the reference.
 MAIN, BRANCH, FUSED = "x", "h", "f"
@@ -41,7 +42,8 @@ class Sweep:
     `DecoderOp`), normalised and activated where there is a `norm`, which sees all frames as one where it is
     `over_time`; of the buffer `beside`, the same part; and where these lie. What it gives goes to the buffer `writes`
     (None: nowhere, it only gathers, and `ends` is called when all tiles have been seen). `last` are buffers that no
-    later sweep reads. `alone` says that each frame is by itself in it, and that it needs no other buffer than these.
+    later sweep reads. `widest` is how many channels it makes, where that is more than it reads: tiles are as small as
+    these want. `alone` says that each frame is by itself in it, and that it needs no other buffer than these.
     """
 
     run: Callable[[Tensor, Tensor | None, At], Tensor | None]
@@ -54,6 +56,7 @@ class Sweep:
     resize: int = 0
     window: int = 1
     before: int = 0
+    widest: int = 0
     last: tuple[str, ...] = ()
     alone: bool = False
     ends: Callable[[], None] | None = None
@@ -89,6 +92,34 @@ def sweeps_of(ops: Sequence[DecoderOp]) -> list[Sweep] | None:
     return found
 
 
+def joined(sweeps: Sequence[Sweep]) -> list[Sweep]:
+    """Sweeps in which one that halves the picture, with no norm at its start, is one with a convolution before it: what
+    lies between, as large as the picture, is then made of a tile at a time and not kept."""
+    found: list[Sweep] = []
+    for sweep in sweeps:
+        if found and sweep.resize < 0 and _is_plain(found[-1]) and _is_plain(sweep):
+            found.append(_both(found.pop(), sweep))
+        else:
+            found.append(sweep)
+    return found
+
+
+def _is_plain(sweep: Sweep) -> bool:
+    """Whether a sweep needs no more than a part of what went before."""
+    return sweep.norm is None and sweep.beside is None and (sweep.reads, sweep.writes, sweep.window) == (MAIN, MAIN, 1)
+
+
+def _both(first: Sweep, second: Sweep) -> Sweep:
+    def run(x: Tensor, beside: Tensor | None, at: At) -> Tensor:
+        made = first.run(x, None, at)
+        assert made is not None
+        halved = second.run(made, None, at)
+        assert halved is not None
+        return halved
+
+    return Sweep(run, resize=second.resize, before=first.reach, widest=first.widest, alone=first.alone and second.alone)
+
+
 def _of(op: DecoderOp) -> list[Sweep] | None:
     if op.sweeps is not None:
         return op.sweeps()
@@ -101,8 +132,9 @@ def _of(op: DecoderOp) -> list[Sweep] | None:
     if op.norms or op.guided is not None or op.placed is not None:
         return None
     alone = not any(is_temporal(module) for module in op.modules)
-    run = Sweep(lambda x, beside, at: op.run(x), reach=op.reach, resize=op.resize, window=op.window, alone=alone)
-    return [run]
+    made = [part.out_channels for module in op.modules for part in module.modules() if isinstance(part, nn.Conv2d)]
+    plain = Sweep(lambda x, beside, at: op.run(x), reach=op.reach, resize=op.resize, window=op.window, alone=alone)
+    return [replace(plain, widest=max(made, default=0))]
 
 
 def _residual_op(block: Any) -> list[Sweep] | None:

@@ -20,7 +20,7 @@ picture of one tile takes one pass, through the VAE's own modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, product
@@ -29,76 +29,27 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..modules.windows import Place
 from ..sampling.tiling import Span
 from ..system.precision import widen
 from .budget import features_bytes, home_of_kept, kept_bytes
 from .capm_tiles import TiledCAPM
 from .decoder_modules import DecoderModules
 from .group_norm import Statistics
-from .layout import (
+from .layout import DecoderOp, cell_of
+from .lockstep import Arena, Lockstep
+from .passes import Features, run_passes, walk
+from .places import (
     Box,
-    DecoderOp,
     Tap,
     at_level,
     axis_parts,
-    cell_of,
     crop,
     magnified,
     mosaic_index,
     needed_boxes,
     pick,
-    resized,
 )
-from .lockstep import Arena, Lockstep
 from .sweeps import frame_by_frame, sweeps_of
-
-#: Passes end when no group's mean or deviation moves by more than this share of the deviation: 4 or 5 passes, and a
-#: picture within 1e-3 of that of one pass. Measured with decoders of random weights, six sizes: to 2e-3 the same passes
-#: and at most 7.3e-4; at 3e-3 one pass less for some, and up to 3.1e-3; at 1e-2 up to 6.8e-3. The bundled decoder's
-#: picture moves by a tenth of what its statistics do.
-TOLERANCE = 1e-3
-
-Features = Mapping[str, Tensor]
-"""What the encoder makes of the reference, by the steps that it goes into."""
-
-
-def _walk(
-    steps: Sequence[DecoderOp],
-    x: Tensor,
-    boxes: Sequence[Box],
-    features: Features,
-    statistics: Statistics,
-    extent: tuple[int, int],
-    own: Box | None = None,
-    taps: Mapping[str, Tap] | None = None,
-    hint: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """One tile through `steps`: what comes out over the last of `boxes`, and the features over `taps`.
-
-    `extent` is the whole picture's size, `own` the part of it that is this tile's alone, for the statistics to be
-    gathered from; `hint` the frames' compression levels, for CAPM.
-    """
-    tapped: dict[str, Tensor] = {}
-    for index, step in enumerate(steps):
-        have = boxes[index]
-        if taps and step.resize < 0:
-            tapped.update({name: crop(x, have, tap.box) for name, tap in taps.items() if tap.level == step.level})
-        statistics.inner = None
-        if own is not None:
-            rows, cols = (
-                slice(o.start - h.start, o.stop - h.start) for o, h in zip(at_level(own, step.level), have, strict=True)
-            )
-            statistics.inner = (rows, cols)
-        place = Place(have[0].start, have[1].start, extent[0] >> step.level, extent[1] >> step.level)
-        alone = None if own is None else at_level(own, step.level)
-        if step.placed is not None:
-            x = step.placed(x, place, alone, hint)
-        else:
-            x = step.run(x) if step.guided is None else step.guided(features[step.name], x, place, alone)
-        rows, cols = (resized(span, step.resize) for span in have)
-        x = crop(x, (rows, cols), boxes[index + 1])
-    return x, tapped
 
 
 class ComputedIn(NamedTuple):
@@ -185,18 +136,20 @@ class TiledDecoder:
         mosaic = pick(z, little)
         seen = None if reference is None else pick(reference, [magnified(index, self.cell) for index in little])
         if reference is not None and seen is not None:
-            self._passes(
+            run_passes(
                 self.of_encoder,
                 lambda: self._see(seen, (rows, cols), size),
                 lambda: [self._see(reference, tile, extent) for tile in tiles],
+                self.tolerance,
             )
         with self.of_encoder.applied():
-            self._passes(
+            run_passes(
                 self.of_tail,
                 lambda: self._tile(mosaic, seen, (rows, cols), size, hint, known=known),
                 lambda: [
                     self._put(out, tile, self._tile(z, reference, tile, extent, hint, known=known)) for tile in tiles
                 ],
+                self.tolerance,
                 self.prompts,
             )
         for gathered in (self.of_tail, self.of_encoder, self.prompts):
@@ -265,29 +218,6 @@ class TiledDecoder:
     def _channels(self) -> int:
         return next(int(part.out_channels) for part in self.tail[-1].modules if isinstance(part, nn.Conv2d))
 
-    def _passes(
-        self,
-        statistics: Statistics,
-        sketch: Callable[[], object],
-        run: Callable[[], object],
-        prompts: TiledCAPM | None = None,
-    ) -> None:
-        """Runs until the statistics stand still; at the latest when the last norm's are exact."""
-        gathered: list[Statistics | TiledCAPM] = [statistics] if prompts is None else [statistics, prompts]
-        unknown = len(statistics.norms) + (0 if prompts is None else len(prompts.model.shape.widths))
-        with statistics.applied():
-            for _ in range(unknown + 1):
-                for part in gathered:
-                    part.sketching = True
-                sketch()
-                for part in gathered:
-                    part.sketching = False
-                run()
-                moved = [each for part in gathered for each in part.settle()]
-                # The one number that a pass waits for; NaN ends here, too, and is refused where frames are.
-                if not moved or not float(torch.stack(moved).amax()) > self.tolerance:
-                    return
-
     def _put(self, out: Tensor, tile: Box, x: Tensor) -> None:
         out[..., tile[0].slice, tile[1].slice] = (x.float() / 2 + 0.5).to(out.device)
 
@@ -318,13 +248,13 @@ class TiledDecoder:
                 known.setdefault((tile, extent), {name: value.clone() for name, value in features.items()})
         rows, cols = boxes[0]
         x = self._there(z[..., rows.slice, cols.slice])
-        return _walk(self.tail, x, boxes, features, self.of_tail, extent, tile if gather else None, hint=hint)[0]
+        return walk(self.tail, x, boxes, features, self.of_tail, extent, tile if gather else None, hint=hint)[0]
 
     def _see(self, reference: Tensor, tile: Box, extent: tuple[int, int]) -> None:
         """One tile of the reference, for the encoder's statistics."""
         self.check_interrupted()
         boxes = needed_boxes(self.encoder, at_level(tile, self.encoder[-1].level), extent)
-        _walk(self.encoder, self._cut(reference, boxes[0]), boxes, {}, self.of_encoder, extent, tile)
+        walk(self.encoder, self._cut(reference, boxes[0]), boxes, {}, self.of_encoder, extent, tile)
 
     def _features(self, reference: Tensor, taps: Mapping[str, Tap], extent: tuple[int, int]) -> Features:
         last = self.encoder[-1].level
@@ -336,7 +266,7 @@ class TiledDecoder:
         )
         boxes = needed_boxes(self.encoder, (rows, cols), extent, taps.values())
         x = self._cut(reference, boxes[0])
-        x, features = _walk(self.encoder, x, boxes, {}, self.of_encoder, extent, taps=taps)
+        x, features = walk(self.encoder, x, boxes, {}, self.of_encoder, extent, taps=taps)
         return {**features, **{name: crop(x, (rows, cols), box) for name, box in deepest.items()}}
 
     def _cut(self, reference: Tensor, box: Box) -> Tensor:

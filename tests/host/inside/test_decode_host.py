@@ -106,6 +106,32 @@ def test_tiles_of_the_hosts_picture_vae_are_one_pass(host: ModuleType, nodes: di
     assert 0 < float((tiled - whole).abs().max()) <= ALLOWED
 
 
+@pytest.mark.parametrize("name", ["lite", "picture"])
+def test_a_frame_is_encoded_as_the_host_does_in_one_pass(
+    host: ModuleType, lite: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    vae = lite[1] if name == "lite" else picture_vae()
+    rng = torch.Generator().manual_seed(4)
+    coarse = torch.rand(1, 3, 12, 10, generator=rng)
+    frame = torch.nn.functional.interpolate(coarse, (13 * 8, 22 * 8), mode="bicubic").clamp(0, 1)
+    whole = vae.encode(frame.movedim(1, -1))
+    assert torch.equal(next(host.encoded(vae, frame, 13, 22))[None], whole.float())
+    monkeypatch.setattr(module("nodes.host.picture"), "VAE_TILE", 6)
+    tiled = next(host.encoded(vae, frame, 13, 22))[None]
+    assert 0 < float((tiled - whole).abs().max()) <= 1e-4 * float(whole.abs().max())
+
+
+def test_what_is_no_plain_mode_is_left_to_the_host(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = picture_vae()
+    frame = torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(5))
+    expected = next(host.encoded(vae, frame, 8, 6))
+    vae.first_stage_model.regularization.sample = True
+    asked: list[int] = []
+    encode = vae.encode
+    monkeypatch.setattr(vae, "encode", lambda pixels: asked.append(1) or encode(pixels))
+    assert not torch.equal(next(host.encoded(vae, frame, 8, 6)), expected) and asked == [1]
+
+
 def test_fresh_modules_and_w_of_zero_change_nothing(decode: Any, frames: Tensor, cfw: Any, stam: Any) -> None:
     plain = decode(tile=5)
     assert torch.equal(decode(tile=5, reference=frames, cfw=cfw, w=1.0), plain)

@@ -112,7 +112,7 @@ def test_the_host_and_the_headless_pipeline_agree(
 ) -> None:
     case = CASES[name]
     propagation = importlib.import_module(f"{NAME}.vsr_ops.sampling.propagation")
-    latents = importlib.import_module(f"{NAME}.vsr_ops.vae.latents")
+    encode = importlib.import_module(f"{NAME}.vsr_ops.vae.encode")
     tiling = importlib.import_module(f"{NAME}.vsr_ops.sampling.tiling")
     interval = importlib.import_module(f"{NAME}.vsr_ops.sampling.interval")
     settings = pipeline.Settings(
@@ -127,7 +127,7 @@ def test_the_host_and_the_headless_pipeline_agree(
         interval=interval.GuidanceInterval(*INTERVAL) if case.get("interval") else interval.EVERY_STEP,
     )
     frames = case.get("frames", FRAMES)
-    lr = torch.stack(list(latents.encode_frames(headless, video[:frames].movedim(-1, 1), HEIGHT, WIDTH)))
+    lr = torch.stack(list(encode.stream_encode(headless.vae, video[:frames].movedim(-1, 1), HEIGHT, WIDTH)))
     plan = tiling.plan_tiles(frames, HEIGHT, WIDTH, tiling.TileSize(*case.get("tile", TILE)), 0.5)
     expected = pipeline.sample(headless, lr, plan, settings, noise=host_noise(lr, SEED)) / headless.scaling_factor
     found = in_the_host(host, nodes, lite[0], part(conditioning, frames, HEIGHT, WIDTH), case)

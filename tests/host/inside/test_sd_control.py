@@ -211,9 +211,8 @@ def test_our_control_sees_its_tile(
     host: ModuleType, nodes: dict[str, Any], lite: Any, sd21: Any, control: Any, mode: str, batch: int
 ) -> None:
     """What a call gets is the control on what that call's UNet gets, and on the hint's latents of the same place."""
-    latents = importlib.import_module(f"{NAME}.vsr_ops.vae.latents")
     frames = video().movedim(-1, 1)
-    hint = torch.stack(list(latents.encode_frames(host.HostVAE(lite[1]), frames, *SHAPE[2:]))) * 0.18215
+    hint = torch.stack(list(host.encoded(lite[1], frames, *SHAPE[2:]))) * 0.18215
     plan = plan_of(SHAPE)
     together = len(plan.spatial) if mode == "synchronous" else batch
     places = [

@@ -200,8 +200,8 @@ def test_the_host_and_the_headless_path_agree(
     controlled_too: bool,
 ) -> None:
     """On what the host asks at every step: the same file, tiles, banks and control without a host."""
-    rooms = ("backbones.sd", "checkpoints.svd", "modules.control", "vae.latents")
-    sd, checkpoint, controls, latents = (importlib.import_module(f"{NAME}.vsr_ops.{name}") for name in rooms)
+    rooms = ("backbones.sd", "checkpoints.svd", "modules.control")
+    sd, checkpoint, controls = (importlib.import_module(f"{NAME}.vsr_ops.{name}") for name in rooms)
     names = ("calls", "guidance", "passes", "propagation", "schedule")
     calls, guidance, passes, carried, schedule = (
         importlib.import_module(f"{NAME}.vsr_ops.sampling.{name}") for name in names
@@ -216,7 +216,7 @@ def test_the_host_and_the_headless_path_agree(
     lr = torch.zeros(shape)
     if controlled_too:
         wired = apply_control(own_control(control), wired, 0.5, vae)
-        lr = torch.stack(list(latents.encode_frames(host.HostVAE(vae), video(shape).movedim(-1, 1), *shape[2:])))
+        lr = torch.stack(list(host.encoded(vae, video(shape).movedim(-1, 1), *shape[2:])))
     asked: list[tuple[Tensor, float, Tensor]] = []
 
     def note(executor: Any, x: Tensor, sigma: Tensor, *rest: Any, **more: Any) -> Tensor:
