@@ -58,8 +58,10 @@ def one_pass(vae: Any, z: Tensor, model: CAPM, hint: Tensor | None, strength: fl
     return torch.cat(out)
 
 
-@pytest.mark.parametrize("hint", [None, torch.tensor([0.2, 0.8]), torch.tensor([0.5, torch.nan])])
-@pytest.mark.parametrize("temporal", [False, True])
+@pytest.mark.parametrize(
+    ("temporal", "hint"),
+    [(True, None), (False, torch.tensor([0.2, 0.8])), (True, torch.tensor([0.5, torch.nan]))],
+)
 def test_a_decoder_in_tiles_is_one_pass(temporal: bool, hint: Tensor | None) -> None:
     vae, model, z = decoder_of(temporal), half_of(temporal), uneven(2, 4, 13, 9)
     whole = one_pass(vae, z, model, hint)
