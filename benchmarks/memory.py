@@ -88,7 +88,8 @@ def stages(
     lr = torch.empty(plan.frames, 4, plan.height, plan.width)
 
     def encode() -> None:
-        pictures, how = repeat(picture, plan.frames), Streaming(tile=latents.VAE_TILE)
+        # The least that it takes: nothing is kept of whole activations.
+        pictures, how = repeat(picture, plan.frames), Streaming(tile=latents.VAE_TILE, kept=0.0)
         encoded = stream_encode(model.vae, pictures, plan.height, plan.width, how)
         for i in range(plan.frames):
             if profiled:

@@ -18,6 +18,7 @@ from training.loop.draws import uniform
 from training.loop.recipe import Recipe, from_table
 from training.loop.state import upscaler_note
 from training.loop.task import Batch
+from training.tasks.refiner import factor_of
 from training.tasks.svd import middle_frames, read_start, velocity
 from vsr_ops.backbones.svd import SVD, build_svd
 from vsr_ops.checkpoints.svd import SVDWeights, write_svd
@@ -69,7 +70,7 @@ class ThinUNet(LatentsTask):
 
     @property
     def _factor(self) -> float:
-        return float(self._before.vae_config["scaling_factor"])
+        return factor_of(self._before)
 
     def make_coder(self) -> SVD:
         return build_svd(own(self._before), torch.device("cpu"), torch.float32)
