@@ -8,6 +8,8 @@ played backwards gives the result played backwards.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -159,8 +161,7 @@ def sharpened(
     enlarged four times.
     """
     check_strength(strength)
-    numbered = groupby(enumerate(frames), lambda one: sum(one[0] >= cut for cut in cuts))
-    for _, scene in numbered:
+    for _, scene in groupby(enumerate(frames), lambda numbered: bisect_right(cuts, numbered[0])):
         yield from _sharpened_scene(model, (pair for _, pair in scene), strength, estimate)
 
 
@@ -173,7 +174,7 @@ def check_strength(strength: float) -> None:
 def _sharpened_scene(
     model: VideoUpscaler, frames: Iterator[Pair], strength: float, estimate: Estimator
 ) -> Iterator[Tensor]:
-    waiting: list[Tensor] = []
+    waiting: deque[Tensor] = deque()
     device = next(model.parameters()).device
 
     def entered() -> Iterator[_Felt]:
@@ -193,7 +194,7 @@ def _sharpened_scene(
     for stage in model.stages:
         felt = _exchanged(cast(Exchange, stage), felt)
     for x, _ in felt:
-        enlarged = waiting.pop(0)
+        enlarged = waiting.popleft()
         yield (enlarged + strength * model.leave(x)[0].to(enlarged)).clamp(0, 1)
 
 
