@@ -46,6 +46,8 @@ def environment() -> Path:
             "install",
             "--quiet",
             "--disable-pip-version-check",
+            # Python compiles what it imports: of torch and its libraries that is little.
+            "--no-compile",
             "-c",
             files[1],
             "-r",

@@ -13,7 +13,6 @@ from training.data.held_out import SCALE, Clip, shrunk, truths
 from training.report.sdatc import filmed
 from vsr_ops.backbones.svd import Backbone
 from vsr_ops.image.resize import quantize8
-from vsr_ops.image.upscale import upscale_frames
 from vsr_ops.modules.refiner import refine_frames
 from vsr_ops.pipeline.parts import PipelineModules
 from vsr_ops.pipeline.sampler import Settings, sample
@@ -53,7 +52,7 @@ def ready(model: Backbone, parts: PipelineModules, clip: Clip) -> Ready:
     """Enlarged and encoded, as the pipeline does."""
     count, _, height, width = clip.small.shape
     size = height * SCALE, width * SCALE
-    upscaled = torch.cat([upscale_frames(frame[None], size, upscale_fn=parts.upscale_fn) for frame in clip.small])
+    upscaled = torch.stack(list(parts.enlarging(clip.small, size)))
     lr = torch.stack(list(stream_encode(model.vae, iter(upscaled), size[0] // CELL, size[1] // CELL)))
     assert lr.shape[0] == count
     return Ready(clip, upscaled, lr)

@@ -23,6 +23,7 @@ from vsr_ops.cli.demo_clip import degraded, write_video
 from vsr_ops.modules.capm import CAPM, SVD_UNET, SVD_VAE, CAPMShape, attached, decoder_widths
 from vsr_ops.modules.cfw import CFW, CFWShape
 from vsr_ops.modules.dcm import load_dcm
+from vsr_ops.modules.enlarging import Enlarging
 from vsr_ops.modules.refiner import load_refiner
 from vsr_ops.modules.stam import STAM, STAMShape
 from vsr_ops.pipeline.job import Job, UpscaledFrames
@@ -110,7 +111,7 @@ def whole_rows(model: SVD, options: Options) -> list[list[str]]:
             upscale(model, job, folder / "out.mp4", settings, overwrite=True, parts=parts)
 
         def dcm() -> None:
-            upscaled = UpscaledFrames(job, upscale_fn, folder)
+            upscaled = UpscaledFrames(job, Enlarging(upscale_fn), folder)
             for _ in upscaled():
                 pass
             upscaled.close()

@@ -9,7 +9,7 @@ from .encode import Encode, MatchLatent
 from .flow import EstimateFlow, FlowGuidedLatents, FlowPreview
 from .guiders import DSSAGGuider, PAGGuider, SAGGuider
 from .latent import Decode, NullPrompt, SVDConditioning
-from .load import DemoClip, LoadCFW, LoadControl, LoadDCM, LoadLite, LoadRefiner, LoadSTAM
+from .load import DemoClip, LoadCFW, LoadControl, LoadDCM, LoadLite, LoadRefiner, LoadSTAM, LoadVideoUpscaler
 from .load_dcvsr import LoadDCVSR
 from .metrics import Metrics
 from .noise import NoiseByFrame
@@ -49,6 +49,7 @@ NODES: list[type[io.ComfyNode]] = [
     CompressionPrompts,
     LoadDCVSR,
     NoiseByFrame,
+    LoadVideoUpscaler,
 ]
 
 

@@ -18,6 +18,8 @@ from . import host
 CATEGORY = "VSR"
 #: What goes from Load Refiner to Refine.
 REFINER = io.Custom("VSR_REFINER")
+#: From Load Video Upscaler to what enlarges.
+VIDEO_UPSCALER = io.Custom("VSR_VIDEO_UPSCALER")
 #: How far resizing may leave an IMAGE outside [0, 1]; beyond, it is not one: [-1, 1], [0, 255], light without a limit.
 OVERSHOOT = 0.5
 

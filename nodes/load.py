@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..vsr_ops.checkpoints.safefile import PICKLE_SUFFIXES
@@ -13,13 +15,14 @@ from ..vsr_ops.modules.control import LITE_CONTROL
 from ..vsr_ops.modules.dcm import read_dcm
 from ..vsr_ops.modules.refiner import load_refiner
 from ..vsr_ops.modules.stam import load_stam
+from ..vsr_ops.modules.video_upscaler import check_base, load_video_upscaler
 from . import host
-from .common import CATEGORY, REFINER, check_choice, choice, count, to_image
+from .common import CATEGORY, REFINER, VIDEO_UPSCALER, check_choice, choice, count, to_image
 
 WHICH = {"svd_lite": LITE, "sd_lite": LITE_SD}
 #: The host's folders, under its `models`, where files of these kinds are looked for.
 DCM_FOLDER, REFINER_FOLDER = "upscale_models", "vsr_refiners"
-CFW_FOLDER, STAM_FOLDER = "vsr_cfw", "vsr_stam"
+CFW_FOLDER, STAM_FOLDER, VIDEO_UPSCALER_FOLDER = "vsr_cfw", "vsr_stam", "vsr_video_upscalers"
 #: Suffixes of those files. SwinIR and StableSR's CFW were published as pickles, of which tensors alone are read.
 FILES = (".safetensors", *sorted(PICKLE_SUFFIXES))
 #: The host's folder for ControlNets, and the suffixes of controls: DiffBIR's were published as pickles, of which
@@ -99,6 +102,48 @@ class LoadDCM(io.ComfyNode):
     @classmethod
     def execute(cls, which: str) -> io.NodeOutput:
         return io.NodeOutput(host.managed(read_dcm(host.weights_file(DCM_FOLDER, which, FILES))))
+
+
+class LoadVideoUpscaler(io.ComfyNode):
+    """What enlarges a video by more than one frame of it shows."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSRLoadVideoUpscaler",
+            display_name="Load Video Upscaler (VSR)",
+            category=f"{CATEGORY}/loaders",
+            description=(
+                "SATeCo's video upscaler: on top of a picture's upscale model, a small network that brings together"
+                " what neighbouring frames show, along their motion."
+            ),
+            inputs=[
+                choice(
+                    "which",
+                    host.weights_files(VIDEO_UPSCALER_FOLDER),
+                    "lite",
+                    "lite: the pack's own, trained on top of its DCM; or a file from models/vsr_video_upscalers.",
+                ),
+                io.UpscaleModel.Input(
+                    "upscale_model",
+                    optional=True,
+                    tooltip="The model that it was trained on top of; without one, the pack's DCM, which lite wants.",
+                ),
+            ],
+            outputs=[
+                VIDEO_UPSCALER.Output(
+                    display_name="video_upscaler", tooltip="For Upscale LR Video or Upscale Video with SVD (VSR)."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, which: str, upscale_model: Any = None) -> io.NodeOutput:
+        file = host.weights_file(VIDEO_UPSCALER_FOLDER, which)
+        if upscale_model is None:
+            check_base(file)
+            upscale_model = read_dcm("lite")
+        return io.NodeOutput(host.HostVideoUpscaler(load_video_upscaler(file), host.managed(upscale_model)))
 
 
 class LoadRefiner(io.ComfyNode):

@@ -7,13 +7,14 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..vsr_ops.errors import SettingError
 from ..vsr_ops.image.color import COLOR, correct_clamped
 from ..vsr_ops.image.resize import RESIZE
-from ..vsr_ops.image.upscale import target_size, upscale_frames
+from ..vsr_ops.image.upscale import target_size
 from ..vsr_ops.video.scenes import find_cuts
 from ..vsr_ops.views.compare import COMPARE, compare
 from . import host
-from .common import CATEGORY, REFINER, check_choice, choice, count, number, to_frames, to_image
+from .common import CATEGORY, REFINER, VIDEO_UPSCALER, check_choice, choice, count, number, to_frames, to_image
 
 
 class UpscaleLR(io.ComfyNode):
@@ -27,7 +28,8 @@ class UpscaleLR(io.ComfyNode):
             category=f"{CATEGORY}/picture",
             description=(
                 "Brings the low-resolution video to the size of the result, exactly: what the diffusion is conditioned"
-                " on, and what colours are matched to. With an upscale model (SwinIR and its kin) this is SDATC's DCM."
+                " on, and what colours are matched to. With an upscale model (SwinIR and its kin) this is SDATC's DCM,"
+                " with a video upscaler SATeCo's."
             ),
             inputs=[
                 io.Image.Input("image", tooltip="The low-resolution video, as a batch of frames."),
@@ -42,22 +44,52 @@ class UpscaleLR(io.ComfyNode):
                     optional=True,
                     tooltip="From Load DCM (VSR), or any of the host's Load Upscale Model.",
                 ),
+                VIDEO_UPSCALER.Input(
+                    "video_upscaler",
+                    optional=True,
+                    tooltip="From Load Video Upscaler (VSR), in upscale_model's place: it brings that along.",
+                ),
+                number(
+                    "video_strength",
+                    1.0,
+                    0.0,
+                    2.0,
+                    "Of a video upscaler: 0 is the model it stands on alone, exactly; 1 is what was trained.",
+                    optional=True,
+                ),
             ],
             outputs=[io.Image.Output(display_name="upscaled", tooltip="The video at the size of the result.")],
         )
 
     @classmethod
     def execute(
-        cls, image: Tensor, scale: float, width: int, height: int, method: str, upscale_model: Any = None
+        cls,
+        image: Tensor,
+        scale: float,
+        width: int,
+        height: int,
+        method: str,
+        upscale_model: Any = None,
+        video_upscaler: Any = None,
+        video_strength: float = 1.0,
     ) -> io.NodeOutput:
         frames = to_frames(image)
         size = target_size((frames.shape[-2], frames.shape[-1]), scale, width, height)
-        upscale_fn = None if upscale_model is None else host.upscaler(upscale_model)
         check_choice("method", method, RESIZE)
-        return io.NodeOutput(
-            to_image(
-                upscale_frames(frames, size, method, upscale_fn, host.progress(len(frames)), host.intermediate_dtype())
-            )
+        check_one_upscaler(upscale_model, video_upscaler)
+        if video_upscaler is None:
+            return io.NodeOutput(to_image(host.enlarged(frames, size, method, upscale_model)))
+        cuts = find_cuts(iter(frames))
+        larger = host.enlarged_over_time(frames, size, method, video_upscaler, video_strength, cuts)
+        return io.NodeOutput(to_image(larger))
+
+
+def check_one_upscaler(upscale_model: Any, video_upscaler: Any) -> None:
+    """Raises SettingError where both are wired."""
+    if upscale_model is not None and video_upscaler is not None:
+        raise SettingError(
+            "upscale_model and video_upscaler are both wired: expected one of them; wire the upscale model into Load"
+            " Video Upscaler (VSR), which stands on it"
         )
 
 

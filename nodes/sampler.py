@@ -11,16 +11,26 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..vsr_ops.image.color import COLOR
-from ..vsr_ops.modules.dcm import read_dcm
 from ..vsr_ops.names import SAP_MODES
 from ..vsr_ops.pipeline.defaults import AUTO, Defaults
 from ..vsr_ops.sampling.interval import ALL_NOISE, GuidanceInterval, check_guided
 from ..vsr_ops.sampling.layouts import LAYOUTS
 from ..vsr_ops.sampling.propagation import PROPAGATION
 from . import host
-from .common import CATEGORY, REFINER, check_choice, choice, count, interval_inputs, node_defaults, number
+from .common import (
+    CATEGORY,
+    REFINER,
+    VIDEO_UPSCALER,
+    check_choice,
+    choice,
+    count,
+    interval_inputs,
+    node_defaults,
+    number,
+)
 from .guiders import DSSAGGuider, PAGGuider, SAGGuider
 from .latent import Decode, SVDConditioning
+from .load import LoadDCM, LoadVideoUpscaler
 from .patches import DSSAG, TiledDiffusion
 from .picture import ColorMatch, Refine, UpscaleLR
 
@@ -61,19 +71,26 @@ GUIDERS: dict[str, Callable[[Any, Any, Any, float, float, GuidanceInterval], Any
 }
 
 
-UPSCALERS = (AUTO, "bicubic", "dcm")
+UPSCALERS = (AUTO, "bicubic", "dcm", "video")
+#: What loads an upscaler by name, by the input of Upscale LR Video that it goes to; bicubic needs none.
+LOADERS: dict[str, dict[str, type[io.ComfyNode]]] = {
+    "dcm": {"upscale_model": LoadDCM},
+    "video": {"video_upscaler": LoadVideoUpscaler},
+}
 
 
-def _upscale_model(own: Defaults, asked: str, wired: Any, scale: float) -> Any:
-    """The UPSCALE_MODEL that enlarges the input; nothing is bicubic. A video of the result's size already has been
-    enlarged. Logs what speaks against it."""
-    if wired is None and scale == 1 and asked == AUTO:
-        return None
+def _enlarged(own: Defaults, asked: str, wired: dict[str, Any], image: Tensor, scale: float) -> Tensor:
+    """The input at the result's size: by what is `wired`, else by the upscaler `asked` for. A video of that size
+    already has been enlarged. Logs what speaks against it."""
+    there = {name: value for name, value in wired.items() if value is not None}
+    if not there and scale == 1 and asked == AUTO:
+        return _made(UpscaleLR, image=image, scale=scale)
     # Which model is wired cannot be told, only that it is one.
-    name = "upscale_model" if wired is not None else own.enlarged_by(asked)
-    if (against := own.objection(name)) and not (wired is not None and own.upscaler != "bicubic"):
+    name = next(iter(there), None) or own.enlarged_by(asked)
+    if (against := own.objection(name)) and not (there and own.upscaler != "bicubic"):
         log.warning("Upscale Video with SVD (VSR): the input is enlarged by %s, but %s", name, against)
-    return wired if wired is not None or name == "bicubic" else host.managed(read_dcm("lite"))
+    given = there or {input: _made(loader) for input, loader in LOADERS.get(name, {}).items()}
+    return _made(UpscaleLR, image=image, scale=scale, **given)
 
 
 class TiledSVDSampler(io.ComfyNode):
@@ -145,12 +162,18 @@ class TiledSVDSampler(io.ComfyNode):
                     "upscaler",
                     UPSCALERS,
                     AUTO,
-                    "What enlarges the input where no upscale_model is wired. auto: what the MODEL was trained with,"
-                    " the pack's DCM for lite, bicubic for DC-VSR; at scale 1 nothing does.",
+                    "What enlarges the input where no upscaler is wired. auto: what the MODEL was trained with,"
+                    " the pack's DCM for lite, bicubic for DC-VSR; at scale 1 nothing does. video: the DCM and, on top"
+                    " of it, the pack's video upscaler.",
                     optional=True,
                 ),
                 choice("layout", (*LAYOUTS, AUTO), AUTO, "How tiles lie; see Tiled Diffusion.", optional=True),
                 *interval_inputs(),
+                VIDEO_UPSCALER.Input(
+                    "video_upscaler",
+                    optional=True,
+                    tooltip="From Load Video Upscaler: enlarges the input in upscale_model's and upscaler's place.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The sampled video, to decode or refine."),
@@ -189,6 +212,7 @@ class TiledSVDSampler(io.ComfyNode):
         sigma_min: float = 0.0,
         sigma_max: float = ALL_NOISE,
         every: int = 1,
+        video_upscaler: Any = None,
     ) -> io.NodeOutput:
         own = host.defaults_of(model)
         chosen = own.guided(check_choice("guidance", guidance, (*GUIDERS, AUTO)), strength=cfg != 1)
@@ -200,8 +224,8 @@ class TiledSVDSampler(io.ComfyNode):
         check_choice("sampler_name", sampler_name, host.SAMPLERS)
         check_choice("scheduler", scheduler, host.SCHEDULERS)
         start = own.start_of(sampler_name, asked=steps != 0 or denoise != 1)
-        enlarging = _upscale_model(own, upscaler, upscale_model, scale)
-        upscaled = _made(UpscaleLR, image=image, scale=scale, method="bicubic", upscale_model=enlarging)
+        wired = {"upscale_model": upscale_model, "video_upscaler": video_upscaler}
+        upscaled = _enlarged(own, upscaler, wired, image, scale)
         tiled = _made(
             TiledDiffusion,
             model=model,

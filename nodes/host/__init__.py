@@ -6,12 +6,13 @@ from .context import scene_contexts
 from .control import load_host_control
 from .cost import describe, latent_cuts, latent_picture, latent_scenes, preview_layout
 from .device import intermediate_dtype
+from .enlarging import HostVideoUpscaler, enlarged, enlarged_over_time
 from .hooks import patch_perturbed, patch_tiles
 from .load import load_lite, weights_file, weights_files
 from .load_unet import load_unet, unet_names
 from .model import defaults_of, require_svd
 from .motion import estimated_flow, patch_alignment
-from .picture import HostVAE, decoded, encoded, managed, progress, refined, sees_time, upscaler, with_capm
+from .picture import HostVAE, decoded, encoded, managed, progress, refined, sees_time, with_capm
 from .sampling import SAMPLERS, SCHEDULERS, cfg_guider, dssag_guider, fps_key, guider, null_prompt, sample
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "SCHEDULERS",
     "GuidancePatch",
     "HostVAE",
+    "HostVideoUpscaler",
     "Tiles",
     "cfg_guider",
     "decoded",
@@ -26,6 +28,8 @@ __all__ = [
     "describe",
     "dssag_guider",
     "encoded",
+    "enlarged",
+    "enlarged_over_time",
     "estimated_flow",
     "fps_key",
     "guider",
@@ -50,7 +54,6 @@ __all__ = [
     "scene_contexts",
     "sees_time",
     "unet_names",
-    "upscaler",
     "weights_file",
     "weights_files",
     "with_capm",

@@ -17,9 +17,10 @@ from vsr_ops.__main__ import main
 from vsr_ops.backbones.svd import SVD, load_svd
 from vsr_ops.checkpoints.svd import LITE, SVDWeights, write_svd
 from vsr_ops.cli import commands
-from vsr_ops.image.upscale import upscale_frames
 from vsr_ops.modules.dcm import load_dcm
+from vsr_ops.modules.enlarging import Enlarging
 from vsr_ops.modules.refiner import LITE_REFINER
+from vsr_ops.modules.video_upscaler import load_video_upscaler
 from vsr_ops.pipeline.job import Job
 from vsr_ops.pipeline.sampler import Settings
 from vsr_ops.pipeline.upscale import upscale
@@ -148,15 +149,20 @@ def test_bicubic_and_no_refiner_are_the_bare_job(tiny: SVD, weights: Path, clip:
 
 def test_the_upscaler_comes_before_and_the_refiner_after(weights: Path, clip: Path, tmp_path: Path) -> None:
     """At w = 1 the result is the upscaled input, bit for bit what the upscaler alone gives."""
-    upscalers = {"dcm": load_dcm("lite", torch.device("cpu")), "bicubic": None}
+    dcm = load_dcm("lite", torch.device("cpu"))
+    upscalers = {"dcm": Enlarging(dcm), "video": Enlarging(dcm, load_video_upscaler("lite")), "bicubic": Enlarging()}
     results: dict[str, Tensor] = {}
-    for name, upscale_fn in upscalers.items():
+    for name, enlarging in upscalers.items():
         out = tmp_path / f"{name}.mkv"
         parts = ("--upscaler", name, "--refiner", "lite", "--refiner-w", 1, "--codec", "ffv1")
         assert run("upscale", clip, out, "--model", weights, *parts, *QUICK) == 0
         results[name] = frames_of(out)
-        assert (results[name] - upscale_frames(frames_of(clip), (28, 40), upscale_fn=upscale_fn)).abs().max() < 1 / 254
-    assert not torch.equal(results["dcm"], results["bicubic"])
+        expected = torch.stack(list(enlarging(frames_of(clip), (28, 40))))
+        assert (results[name] - expected).abs().max() < 1 / 254
+    assert not any(torch.equal(results["dcm"], results[name]) for name in ("bicubic", "video"))
+    off = ("--upscaler", "video", "--upscaler-strength", 0, "--refiner", "lite", "--refiner-w", 1, "--codec", "ffv1")
+    assert run("upscale", clip, tmp_path / "off.mkv", "--model", weights, *off, *QUICK) == 0
+    assert torch.equal(frames_of(tmp_path / "off.mkv"), results["dcm"])
     assert run("upscale", clip, tmp_path / "w0.mkv", "--model", weights, "--refiner", "lite", *QUICK) == 0
     assert not torch.equal(frames_of(tmp_path / "w0.mkv"), results["dcm"])
 
@@ -170,6 +176,8 @@ def test_parts_of_another_kind_are_refused(weights: Path, clip: Path, capsys: py
     pickled = clip.parent / "pickle.pth"
     assert "not an upscale model" in refused(capsys, clip.parent, *base, "--upscaler", pickled)
     assert "a pickle" in refused(capsys, clip.parent, *base, "--refiner", pickled)
+    line = refused(capsys, clip.parent, *base, "--upscaler", "bicubic", "--upscaler-base", "dcm")
+    assert "--upscaler-base is dcm" in line and "a video upscaler" in line
     for option in ("--capm", "--stam"):
         assert "'refiner'" in refused(capsys, clip.parent, *base, option, LITE_REFINER)
     assert "'refiner'" in refused(capsys, clip.parent, *base, "--decode-w", "0.5", "--cfw", LITE_REFINER)
@@ -192,6 +200,7 @@ def test_parts_of_another_kind_are_refused(weights: Path, clip: Path, capsys: py
         ("--color", "magic", "color is 'magic'"),
         ("--decode-w", "1.5", "w is 1.5"),
         ("--capm-strength", "3", "strength is 3"),
+        ("--upscaler-strength", "3", "strength is 3"),
         ("--crf", "60", "crf is 60"),
         ("--sap-mode", "magic", "SAP mode is 'magic'"),
         ("--codec", "magic", "magic"),

@@ -9,16 +9,20 @@ import torch
 from torch import Tensor
 
 from tests.support.small_vaes import pictures
+from vsr_ops.checkpoints.safefile import UPSCALER_KEY
 from vsr_ops.cli.demo_clip import ground_truth
 from vsr_ops.errors import CheckpointError, SettingError
 from vsr_ops.flow.warp import warp
-from vsr_ops.image.resize import quantize8, resize_bicubic
+from vsr_ops.image.resize import quantize8, resize, resize_bicubic
+from vsr_ops.image.upscale import upscale_frames
 from vsr_ops.metrics.pixels import psnr_y
 from vsr_ops.modules.dcm import load_dcm
+from vsr_ops.modules.enlarging import Enlarging
 from vsr_ops.modules.video_upscaler import (
     Pairs,
     VideoUpscaler,
     VideoUpscalerShape,
+    check_base,
     load_video_upscaler,
     sharpened,
     write_video_upscaler,
@@ -99,6 +103,29 @@ def test_the_bundled_one_is_nearer_to_the_truth_than_the_dcm_and_steadier() -> N
     pairs = Pairs.of(truth[:-1], truth[1:])
     warped = [((warp(x[1:], pairs.forward) - x[:-1]) * pairs.seen_after).abs().mean() for x in (found, large)]
     assert warped[0] < 0.9 * warped[1]
+
+
+def test_on_top_of_an_upscaler_and_at_another_size() -> None:
+    """Whatever is below it is brought to four times first; strength 0 is that alone, to the bit."""
+    model, (lr, _) = some(), moving(4)
+    dcm, size = load_dcm("lite", torch.device("cpu")), (96, 128)
+    whole = torch.stack(list(Enlarging(dcm, model)(lr, size)))
+    assert torch.equal(whole, result(model, lr, upscale_frames(lr, size, upscale_fn=dcm)))
+    smaller = torch.stack(list(Enlarging(dcm, model, method="lanczos")(lr, (50, 61))))
+    assert torch.equal(smaller, resize("lanczos", whole, (50, 61)).clamp(0, 1))
+    off, plain = (list(Enlarging(dcm, video, 0)(lr, size)) for video in (model, None))
+    assert all(torch.equal(a, b) for a, b in zip(off, plain, strict=True))
+    bare = torch.stack(list(Enlarging(None, model)(lr, size)))
+    assert torch.equal(bare, result(model, lr, upscale_frames(lr, size)))
+
+
+def test_what_a_file_was_trained_on_is_asked_for(tmp_path: Path) -> None:
+    for base in ("dcm", None):
+        write_video_upscaler(tmp_path / "own.safetensors", some(), "noise", {UPSCALER_KEY: base} if base else {})
+        check_base(tmp_path / "own.safetensors")
+    write_video_upscaler(tmp_path / "other.safetensors", some(), "noise", {UPSCALER_KEY: "swinir.pth"})
+    with pytest.raises(SettingError, match=r"pictures enlarged by swinir\.pth, which is not bundled"):
+        check_base(tmp_path / "other.safetensors")
 
 
 def test_files(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from vsr_ops.modules.capm import CAPM, SVD_UNET, SVD_VAE, CAPMShape, decoder_wid
 from vsr_ops.modules.capm_file import CAPMs
 from vsr_ops.modules.cfw import CFW, CFWShape
 from vsr_ops.modules.compression import CompressionHead, HeadShape
+from vsr_ops.modules.enlarging import Enlarging
 from vsr_ops.modules.stam import STAM, STAMShape
 from vsr_ops.pipeline.job import Job, UpscaledFrames
 from vsr_ops.pipeline.parts import CAPMSettings, PipelineModules, Rolling
@@ -54,7 +55,7 @@ def counted(calls: list[int]) -> Callable[[Tensor], Tensor]:
 def test_each_frame_is_enlarged_once_and_read_again_the_same(job: Job, tmp_path: Path) -> None:
     calls: list[int] = []
     upscale_fn = counted(calls)
-    upscaled = UpscaledFrames(job, upscale_fn, tmp_path)
+    upscaled = UpscaledFrames(job, Enlarging(upscale_fn), tmp_path)
     first = next(upscaled())
     whole, again = list(upscaled()), list(upscaled())
     assert calls == [1] * 5
@@ -67,23 +68,23 @@ def test_each_frame_is_enlarged_once_and_read_again_the_same(job: Job, tmp_path:
 
 
 def test_two_readers_at_once_see_the_same(job: Job, tmp_path: Path) -> None:
-    upscaled = UpscaledFrames(job, counted([]), tmp_path)
+    upscaled = UpscaledFrames(job, Enlarging(counted([])), tmp_path)
     for one, other in zip(upscaled(), upscaled(), strict=True):
         assert torch.equal(one.image, other.image)
 
 
 def test_a_full_disk_costs_time_and_changes_nothing(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = [frame.image for frame in UpscaledFrames(job, counted([]), tmp_path)()]
+    kept = [frame.image for frame in UpscaledFrames(job, Enlarging(counted([])), tmp_path)()]
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 100}))
     calls: list[int] = []
     with pytest.warns(UserWarning, match="enlarged anew"):
-        upscaled = UpscaledFrames(job, counted(calls), tmp_path)
+        upscaled = UpscaledFrames(job, Enlarging(counted(calls)), tmp_path)
     anew = [frame.image for _ in range(2) for frame in upscaled()]
     assert len(calls) == 10 and all(torch.equal(a, b) for a, b in zip(anew, kept * 2, strict=True))
 
 
 def test_bicubic_is_exact_and_leaves_no_file(job: Job, tmp_path: Path) -> None:
-    upscaled = UpscaledFrames(job, None, tmp_path / "is not there")
+    upscaled = UpscaledFrames(job, Enlarging(), tmp_path / "is not there")
     for frame, source in zip(upscaled(), job.read(), strict=True):
         assert torch.equal(frame.image, resize_bicubic(source.image[None], (24, 40))[0].clamp(0, 1))
 

@@ -55,6 +55,8 @@ def settings_of(name: str, vaes: tuple[Path, Path]) -> list[str]:
                 "data.patch=8",
             ]
         return tiny + ([f"model.picture={vaes[0]}", "data.frames=2"] if name == "vae_temporal" else [])
+    if name == "video_upscaler":
+        return ["model.width=8", "model.stages=2", "model.blocks=1", "data.size=64", "data.frames=3"]
     if name == "encoder":
         return [f"model.start={vaes[1].parent / 'svd.safetensors'}", "data.size=64"]
     if name == "thin_unet":

@@ -23,10 +23,12 @@ from training.tasks.svd import SVDTask
 from training.tasks.thin_unet import ThinUNet
 from training.tasks.vae import PictureVAE, TemporalVAE
 from training.tasks.vae_refined import RefinedVAE
+from training.tasks.video_upscaler import VideoUpscalerTask
 from vsr_ops.errors import SettingError
 
 TASKS: dict[str, TaskMaker] = {
     "dcm": DCM,
+    "video_upscaler": VideoUpscalerTask,
     "vae_picture": PictureVAE,
     "vae_temporal": TemporalVAE,
     "vae_refined": RefinedVAE,

@@ -6,9 +6,13 @@ import argparse
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from ..checkpoints.safefile import UPSCALER_KEY, stored
 from ..checkpoints.unet_alone import find_unet
+from ..errors import SettingError
+from ..modules.video_upscaler import KIND as VIDEO_UPSCALER
+from ..modules.video_upscaler import check_base
 from ..pipeline.defaults import AUTO, DEFAULTS, Defaults
 
 
@@ -63,9 +67,33 @@ def color_of(args: argparse.Namespace) -> str:
     return defaults_of(args).colored(args.color, refined=refiner_of(args) != "none")
 
 
+class Upscalers(NamedTuple):
+    """What enlarges one picture: "bicubic", "dcm" or a path; and what sees time on top of it: "video", a path or
+    None."""
+
+    base: str
+    video: str | None
+
+
+def enlarging_of(args: argparse.Namespace) -> Upscalers:
+    """The upscalers asked for. Raises SettingError where what a video upscaler stands on is not named, or is named
+    without one."""
+    name, base = upscaler_of(args), str(args.upscaler_base)
+    if name != "video" and stored(Path(name), "vsr.kind") != VIDEO_UPSCALER:
+        if base != AUTO:
+            raise SettingError(
+                f"--upscaler-base is {base} and --upscaler {name}: expected a video upscaler to stand on it; give video"
+                " or its file as --upscaler"
+            )
+        return Upscalers(name, None)
+    if base == AUTO and name != "video":
+        check_base(name)
+    return Upscalers("dcm" if base == AUTO else base, name)
+
+
 def upscaler_of(args: argparse.Namespace) -> str:
-    """The upscaler asked for, else the one that the model was trained with: "bicubic", "dcm" or a path. Warns of
-    another than that. Raises SettingError where it is a file that is not named."""
+    """The upscaler asked for, else the one that the model was trained with: "bicubic", "dcm", "video" or a path. Warns
+    of another than that. Raises SettingError where it is a file that is not named."""
     own = defaults_of(args)
     name = own.enlarged_by(args.upscaler)
     if against := own.objection(name):

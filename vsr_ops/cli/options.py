@@ -131,9 +131,17 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add(
         "--upscaler",
         default=AUTO,
-        metavar="auto|dcm|bicubic|PATH",
-        help="enlarges the input; auto: what the model was trained with; PATH: a SwinIR, say",
+        metavar="auto|video|dcm|bicubic|PATH",
+        help="enlarges the input; auto: what the model was trained with; video: the DCM and on top of it what sees the"
+        " frames around; PATH: a SwinIR, say, or a video upscaler",
     )
+    add(
+        "--upscaler-base",
+        default=AUTO,
+        metavar="auto|dcm|bicubic|PATH",
+        help="what a video upscaler stands on; auto: what it was trained on",
+    )
+    add("--upscaler-strength", type=float, default=1.0, help="of a video upscaler, 0 to 2; 0 is its base alone")
     add("--refiner", default=AUTO, metavar="auto|none|PATH", help="auto: the bundled one with the bundled weights")
     add("--refiner-w", type=float, default=0.0, help="0: as refined, 1: the upscaled input as it is")
     auto = "auto (none after a refiner and with a full SVD, adain with a full Stable Diffusion, else detail)"

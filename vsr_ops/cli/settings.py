@@ -19,6 +19,7 @@ from ..modules.control import load_control
 from ..modules.dcm import load_dcm
 from ..modules.refiner import load_refiner
 from ..modules.stam import load_stam
+from ..modules.video_upscaler import load_video_upscaler
 from ..names import BRANCH_MODES, SAP_MODES
 from ..pipeline.parts import CAPMSettings, PipelineModules
 from ..pipeline.sampler import Settings
@@ -26,13 +27,13 @@ from ..sampling.interval import GuidanceInterval
 from ..sampling.propagation import Propagation
 from ..sampling.tiling import TileSize
 from ..system.outputs import files_of
-from .chosen import color_of, guidance_of, layout_of, refiner_of, start_of, steps_of, upscaler_of
+from .chosen import color_of, enlarging_of, guidance_of, layout_of, refiner_of, start_of, steps_of
 from .flow import flow_of
 from .text import refuse_texts, texts_of
 
 #: The options that may name a file of weights, and what stands there for no file of the user's.
-_WEIGHTS = ("model", "upscaler", "refiner", "control", "capm", "cfw", "stam", "flow_weights", "text")
-_NAMES = {"lite", "sd_lite", "none", "auto", "dcm", "bicubic"}
+_WEIGHTS = ("model", "upscaler", "upscaler_base", "refiner", "control", "capm", "cfw", "stam", "flow_weights", "text")
+_NAMES = {"lite", "sd_lite", "none", "auto", "dcm", "video", "bicubic"}
 
 #: Whether the terminal SNR is zero; None: as the model says.
 _ZSNR = {"auto": None, "on": True, "off": False}
@@ -104,9 +105,12 @@ def parts_of(args: argparse.Namespace) -> PipelineModules:
         raise SettingError(f"refiner w is {args.refiner_w}: expected a share from 0 to 1")
     check_w(args.decode_w)
     device = pick_device(args.device)
-    upscaler, refiner = upscaler_of(args), refiner_of(args)
+    refiner = refiner_of(args)
+    upscaler = enlarging_of(args)
     return PipelineModules(
-        upscale_fn=None if upscaler == "bicubic" else load_dcm("lite" if upscaler == "dcm" else upscaler, device),
+        upscale_fn=None if upscaler.base == "bicubic" else load_dcm(_own(upscaler.base, "dcm"), device),
+        video=None if upscaler.video is None else load_video_upscaler(_own(upscaler.video, "video"), device),
+        video_strength=args.upscaler_strength,
         refiner=None if refiner == "none" else load_refiner(refiner, device),
         refiner_w=args.refiner_w,
         cfw=load_cfw(args.cfw).to(device) if args.decode_w > 0 else None,
@@ -115,6 +119,11 @@ def parts_of(args: argparse.Namespace) -> PipelineModules:
         prompts=_prompts(args),
         flow=flow_of(args, device),
     )
+
+
+def _own(name: str, bundled: str) -> str:
+    """A file's name, or what loaders call the bundled one."""
+    return "lite" if name == bundled else name
 
 
 def _prompts(args: argparse.Namespace) -> CAPMSettings | None:

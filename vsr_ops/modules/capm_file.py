@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..checkpoints.module_file import fill, read_module, write_module
-from ..errors import CheckpointError
 from ..weights import bundled
 from .capm import CAPM, CAPMShape
+from .halves import read_halves, write_halves
 
 KIND = "capm"
 #: The weights that come with the pack, made for its lite SVD: both halves.
@@ -39,30 +37,14 @@ class CAPMs:
 def load_capms(path: Path | str, device: torch.device | str = "cpu") -> CAPMs:
     """The CAPMs at `path`, or of a name in BUNDLED, float32; what they fit says `check_fits`. Raises CheckpointError
     for a file that is missing, damaged or of another kind, or holds no half."""
-    file = BUNDLED.get(str(path), Path(path))
-    stored = read_module(file, KIND)
-    try:
-        halves = {name: _built(name, config) for name, config in stored.config.items()}
-        both = CAPMs(**halves)
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{file}: its configuration {stored.config} is no CAPM's; get it again") from error
-    if not halves:
-        raise CheckpointError(f"{file}: holds neither a UNet's nor a VAE's CAPM; get it again")
-    fill(file, nn.ModuleDict(halves), KIND, stored.tensors)
-    for half in halves.values():
-        half.to(device).eval().requires_grad_(False)
-    return both
+    return CAPMs(**read_halves(BUNDLED.get(str(path), Path(path)), KIND, "CAPM", _built, device))
 
 
 def write_capms(path: Path, capms: CAPMs, trained_on: str) -> None:
     """Writes a file that `load_capms` reads, float16. Raises CheckpointError."""
-    halves = capms.halves()
-    tensors = nn.ModuleDict(halves).state_dict()
-    write_module(path, KIND, {name: asdict(half.shape) for name, half in halves.items()}, tensors, trained_on)
+    write_halves(path, KIND, capms.halves(), trained_on)
 
 
-def _built(half: str, config: Mapping[str, Any]) -> CAPM:
+def _built(config: Mapping[str, Any]) -> CAPM:
     shape = CAPMShape(**config)
-    if not shape.backbone.endswith(f"-{half}"):
-        raise ValueError(shape.backbone)
     return CAPM(replace(shape, widths={str(name): int(width) for name, width in shape.widths.items()}))

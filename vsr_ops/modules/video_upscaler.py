@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..checkpoints.module_file import fill, read_module, write_module
+from ..checkpoints.safefile import UPSCALER_KEY, stored
 from ..errors import CheckpointError, SettingError
 from ..flow.raft import Estimator
 from ..flow.warp import SMALLEST, dis_flow, visibility, warp
@@ -245,6 +246,19 @@ def load_video_upscaler(path: Path | str, device: torch.device | str = "cpu") ->
     return cast(VideoUpscaler, laid_out).eval().requires_grad_(False)
 
 
-def write_video_upscaler(path: Path, model: VideoUpscaler, trained_on: str) -> None:
-    """Writes `model` as a file that `load_video_upscaler` reads, float16. Raises CheckpointError."""
-    write_module(path, KIND, asdict(model.shape), model.state_dict(), trained_on)
+def check_base(path: Path | str) -> None:
+    """Raises SettingError where the file says that it was trained on top of another upscaler than the bundled DCM."""
+    base = stored(Path(path), UPSCALER_KEY) or "dcm"
+    if base != "dcm":
+        raise SettingError(
+            f"{path}: trained on pictures enlarged by {base}, which is not bundled: expected that upscaler; give its"
+            " file (--upscaler-base, or upscale_model of Load Video Upscaler)"
+        )
+
+
+def write_video_upscaler(
+    path: Path, model: VideoUpscaler, trained_on: str, notes: Mapping[str, str] | None = None
+) -> None:
+    """Writes `model` as a file that `load_video_upscaler` reads, float16; `notes`, such as the upscaler below it, join
+    its metadata. Raises CheckpointError."""
+    write_module(path, KIND, asdict(model.shape), model.state_dict(), trained_on, notes=notes)

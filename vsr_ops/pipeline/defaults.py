@@ -11,10 +11,10 @@ from ..errors import SettingError
 @dataclass(frozen=True)
 class Defaults:
     """`steps` of the model's own schedule; a `guidance` (a name in GUIDANCE); a `color` correction (a name in COLOR),
-    unless a refiner has put the colours back; the `upscaler` of the input: "bicubic", "dcm" (the bundled one) or the
-    name of a file, and whether the model is known to have been `trained_on` its pictures; the bundled `refiner`, where
-    it was made for the model; the `layout` of tiles (a name in LAYOUTS); and the noise level `start_sigma` on the LR
-    latent that the steps begin at (None: pure noise)."""
+    unless a refiner has put the colours back; the `upscaler` of the input: "bicubic", "dcm" (the bundled one), "video"
+    (the bundled one on top of that) or the name of a file, and whether the model is known to have been `trained_on`
+    its pictures; the bundled `refiner`, where it was made for the model; the `layout` of tiles (a name in LAYOUTS); and
+    the noise level `start_sigma` on the LR latent that the steps begin at (None: pure noise)."""
 
     steps: int
     guidance: str
@@ -47,14 +47,15 @@ class Defaults:
         if asked == AUTO and name not in OWN.values():
             raise SettingError(
                 f"the model was trained on pictures enlarged by {name}, which is not bundled: expected that upscaler;"
-                " give its file, or choose bicubic or dcm to do without"
+                " give its file, or choose bicubic, dcm or video to do without"
             )
         return OWN.get(name, name)
 
     def objection(self, upscaler: str) -> str | None:
         """What speaks against an upscaler, by its name; nothing where the model was trained on its pictures, or nobody
         knows on whose."""
-        if not self.trained_on or OWN.get(upscaler, Path(upscaler).name) == self.upscaler:
+        name = OWN.get(upscaler, Path(upscaler).name)
+        if not self.trained_on or STANDS_ON.get(name, name) == STANDS_ON.get(self.upscaler, self.upscaler):
             return None
         return (
             f"the model was trained on pictures enlarged by {self.upscaler}, and may take the faults of others for the"
@@ -72,7 +73,9 @@ class Defaults:
 
 AUTO = "auto"
 #: Names that the pack's own upscalers go by; recipes call the bundled one as its file is called.
-OWN = {"bicubic": "bicubic", "dcm": "dcm", "lite": "dcm"}
+OWN = {"bicubic": "bicubic", "dcm": "dcm", "video": "video", "lite": "dcm"}
+#: What of the pack's own corrects another's pictures, whose faults the models know.
+STANDS_ON = {"video": "dcm"}
 PAPER_GUIDANCE = "dssag"
 #: SDATC's.
 DDPM_STEPS = 50

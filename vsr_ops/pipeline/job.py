@@ -5,17 +5,17 @@ from __future__ import annotations
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import SettingError
 from ..image.resize import resize_bicubic
-from ..image.upscale import upscale_frames
-from ..modules.dcm import UpscaleFn
+from ..modules.enlarging import Enlarging
 from ..units import readable
 from ..vae.latents import CELL
 from ..video import Frame, VideoInfo, read_frames
@@ -86,18 +86,18 @@ def from_levels(levels: Tensor) -> Tensor:
 
 
 class UpscaledFrames:
-    """The frames of a job at the result's size, by `upscale_fn`, if there is one, then bicubic; clamped, unpadded.
+    """The frames of a job at the result's size, as `enlarging` makes them; clamped, unpadded. No frame sees past a cut.
 
     Call it for an iterator from the first frame on, as often as needed: each frame is enlarged once. It is kept in
-    16-bit levels in a nameless temporary file in `folder` (6 bytes a pixel), not in memory. Without `upscale_fn`, which
-    leaves a resize that costs less than reading, or where the disk has less than twice the space, nothing is kept.
+    16-bit levels in a nameless temporary file in `folder` (6 bytes a pixel), not in memory. Where a resize alone
+    enlarges, which costs less than reading, or the disk has less than twice the space, nothing is kept.
     """
 
-    def __init__(self, job: Job, upscale_fn: UpscaleFn | None, folder: Path) -> None:
-        self._job, self._upscale_fn, self._kept = job, upscale_fn, 0
+    def __init__(self, job: Job, enlarging: Enlarging, folder: Path, cuts: Sequence[int] = ()) -> None:
+        self._job, self._enlarging, self._cuts, self._kept = job, enlarging, cuts, 0
         self._bytes = 6 * job.size[0] * job.size[1]
         needed = 2 * job.frames * self._bytes
-        keeps = upscale_fn is not None
+        keeps = enlarging.is_learnt
         if keeps and shutil.disk_usage(folder).free < needed:
             warnings.warn(
                 f"{folder}: under {readable(needed)} free to keep enlarged frames, so each is enlarged anew whenever it"
@@ -106,29 +106,39 @@ class UpscaledFrames:
             )
             keeps = False
         self._file = tempfile.TemporaryFile(dir=folder) if keeps else None  # noqa: SIM115  (`close` closes it)
+        # What fills the file goes on where the last reader stopped, with the neighbours that it has seen.
+        self._filling = map(to_levels, self._enlarged())
 
     def __call__(self) -> Iterator[Frame]:
-        for number, source in enumerate(self._job.read()):
-            yield self._job.frame(source, self._image(number, source.image))
+        images = self._anew() if self._file is None else self._stored(self._file)
+        for source, image in zip(self._job.read(), images, strict=True):
+            yield self._job.frame(source, image)
 
     def close(self) -> None:
         """Gives the disk back."""
         if self._file is not None:
             self._file.close()
 
-    def _image(self, number: int, small: Tensor) -> Tensor:
-        if self._file is not None and number < self._kept:
-            self._file.seek(number * self._bytes)
-            stored = torch.empty(3, *self._job.size, dtype=torch.uint16)
-            self._file.readinto(stored.numpy().data)
-            return from_levels(stored)
-        image = upscale_frames(small[None], self._job.size, upscale_fn=self._upscale_fn)[0]
-        if self._upscale_fn is None:
-            return image
+    def _enlarged(self) -> Iterator[Tensor]:
+        return self._enlarging((frame.image for frame in self._job.read()), self._job.size, self._cuts)
+
+    def _anew(self) -> Iterator[Tensor]:
+        """All frames, enlarged for one reader."""
+        if not self._enlarging.is_learnt:
+            return self._enlarged()
         # Rounded where nothing is kept, too: disk space must not change the result.
-        levels = to_levels(image)
-        if self._file is not None and number == self._kept:
-            self._file.seek(number * self._bytes)
-            self._file.write(levels.contiguous().numpy().data)
-            self._kept += 1
-        return from_levels(levels)
+        return map(from_levels, map(to_levels, self._enlarged()))
+
+    def _stored(self, file: Any) -> Iterator[Tensor]:
+        """All frames: those that are kept, then those that are not yet, which are kept now."""
+        for number in range(self._job.frames):
+            if number == self._kept:
+                levels = next(self._filling).contiguous()
+                file.seek(number * self._bytes)
+                file.write(levels.numpy().data)
+                self._kept += 1
+            else:
+                levels = torch.empty(3, *self._job.size, dtype=torch.uint16)
+                file.seek(number * self._bytes)
+                file.readinto(levels.numpy().data)
+            yield from_levels(levels)

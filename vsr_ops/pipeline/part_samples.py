@@ -76,12 +76,15 @@ class Samples:
     def enlarge(self, side: int) -> float:
         """Pixels of the result, kept and read again."""
         small, pixels = self._square(side)
-        image = upscale_frames(small[:1], (pixels, pixels), upscale_fn=self._work.parts.upscale_fn)
-        if self._work.parts.upscale_fn is not None:
-            levels = to_levels(image)
-            for _ in range(2):
-                from_levels(levels)
-        return pixels**2
+        enlarging = self._work.parts.enlarging
+        # One that sees time takes its neighbours with it.
+        frames = small if enlarging.sees_time else small[:1]
+        for image in enlarging(iter(frames), (pixels, pixels)):
+            if enlarging.is_learnt:
+                levels = to_levels(image)
+                for _ in range(2):
+                    from_levels(levels)
+        return len(frames) * pixels**2
 
     def encode(self, side: int) -> float:
         """Latent pixels."""

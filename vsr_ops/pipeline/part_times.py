@@ -124,7 +124,7 @@ def time_parts(work: Work) -> PartTimes:
     # The dearest first: what others need not be known well beside.
     add("decode", samples.decode, _decoded_volume(work))
     add("encode", samples.encode, plan.height * plan.width * job.frames)
-    enlarged = readings if parts.upscale_fn is None else _upscaled_share(job)
+    enlarged = _upscaled_share(job) if parts.enlarging.is_learnt else readings
     add("upscaler", samples.enlarge, pixels * enlarged)
     if parts.refiner is not None:
         height, width = (_with_margins(side, parts.refiner.reach) for side in job.size)

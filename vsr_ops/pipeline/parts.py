@@ -22,8 +22,11 @@ from ..modules.capm_hints import check_strength
 from ..modules.cfw import CFW, check_w
 from ..modules.compression import CompressionHead, estimate_levels, level_of
 from ..modules.dcm import UpscaleFn
+from ..modules.enlarging import Enlarging
 from ..modules.refiner import Refiner, refine_frames
 from ..modules.stam import STAM
+from ..modules.video_upscaler import VideoUpscaler
+from ..modules.video_upscaler import check_strength as check_video_strength
 from ..system.memory import free_bytes
 from ..system.precision import dtype_of
 from ..vae.budget import decoder_bytes, fitting_tile, modules_bytes, tile_side
@@ -61,9 +64,9 @@ class CAPMSettings:
 
 @dataclass(frozen=True)
 class PipelineModules:
-    """What stands around the diffusion: before it `upscale_fn` (a DCM; None is bicubic); in UNet and decoder `prompts`;
-    in the decoder `cfw` with its `decode_w`, and `stam`; after it a `refiner` with its `refiner_w`. `flow` is what the
-    alignment estimates motion by."""
+    """What stands around the diffusion: before it `upscale_fn` (a DCM; None is bicubic) and, on top of it, `video` with
+    its `video_strength`; in UNet and decoder `prompts`; in the decoder `cfw` with its `decode_w`, and `stam`; after it
+    a `refiner` with its `refiner_w`. `flow` is what the alignment estimates motion by."""
 
     upscale_fn: UpscaleFn | None = None
     refiner: Refiner | None = None
@@ -73,9 +76,17 @@ class PipelineModules:
     stam: STAM | None = None
     prompts: CAPMSettings | None = None
     flow: Estimator = dis_flow
+    video: VideoUpscaler | None = None
+    video_strength: float = 1.0
 
     def __post_init__(self) -> None:
         check_w(self.decode_w)
+        check_video_strength(self.video_strength)
+
+    @property
+    def enlarging(self) -> Enlarging:
+        """What makes the input as large as the result."""
+        return Enlarging(self.upscale_fn, self.video, self.video_strength)
 
     @property
     def of_decoder(self) -> DecoderModules:

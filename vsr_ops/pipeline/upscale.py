@@ -61,7 +61,7 @@ def upscale(
     cuts = scene_cuts(job) if cuts is None else cuts
     layout = make_layout(job, settings, model.tile, model.factor, NoiseRange.of(model), cuts)
     plan, tiles = layout.settled, _Tiles(tile_passes(layout, settings, NoiseRange.of(model)), progress)
-    with claimed(output), closing(UpscaledFrames(job, parts.upscale_fn, output.parent)) as upscaled:
+    with claimed(output), closing(UpscaledFrames(job, parts.enlarging, output.parent, cuts)) as upscaled:
         flow = _latent_flow(job, settings, plan, upscaled, cuts, progress, parts.flow)
         lr = torch.empty(job.frames, 4, plan.height, plan.width)
         progress("encode", 0, job.frames)

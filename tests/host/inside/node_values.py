@@ -14,6 +14,7 @@ COMBOS = {
     "VSRLoadLite": ["which"],
     "VSRLoadDCM": ["which"],
     "VSRLoadRefiner": ["which"],
+    "VSRLoadVideoUpscaler": ["which"],
     "VSRLoadCFW": ["which"],
     "VSRLoadSTAM": ["which"],
     "VSRLoadControl": ["which"],

@@ -45,6 +45,29 @@ def test_dcm_is_the_headless_one(nodes: dict[str, Any], dcm: Any) -> None:
     assert (large - bicubic).abs().mean() > 1e-3
 
 
+def test_the_video_upscaler_is_the_headless_one(nodes: dict[str, Any], dcm: Any) -> None:
+    frames = video(20, 28, 7)
+    frames[4:] = 1 - frames[:3] ** 4  # another scene
+    upscaler = nodes["VSRLoadVideoUpscaler"].execute("lite").args[0]
+    large = nodes["VSRUpscaleLR"].execute(frames, 4.0, 0, 0, "bicubic", video_upscaler=upscaler).args[0]
+    lr = frames.movedim(-1, 1).contiguous()
+    enlarging = module("vsr_ops.modules.enlarging").Enlarging(
+        module("vsr_ops.modules.dcm").load_dcm("lite", torch.device("cpu")),
+        module("vsr_ops.modules.video_upscaler").load_video_upscaler("lite"),
+    )
+    cuts = module("vsr_ops.video.scenes").find_cuts(iter(lr))
+    expected = torch.stack(list(enlarging(lr, (80, 112), cuts))).movedim(1, -1)
+    assert large.shape == (7, 80, 112, 3) and (large - expected).abs().max() < 1e-5
+    alone = nodes["VSRUpscaleLR"].execute(frames, 4.0, 0, 0, "bicubic", dcm).args[0]
+    assert (large - alone).abs().mean() > 1e-3
+    off = nodes["VSRUpscaleLR"].execute(frames, 4.0, 0, 0, "bicubic", None, upscaler, 0.0).args[0]
+    assert (off - alone).abs().max() < 1e-6
+    own = nodes["VSRLoadVideoUpscaler"].execute("lite", dcm).args[0]
+    assert torch.equal(large, nodes["VSRUpscaleLR"].execute(frames, 4.0, 0, 0, "bicubic", None, own).args[0])
+    with pytest.raises(ValueError, match="both wired"):
+        nodes["VSRUpscaleLR"].execute(frames, 4.0, 0, 0, "bicubic", dcm, upscaler)
+
+
 def test_dcm_is_an_upscale_model_of_the_host(nodes: dict[str, Any], dcm: Any) -> None:
     node = importlib.import_module("comfy_extras.nodes_upscale_model").ImageUpscaleWithModel
     taken = {item.id: item.io_type for item in node.define_schema().inputs}
@@ -90,10 +113,19 @@ def used(nodes: dict[str, Any], node: str, made: Any) -> Tensor:
     """A picture that goes through what a loader made."""
     if node == "VSRLoadDCM":
         return nodes["VSRUpscaleLR"].execute(video(9, 11), 4.0, 0, 0, "bicubic", made).args[0]
+    if node == "VSRLoadVideoUpscaler":
+        return nodes["VSRUpscaleLR"].execute(video(9, 11), 4.0, 0, 0, "bicubic", video_upscaler=made).args[0]
     return nodes["VSRRefine"].execute(video(16, 16), video(16, 16, seed=1), made, 0.0).args[0]
 
 
-@pytest.mark.parametrize(("node", "folder"), [("VSRLoadDCM", "upscale_models"), ("VSRLoadRefiner", "vsr_refiners")])
+@pytest.mark.parametrize(
+    ("node", "folder"),
+    [
+        ("VSRLoadDCM", "upscale_models"),
+        ("VSRLoadRefiner", "vsr_refiners"),
+        ("VSRLoadVideoUpscaler", "vsr_video_upscalers"),
+    ],
+)
 def test_the_artists_own_files_are_found(nodes: dict[str, Any], node: str, folder: str) -> None:
     def options() -> list[str]:
         return nodes[node].define_schema().inputs[0].options
@@ -103,7 +135,7 @@ def test_the_artists_own_files_are_found(nodes: dict[str, Any], node: str, folde
     place = Path(paths.models_dir) / folder / "mine"
     place.mkdir(parents=True)
     weights = Path(module("vsr_ops").__file__ or "").parent / "weights"
-    name = {"VSRLoadDCM": "dcm_lite", "VSRLoadRefiner": "refiner_lite"}[node]
+    name = {"VSRLoadDCM": "dcm_lite", "VSRLoadRefiner": "refiner_lite"}.get(node, "video_upscaler_lite")
     with safe_open(weights / f"{name}.safetensors", "pt") as lite:
         half = {key: lite.get_tensor(key) * 0.5 for key in lite.keys()}  # noqa: SIM118
         save_file(half, place / "own.safetensors", lite.metadata())

@@ -29,6 +29,7 @@ class Learns(NamedTuple):
 
 LEARNS = {
     "dcm": Learns("dcm_lite", 0.94),
+    "video_upscaler": Learns("video_upscaler_lite", 0.99),
     "refiner": Learns("lite_5_refiner", 0.82),
     "encoder": Learns("lite_8_encoder", 0.85, 3e-4),
     "thin_unet": Learns("lite_9_unet", 0.76, 5e-5),
