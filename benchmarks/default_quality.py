@@ -53,8 +53,12 @@ def main() -> None:
     add("--crf", type=int, nargs="+", default=[0, 25], help="0 is clean")
     add("--clips", nargs="+", help="only these")
     add("--large", action="store_true", help="the 1280x720 clip too")
+    add("--options", default="", help="of upscale, for this commit alone: beside its own default, a third row")
     args = parser.parse_args()
     places = {**({} if args.against is None else {"against": args.against.resolve()}), "here": HERE}
+    options: dict[str, list[str]] = {}
+    if args.options:
+        places[args.options], options[args.options] = HERE, args.options.split()
     known = truths(args.data, FRAMES, large=args.large)
     known = {name: truth for name, truth in known.items() if name in (args.clips or known)}
     rows: list[list[str]] = []
@@ -66,8 +70,8 @@ def main() -> None:
                 source = Path(folder) / "in"
                 written(clip, source)
                 for name, place in places.items():
-                    output = Path(folder) / name
-                    run(place, ["upscale", str(source), str(output), "--codec", "png8"])
+                    output = Path(folder) / f"out {len(results)}"
+                    run(place, ["upscale", str(source), str(output), "--codec", "png8", *options.get(name, [])])
                     results[name] = {clip.name: quantize8(load_frames(output))}
             scores = score(results, {clip.name: clip.truth}, METRICS, borders=tiles_of(clip.truth))
             for name in places:

@@ -16,6 +16,7 @@ from .noise import NoiseByFrame
 from .patches import DSSAG, TiledDiffusion, TilePreview
 from .picture import ColorMatch, Compare, Refine, UpscaleLR
 from .sampler import TiledSVDSampler
+from .sateco import SATeCo
 
 NODES: list[type[io.ComfyNode]] = [
     LoadLite,
@@ -50,6 +51,7 @@ NODES: list[type[io.ComfyNode]] = [
     LoadDCVSR,
     NoiseByFrame,
     LoadVideoUpscaler,
+    SATeCo,
 ]
 
 

@@ -20,6 +20,8 @@ CATEGORY = "VSR"
 REFINER = io.Custom("VSR_REFINER")
 #: From Load Video Upscaler to what enlarges.
 VIDEO_UPSCALER = io.Custom("VSR_VIDEO_UPSCALER")
+#: The VAE's half of a SATeCo, to Decode Video.
+SATECO = io.Custom("VSR_SATECO")
 #: How far resizing may leave an IMAGE outside [0, 1]; beyond, it is not one: [-1, 1], [0, 255], light without a limit.
 OVERSHOOT = 0.5
 

@@ -14,7 +14,7 @@ from ..vsr_ops.vae.latents import encode_video, with_augmentation
 from ..vsr_ops.video.scenes import find_cuts
 from . import host
 from .capm import CAPM
-from .common import CATEGORY, check_choice, choice, count, number, to_frames, to_image
+from .common import CATEGORY, SATECO, check_choice, choice, count, number, to_frames, to_image
 from .load import CFW, STAM
 from .session.known import KNOWN, KnownVideo, size_of
 
@@ -120,7 +120,7 @@ class Decode(io.ComfyNode):
                 io.Image.Input(
                     "reference",
                     optional=True,
-                    tooltip="The upscaled video that was encoded: for cfw to see, and as the size to crop to.",
+                    tooltip="The upscaled video that was encoded: for cfw and sateco, and as the size to crop to.",
                 ),
                 CFW.Input("cfw", optional=True, tooltip="From Load CFW (VSR): detail of the reference, by w."),
                 STAM.Input("stam", optional=True, tooltip="From Load STAM (VSR): frames see each other."),
@@ -134,6 +134,11 @@ class Decode(io.ComfyNode):
                     optional=True,
                 ),
                 CAPM.Input("capm", optional=True, tooltip="From CAPM (VSR): the decoder adapts to the compression."),
+                SATECO.Input(
+                    "sateco",
+                    optional=True,
+                    tooltip="From SATeCo (VSR): the decoder follows the reference; frames agree.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The decoded video.")],
         )
@@ -150,12 +155,14 @@ class Decode(io.ComfyNode):
         w: float = 0.75,
         tile: int = 0,
         capm: Any = None,
+        sateco: Any = None,
     ) -> io.NodeOutput:
         seen = None if reference is None else to_frames(reference, "reference")
         size = size_of(latent) if seen is None else (seen.shape[-2], seen.shape[-1])
-        cuts = host.latent_cuts(latent) if host.sees_time(vae, stam) else ()
         samples = latent["samples"]
         modules, levels = host.with_capm(DecoderModules(cfw, w, stam), capm, len(samples))
+        modules = host.with_sateco(modules, sateco)
+        cuts = host.latent_cuts(latent) if host.sees_time(vae, modules) else ()
         return io.NodeOutput(
             to_image(host.decoded(vae, samples, cuts, size, modules, levels, seen, chunk_frames, tile))
         )

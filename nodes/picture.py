@@ -113,15 +113,26 @@ class Refine(io.ComfyNode):
                 ),
                 REFINER.Input("refiner", tooltip="From Load Refiner (VSR)."),
                 number("w", 0.0, 0.0, 1.0, "0: as the refiner has it; 1: the upscaled video exactly as it is."),
+                number(
+                    "sateco_w",
+                    -1.0,
+                    -1.0,
+                    1.0,
+                    "Of a refiner of SATeCo's form, in w's place: the paper's w, 0 the decoded video and what is added,"
+                    " 1 the upscaled one. -1: off.",
+                    optional=True,
+                ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The refined video.")],
         )
 
     @classmethod
-    def execute(cls, decoded: Tensor, upscaled: Tensor, refiner: Any, w: float) -> io.NodeOutput:
+    def execute(
+        cls, decoded: Tensor, upscaled: Tensor, refiner: Any, w: float, sateco_w: float = -1.0
+    ) -> io.NodeOutput:
         frames, target = to_frames(decoded, "decoded"), to_frames(upscaled, "upscaled")
         cuts = find_cuts(iter(target))
-        return io.NodeOutput(to_image(host.refined(refiner, frames, target, w, cuts)))
+        return io.NodeOutput(to_image(host.refined(refiner, frames, target, w, cuts, sateco_w)))
 
 
 class ColorMatch(io.ComfyNode):

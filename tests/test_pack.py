@@ -254,7 +254,7 @@ NODES = {node.id: node for tree in TREES.values() for node in nodes_of(tree)}
 
 def test_every_node_of_the_host_derives_directly() -> None:
     """The host looks for nodes in the source: one class each, its id a literal."""
-    assert len(NODES) == 31 and all(name.startswith("VSR") for name in NODES)
+    assert len(NODES) == 33 and all(name.startswith("VSR") for name in NODES)
     assert {node.id: node.bases for node in NODES.values() if node.bases != ["io.ComfyNode"]} == {}
 
 

@@ -14,6 +14,7 @@ from .model import defaults_of, require_svd
 from .motion import estimated_flow, patch_alignment
 from .picture import HostVAE, decoded, encoded, managed, progress, refined, sees_time, with_capm
 from .sampling import SAMPLERS, SCHEDULERS, cfg_guider, dssag_guider, fps_key, guider, null_prompt, sample
+from .sateco import patch_sateco, with_sateco
 
 __all__ = [
     "SAMPLERS",
@@ -45,6 +46,7 @@ __all__ = [
     "patch_alignment",
     "patch_capm",
     "patch_perturbed",
+    "patch_sateco",
     "patch_tiles",
     "preview_layout",
     "progress",
@@ -57,4 +59,5 @@ __all__ = [
     "weights_file",
     "weights_files",
     "with_capm",
+    "with_sateco",
 ]

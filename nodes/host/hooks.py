@@ -31,7 +31,7 @@ from ...vsr_ops.vae.latents import CELL
 from ..session.attention import attention_override
 from ..session.checks import check_run, run_cuts
 from ..session.inputs import Inputs
-from ..session.run import KEY, CFGPatch, GuidancePatch, Run, Tiles, changed, pack_settings, sap_lagged
+from ..session.run import KEY, CFGPatch, GuidancePatch, Run, Tiles, UNetCall, changed, pack_settings, sap_lagged
 from .control import CONTROLS, merged
 from .device import MEMORY, is_compiled, is_torchs, uncompiled
 from .live import Live, passes_of
@@ -325,14 +325,13 @@ def _branch(executor: Any, run: Run, branch: Branch, inputs: Inputs, options: di
         plan = tile_run.plan
         part = inputs.tiles(plan, call)
         frames = plan.windows[call.window].span.slice
-        # For patches that know of the pack's tiles: the frames of this call, how many tiles it holds, and of how many.
-        settings = {**options[KEY], "call": (frames, len(call.tiles), len(plan.spatial))}
+        places = tuple((row.slice, col.slice) for row, col in (plan.spatial[m] for m in call.tiles))
+        settings = {**options[KEY], "call": UNetCall(frames, len(call.tiles), len(plan.spatial), places)}
         own = {**options, KEY: settings, "optimized_attention_override": override}
         control = part.control
         if controls := options.get(CONTROLS):
             assert part.context is not None, "a control is of a UNet that takes one"
-            tiles = [(row.slice, col.slice) for row, col in (plan.spatial[m] for m in call.tiles)]
-            control = merged(controls, control, part.x, part.t, part.context, tiles, frames)
+            control = merged(controls, control, part.x, part.t, part.context, places, frames)
         with uncompiled():
             return executor(part.x, part.t, part.concat, part.context, control, own, **part.rest)
 

@@ -18,7 +18,6 @@ from ...vsr_ops.image.upscale import of_factor
 from ...vsr_ops.modules.capm import HostCAPM
 from ...vsr_ops.modules.capm_hints import check_strength
 from ...vsr_ops.modules.refiner import Refiner, refine
-from ...vsr_ops.modules.stam import STAM
 from ...vsr_ops.vae.budget import fitting_tile, modules_bytes, tile_side
 from ...vsr_ops.vae.decoder_modules import DecoderModules
 from ...vsr_ops.vae.encode import stream_encode
@@ -99,12 +98,14 @@ def upscaler(upscale_model: Any) -> Callable[[Tensor], Tensor]:
     return of_factor(enlarge, model.scale)
 
 
-def refined(refiner: Refiner, decoded: Tensor, upscaled: Tensor, w: float, cuts: Sequence[int] = ()) -> Tensor:
+def refined(
+    refiner: Refiner, decoded: Tensor, upscaled: Tensor, w: float, cuts: Sequence[int] = (), sateco_w: float = -1.0
+) -> Tensor:
     """`refine` on the host's device, with the node's progress bar; the refiner goes back afterwards."""
     manage = comfy.model_management
     try:
         refiner.to(manage.get_torch_device())
-        return refine(refiner, decoded, upscaled, w, cuts, progress(len(decoded)), intermediate_dtype())
+        return refine(refiner, decoded, upscaled, w, cuts, progress(len(decoded)), intermediate_dtype(), sateco_w)
     finally:
         refiner.to(manage.unet_offload_device())
 
@@ -125,9 +126,9 @@ def with_capm(modules: DecoderModules, capm: HostCAPM | None, frames: int) -> tu
     return replace(modules, capm=capm.model, strength=capm.strength), capm.hint(frames)
 
 
-def sees_time(vae: Any, stam: STAM | None) -> bool:
+def sees_time(vae: Any, modules: DecoderModules) -> bool:
     """Whether frames see each other while a VAE decodes them: only then do scene cuts matter there."""
-    return stam is not None or is_temporal(vae.first_stage_model)
+    return modules.joins_frames or is_temporal(vae.first_stage_model)
 
 
 def encoded(vae: Any, frames: Iterable[Tensor], height: int, width: int) -> Iterator[Tensor]:
@@ -216,9 +217,9 @@ def _fitting_tile(vae: Any, latents: Tensor, modules: DecoderModules, chunk: int
 def _needed(vae: Any, latents: Tensor, modules: DecoderModules, chunk: int, tile: int) -> float:
     """Bytes that a streamed decoding takes beside the VAE's weights."""
     sides = [min(side, tile_side(tile, modules)) for side in latents.shape[-2:]]
-    at_once = min(len(latents), chunk) if sees_time(vae, modules.stam) else 1
+    at_once = min(len(latents), chunk) if sees_time(vae, modules) else 1
     needed = at_once * vae.memory_used_decode((1, 4, *sides), vae.vae_dtype)
-    if modules.cfw is not None:
+    if modules.sees_reference:
         needed += at_once * vae.memory_used_encode((1, 3, *(side * CELL for side in sides)), vae.vae_dtype)
     needed += modules_bytes(vae.first_stage_model, modules, at_once, sides, vae.vae_dtype.itemsize)
     return needed + sum(comfy.model_management.module_size(module) for module in modules.found)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -66,6 +66,23 @@ def changed(model_options: dict[str, Any], **values: object) -> dict[str, Any]:
     """Model options with some of the pack's settings changed; the given ones stay as they are."""
     options = model_options["transformer_options"]
     return {**model_options, "transformer_options": {**options, KEY: {**options[KEY], **values}}}
+
+
+class UNetCall(NamedTuple):
+    """What one call of the UNet holds, for patches that know of the pack's tiles: the `frames`, how many `tiles` `of`
+    all, and the `places` of these, rows and columns of latents."""
+
+    frames: slice = slice(None)
+    tiles: int = 1
+    of: int = 1
+    places: tuple[tuple[slice, slice], ...] = ()
+
+
+def call_of(transformer_options: Mapping[str, Any]) -> tuple[Run | None, UNetCall]:
+    """The run that a call of the UNet belongs to, where the pack's hooks have begun one, and what the call holds:
+    without tiles the whole video."""
+    settings = transformer_options.get(KEY, {})
+    return settings.get("run"), UNetCall(*(settings.get("call") or ()))
 
 
 def resolve_tile(tile: TileSize, own: TileSize) -> TileSize:

@@ -47,7 +47,7 @@ def folder(tiny: SVD, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, tmp_path: Path) -> Callable[..., int]:
     def upscale(name: str, *options: str) -> int:
         given = ["--model", str(folder / "tiny.safetensors"), "--guidance", "none", "--scale", "2", "--cuts", "none"]
-        given += ["--upscaler", "bicubic", "--codec", "ffv1", "--steps", "2", "--tile", "16x16x4"]
+        given += ["--upscaler", "bicubic", "--codec", "ffv1", "--steps", "3", "--tile", "16x16x4"]
         return main(["upscale", str(folder / "in.mkv"), str(tmp_path / name), *given, *options])
 
     return upscale

@@ -68,6 +68,40 @@ def test_w_mixes_with_the_upscaled_video() -> None:
         assert (refine(model, decoded, upscaled, w) - mixed)[inside].abs().max() < 1e-6
 
 
+def test_satecos_form_is_the_papers_mix() -> None:
+    """w X_u + (1 - w) X_d + R up to the w it was trained at; from there R goes, and at 1 the upscaled video is left."""
+    decoded, upscaled = pair(2, 3, 12, 16)
+    shape = RefinerShape(width=8, blocks=1, form="paper", w0=0.5)
+    plain = refine(Refiner(shape), decoded, upscaled)
+    assert torch.equal(plain, 0.5 * upscaled + 0.5 * decoded), "a fresh one is the plain mix"
+    model = filled(shape)
+    with torch.no_grad():
+        added = model(decoded, upscaled)
+    assert added.abs().mean() > 1e-3
+    for w in (0.0, 0.3, 0.5, 0.8):
+        expected = w * upscaled + (1 - w) * decoded + min(1, (1 - w) / 0.5) * added
+        found = refine(model, decoded, upscaled, sateco_w=w)
+        assert (found - expected.clamp(0, 1)).abs().max() < 1e-6
+    assert refine(model, decoded, upscaled, sateco_w=1.0) is upscaled
+    # An artist's w goes from what was trained to the upscaled video, whatever the form.
+    assert torch.equal(refine(model, decoded, upscaled), refine(model, decoded, upscaled, sateco_w=0.5))
+    assert torch.equal(refine(model, decoded, upscaled, 0.6), refine(model, decoded, upscaled, sateco_w=0.8))
+    assert refine(model, decoded, upscaled, 1.0) is upscaled
+    with torch.no_grad():
+        assert torch.equal(model.refined(decoded, upscaled).clamp(0, 1), refine(model, decoded, upscaled))
+
+
+def test_satecos_w_is_of_its_own_form() -> None:
+    decoded, upscaled = pair(1, 3, 8, 8)
+    with pytest.raises(SettingError, match=r"SATeCo's w is 0\.5 and the refiner of the form 'free'"):
+        refine(filled(), decoded, upscaled, sateco_w=0.5)
+    with pytest.raises(SettingError, match=r"SATeCo's w is 1\.5"):
+        refine(filled(RefinerShape(8, 1, form="paper")), decoded, upscaled, sateco_w=1.5)
+    for shape in (RefinerShape(form="other"), RefinerShape(form="paper", w0=1.0)):
+        with pytest.raises(SettingError, match="expected one of free, paper"):
+            Refiner(shape)
+
+
 def test_both_videos_matter() -> None:
     decoded, upscaled = pair(1, 3, 12, 16)
     first, other = refine(filled(), decoded, upscaled), refine(filled(), 1 - decoded, upscaled)

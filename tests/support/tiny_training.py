@@ -75,6 +75,9 @@ def settings_of(name: str, vaes: tuple[Path, Path]) -> list[str]:
         own = ["model.block_out_channels=[32,32]", "model.layers_per_block=[1,1]", "model.attends=[0,1]"]
         start = [f"model.start={vaes[1].parent / 'sd.safetensors'}"]
         return [*(own if name == "sd" else start), f"model.vae={vaes[1].parent / 'svd.safetensors'}", *clips]
+    if name == "sateco":
+        own = ["model.inner=[8,8]", "model.guide=8", "model.head=8", "data.crop_frames=2"]
+        return [*settings_of("control", vaes), *own]
     if name == "control_dcm":
         folder = vaes[1].parent
         return [f"model.start={folder / 'sd.safetensors'}", f"model.vae={folder / 'svd.safetensors'}", "data.size=64"]

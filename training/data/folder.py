@@ -24,6 +24,8 @@ class Folder:
 
     def load(self) -> tuple[Sequence[Source], Sequence[Source]]:
         """(photographs, videos)."""
+        if self._loaded is None and self.path.suffix == ".safetensors":
+            self._loaded = [], []  # a shard of samples, which stands in a folder's place
         if self._loaded is None:
             if not self.path.is_dir():
                 raise SettingError(f"--data {self.path}: no such folder; expected one of photographs and videos")

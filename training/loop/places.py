@@ -14,7 +14,7 @@ from vsr_ops.errors import CheckpointError, SettingError
 from vsr_ops.system.outputs import claimed, files_of, give_name, new_part, refuse_inputs, refuse_taken, remove_part
 
 #: The settings that may name a file or a run, and what stands there for neither.
-_INPUTS = ("start", "vae", "picture", "dcm", "refiner", "capm", "control", "upscaler")
+_INPUTS = ("start", "vae", "picture", "dcm", "refiner", "capm", "control", "sateco", "upscaler")
 _NAMES = ("", "none", "lite", "sd_lite", "bicubic")
 #: What a run writes under names of its own beside the checkpoint.
 _LEFT = ("loss.csv", "loss.png", "samples", WEIGHTS, REFINER, DCM_WEIGHTS, SD_WEIGHTS)

@@ -27,8 +27,8 @@ from vsr_ops.vae.layout import backbone_of, layout_of, level_widths, output_widt
 
 @dataclass(frozen=True)
 class DecoderModuleModelSettings:
-    """`module` is one of MODULES. `start`: the SVD, a file or folder, "lite", or a run; `refiner`: a file, "lite", or a
-    run; empty: the decoded clip is the result."""
+    """`module` is the name of a kind. `start`: the SVD, a file or folder, "lite", or a run; `refiner`: a file, "lite",
+    or a run; empty: the decoded clip is the result."""
 
     module: str = ""
     start: str = "lite"
@@ -90,7 +90,7 @@ def nothing_further() -> Tensor:
 
 
 @contextmanager
-def _changed(changes: Iterable[tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> Generator[None, None, None]:
+def changed(changes: Iterable[tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> Generator[None, None, None]:
     """Within, what each of these modules gives goes through its function."""
 
     def hook(change: Callable[[Tensor], Tensor]) -> Any:
@@ -123,7 +123,7 @@ def _beside_cfw(model: nn.Module, clip: Batch) -> Generator[Further, None, None]
     def fusing(level: int) -> Callable[[Tensor], Tensor]:
         return lambda decoded: cfw.fuse(level, seen[level], decoded, w)
 
-    with _changed((last[level], fusing(level)) for level in cfw.shape.levels):
+    with changed((last[level], fusing(level)) for level in cfw.shape.levels):
         yield nothing_further
 
 
@@ -157,7 +157,7 @@ def _build_stam(settings: STAMSettings, parts: nn.Module) -> STAM:
 def _beside_stam(model: nn.Module, clip: Batch) -> Generator[Further, None, None]:
     parts = cast(Any, model)
     stam, steps = cast(STAM, parts.beside), layout_of(model).decoder(parts.decoder)
-    with _changed((step.modules[0], stam.block(step.name)) for step in steps if step.name in stam.names):
+    with changed((step.modules[0], stam.block(step.name)) for step in steps if step.name in stam.names):
         yield nothing_further
 
 
@@ -201,7 +201,7 @@ def _write_capm(path: Path, settings: CAPMSettings, module: CAPM, trained_on: st
     write_capms(path, replace(_before(settings), vae=module), trained_on)
 
 
-MODULES: dict[str, Module] = {
+SDATC: dict[str, Module] = {
     "cfw": Module(CFWSettings, _build_cfw, _beside_cfw, _write_cfw, {f"w {w:g}": {"w": w} for w in (0.5, 1.0)}),
     "stam": Module(STAMSettings, _build_stam, _beside_stam, _write_stam, {"with": {}}),
     "capm": Module(
@@ -213,4 +213,4 @@ MODULES: dict[str, Module] = {
         _settle_capm,
     ),
 }
-"""What can stand beside a decoder, by name."""
+"""SDATC's kinds by name."""

@@ -1,4 +1,4 @@
-"""Trains CFW, STAM or CAPM beside a VAE's decoder, on latents that the trained SVD samples.
+"""Trains CFW, STAM, CAPM or SATeCo beside a VAE's decoder, on latents that the trained SVD samples.
 
 SVD, decoder and refiner are frozen. The loss is of the decoded clip and of the refined one, which is what is seen.
 """
@@ -21,15 +21,19 @@ from training.loop.state import REFINER, weights_of
 from training.loop.task import Batch
 from training.losses.losses import Motion, charbonnier, flicker, followed_change, motion_of, psnr, temporal_difference
 from training.losses.perceptual import haar_loss, neg_losses
-from training.tasks.decoder_module_kinds import MODULES, nothing_further
+from training.tasks.decoder_module_kinds import SDATC, Module, nothing_further
 from training.tasks.refiner import decode_refined, decoder_of
 from training.tasks.sampled import CompressedLatents, CompressedSettings
+from training.tasks.sateco_vae import SATECO
 from training.tasks.svd import read_start
 from training.tasks.vae import detail, reconstruction_loss
 from vsr_ops.backbones.svd import build_svd
 from vsr_ops.checkpoints.svd import SVDWeights
 from vsr_ops.errors import SettingError
 from vsr_ops.modules.refiner import load_refiner
+
+MODULES: dict[str, Module] = {**SDATC, "sateco": SATECO}
+"""What can stand beside a decoder, by name."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,8 @@ class DecoderModuleLossSettings:
 class Unrefined(nn.Module):
     """In a refiner's place: the decoded clip is the result."""
 
-    def forward(self, decoded: Tensor, upscaled: Tensor) -> Tensor:
-        return decoded - upscaled
+    def refined(self, decoded: Tensor, upscaled: Tensor) -> Tensor:
+        return decoded
 
 
 class DecoderModuleTask:

@@ -126,7 +126,8 @@ class Joint(Enlarging):
         svd = build_svd(weights, torch.device("cpu"), torch.float32)
         unet, vae = cast(nn.Module, svd.unet), cast(Any, svd.vae)
         refiner, shape = load_refiner(weights_of(self.shape.refiner, REFINER)), self.shape
-        refiner = grown(refiner, RefinerShape(refiner.shape.width, shape.blocks, shape.mixes, shape.follows))
+        wanted = replace(refiner.shape, blocks=shape.blocks, mixes=shape.mixes, follows=shape.follows)
+        refiner = grown(refiner, wanted)
         parts = {"unet": unet, "encoder": vae.encoder, "decoder": decoder_of(weights), "refiner": refiner}
         return nn.ModuleDict(parts).requires_grad_(True)
 

@@ -37,12 +37,15 @@ CONV_IN = "conv_in.weight"
 @dataclass(frozen=True)
 class RefinerModelSettings:
     """`start`: the SVD whose decoder learns, a file or folder, "lite", or a run. `refiner`: the one to go on from, a
-    file, "lite", or the run of vae_refined or of this task; empty: a new one. For speed, `idle` names layers of the VAE
-    that become zero, so that the blocks which end with them add nothing, and `blocks` cuts the refiner to so many (0:
-    as it is). `learns` names the parts that learn, by the beginnings of their weights' names; empty: all."""
+    file, "lite", or the run of vae_refined or of this task; empty: a new one of `form`, and of SATeCo's ("paper") with
+    its `w0`. For speed, `idle` names layers of the VAE that become zero, so that the blocks which end with them add
+    nothing, and `blocks` cuts the refiner to so many (0: as it is). `learns` names the parts that learn, by the
+    beginnings of their weights' names; empty: all."""
 
     start: str = ""
     refiner: str = ""
+    form: str = RefinerShape.form
+    w0: float = RefinerShape.w0
     idle: tuple[str, ...] = ()
     blocks: int = 0
     learns: tuple[str, ...] = ()
@@ -96,7 +99,8 @@ class RefinerTask:
         if self.shape.idle:
             leave_out_idle(decoder)
         name = self.shape.refiner
-        refiner = load_refiner(weights_of(name, REFINER)) if name else Refiner()
+        fresh = RefinerShape(form=self.shape.form, w0=self.shape.w0)
+        refiner = load_refiner(weights_of(name, REFINER)) if name else Refiner(fresh)
         refiner = shortened(refiner, self.shape.blocks) if self.shape.blocks else refiner
         return nn.ModuleDict({"decoder": decoder, "refiner": refiner.requires_grad_(True)})
 
@@ -200,7 +204,11 @@ def shortened(refiner: Refiner, blocks: int) -> Refiner:
 def grown(refiner: Refiner, shape: RefinerShape) -> Refiner:
     """The same refiner with more blocks or mixes, or neighbours, which change nothing yet. Raises SettingError."""
     old = refiner.shape
-    kept = shape.width == old.width and shape.blocks >= old.blocks and shape.follows >= old.follows
+    kept = (
+        (shape.width, shape.form, shape.w0) == (old.width, old.form, old.w0)
+        and shape.blocks >= old.blocks
+        and shape.follows >= old.follows
+    )
     if not (kept and old.mixes <= shape.mixes <= shape.blocks):
         raise SettingError(
             f"the refiner would grow from {old} to {shape}: expected the same width, nothing less than it has, and no"
@@ -230,5 +238,5 @@ def decode_refined(model: nn.Module, z: Tensor, guide: Tensor) -> tuple[Tensor, 
     decoded = parts["decoder"](flat(z), indicator, num_frames=frames).float() / 2 + 0.5
     # A frame sees its neighbours: clip by clip.
     pairs = zip(rearrange(decoded, "(b t) c h w -> b t c h w", b=clips), guide, strict=True)
-    refined = torch.stack([upscaled + parts["refiner"](frame, upscaled).float() for frame, upscaled in pairs])
+    refined = torch.stack([parts["refiner"].refined(frame, upscaled).float() for frame, upscaled in pairs])
     return decoded, refined

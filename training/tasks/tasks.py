@@ -18,6 +18,7 @@ from training.tasks.encoder import EncoderTask
 from training.tasks.joint import Joint
 from training.tasks.joint_dcm import JointWithDCM
 from training.tasks.refiner import RefinerTask
+from training.tasks.sateco import SATeCoTask
 from training.tasks.sd import SDTask
 from training.tasks.svd import SVDTask
 from training.tasks.thin_unet import ThinUNet
@@ -28,12 +29,12 @@ from vsr_ops.errors import SettingError
 
 TASKS: dict[str, TaskMaker] = {
     "dcm": DCM,
-    "video_upscaler": VideoUpscalerTask,
     "vae_picture": PictureVAE,
     "vae_temporal": TemporalVAE,
     "vae_refined": RefinedVAE,
     "svd": SVDTask,
     "refiner": RefinerTask,
+    "video_upscaler": VideoUpscalerTask,
     "encoder": EncoderTask,
     "thin_unet": ThinUNet,
     "whole": Joint,
@@ -46,6 +47,7 @@ TASKS: dict[str, TaskMaker] = {
     "control": ControlTask,
     "control_dcm": ControlWithDCM,
     "capm_sd": CAPMSDTask,
+    "sateco": SATeCoTask,
 }
 """Tasks by name; a module of its own is one more entry."""
 

@@ -43,12 +43,15 @@ from vsr_ops.modules.refiner import Refiner, RefinerShape, write_refiner
 @dataclass(frozen=True)
 class RefinedModelSettings(VAEModelSettings):
     """`picture` may be empty: a new VAE. `dcm`, the guide's file or run ("lite": the bundled one); the refiner's
-    `width`, `blocks` and `mixes` over time, which stay as they start: there is no time in pictures."""
+    `width`, `blocks` and `mixes` over time, which stay as they start: there is no time in pictures; its `form` and, of
+    SATeCo's ("paper"), the `w0` that it learns at."""
 
     dcm: str = "lite"
     width: int = RefinerShape.width
     blocks: int = RefinerShape.blocks
     mixes: int = RefinerShape.mixes
+    form: str = RefinerShape.form
+    w0: float = RefinerShape.w0
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class RefinedVAE(Enlarging):
         if self.shape.picture:
             state = read_vae(Path(self.shape.picture), PICTURE)[1]
             vae.load_state_dict({name: state[name] for name in vae.state_dict()})
-        refiner = Refiner(RefinerShape(self.shape.width, self.shape.blocks, self.shape.mixes))
+        own = self.shape
+        refiner = Refiner(RefinerShape(own.width, own.blocks, own.mixes, form=own.form, w0=own.w0))
         return nn.ModuleDict({"vae": vae, "refiner": refiner})
 
     def trains(self, name: str) -> bool:
@@ -121,7 +125,7 @@ class RefinedVAE(Enlarging):
         guide = self.enlarged(lr)
         mean = encoded(vae, 2 * truth - 1)
         decoded = vae.decoder(mean + noise * drawn).float() / 2 + 0.5
-        return truth, guide, mean, decoded, guide + refiner(decoded, guide).float()
+        return truth, guide, mean, decoded, refiner.refined(decoded, guide).float()
 
     def export(self, model: nn.Module, path: Path, trained_on: str) -> None:
         vae, shape = cast(Any, model)["vae"], shape_of(self.shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import cast
 
@@ -20,8 +20,8 @@ from training.loop.task import Batch
 from training.losses.losses import charbonnier, flicker, motion_of, psnr, temporal_difference
 from training.tasks.enlarging import Enlarging
 from vsr_ops.errors import SettingError
+from vsr_ops.modules.motion_pairs import Pairs
 from vsr_ops.modules.video_upscaler import (
-    Pairs,
     VideoUpscaler,
     VideoUpscalerShape,
     load_video_upscaler,
@@ -83,7 +83,8 @@ class VideoUpscalerTask(Enlarging):
     def build(self) -> nn.Module:
         if self.shape.start:
             return load_video_upscaler(weights_of(self.shape.start)).requires_grad_(True)
-        return VideoUpscaler(VideoUpscalerShape(self.shape.width, self.shape.stages, self.shape.blocks))
+        own = {field.name: getattr(self.shape, field.name) for field in fields(VideoUpscalerShape)}
+        return VideoUpscaler(VideoUpscalerShape(**own))
 
     def trains(self, name: str) -> bool:
         return True

@@ -144,6 +144,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--upscaler-strength", type=float, default=1.0, help="of a video upscaler, 0 to 2; 0 is its base alone")
     add("--refiner", default=AUTO, metavar="auto|none|PATH", help="auto: the bundled one with the bundled weights")
     add("--refiner-w", type=float, default=0.0, help="0: as refined, 1: the upscaled input as it is")
+    add(
+        "--sateco-w", type=float, default=-1.0, help="with a refiner of SATeCo's form: its own w, 0 to 1; below 0: none"
+    )
     auto = "auto (none after a refiner and with a full SVD, adain with a full Stable Diffusion, else detail)"
     add("--color", default=AUTO, help=", ".join([auto, *COLOR]))
     add("--control", default="none", metavar="none|lite|PATH", help="a ControlNet on Stable Diffusion, in SVD's place")
@@ -157,6 +160,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     add("--capm", default="none", metavar="none|lite|sd_lite|PATH", help="compression prompts in UNet and decoder")
     add("--capm-strength", type=float, default=1.0, help="0 is off, 1 what was trained")
+    add("--sateco", default="none", metavar="none|PATH", help="SATeCo's adapters in UNet and decoder")
+    add("--sateco-strength", type=float, default=1.0, help="of the spatial one; 0 is off, 1 what was trained")
+    add("--sateco-temporal", type=float, default=1.0, help="of the temporal one, likewise")
     add("--crf", type=float, default=-1.0, help="what CAPM is told of the input, 0 to 51; below 0: it is estimated")
     add("--decode-w", type=float, default=0.0, metavar="W", help="CFW's weight in the decoder; 0 is off, try 0.75")
     add("--cfw", default="lite", metavar="lite|PATH", help="the CFW that --decode-w weighs: StableSR's, or this pack's")

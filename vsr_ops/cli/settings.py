@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from ..backbones.sd import build_sd
 from ..backbones.svd import Backbone, load_svd, pick_device, pick_dtype
 from ..checkpoints.sd import LITE_SD, read_sd
@@ -18,10 +20,12 @@ from ..modules.control import check_strength as check_control_strength
 from ..modules.control import load_control
 from ..modules.dcm import load_dcm
 from ..modules.refiner import load_refiner
+from ..modules.sateco import Strengths
+from ..modules.sateco_file import load_satecos
 from ..modules.stam import load_stam
 from ..modules.video_upscaler import load_video_upscaler
 from ..names import BRANCH_MODES, SAP_MODES
-from ..pipeline.parts import CAPMSettings, PipelineModules
+from ..pipeline.parts import CAPMSettings, PipelineModules, SATeCoSettings
 from ..pipeline.sampler import Settings
 from ..sampling.interval import GuidanceInterval
 from ..sampling.propagation import Propagation
@@ -32,7 +36,19 @@ from .flow import flow_of
 from .text import refuse_texts, texts_of
 
 #: The options that may name a file of weights, and what stands there for no file of the user's.
-_WEIGHTS = ("model", "upscaler", "upscaler_base", "refiner", "control", "capm", "cfw", "stam", "flow_weights", "text")
+_WEIGHTS = (
+    "model",
+    "upscaler",
+    "upscaler_base",
+    "refiner",
+    "control",
+    "capm",
+    "sateco",
+    "cfw",
+    "stam",
+    "flow_weights",
+    "text",
+)
 _NAMES = {"lite", "sd_lite", "none", "auto", "dcm", "video", "bicubic"}
 
 #: Whether the terminal SNR is zero; None: as the model says.
@@ -113,10 +129,12 @@ def parts_of(args: argparse.Namespace) -> PipelineModules:
         video_strength=args.upscaler_strength,
         refiner=None if refiner == "none" else load_refiner(refiner, device),
         refiner_w=args.refiner_w,
+        sateco_w=args.sateco_w,
         cfw=load_cfw(args.cfw).to(device) if args.decode_w > 0 else None,
         decode_w=args.decode_w,
         stam=None if args.stam == "none" else load_stam(args.stam).to(device),
         prompts=_prompts(args),
+        sateco=_sateco(args, device),
         flow=flow_of(args, device),
     )
 
@@ -136,6 +154,14 @@ def _prompts(args: argparse.Namespace) -> CAPMSettings | None:
     device = pick_device(args.device)
     head = load_compression(device=device) if args.crf < 0 else None
     return CAPMSettings(load_capms(args.capm, device), args.capm_strength, head, args.crf)
+
+
+def _sateco(args: argparse.Namespace, device: torch.device) -> SATeCoSettings | None:
+    """SATeCo and how far it goes; None where it is off."""
+    strengths = Strengths(args.sateco_strength, args.sateco_temporal)
+    if args.sateco == "none" or strengths.off:
+        return None
+    return SATeCoSettings(load_satecos(args.sateco, device), strengths)
 
 
 def model_of(args: argparse.Namespace) -> Backbone:

@@ -1,7 +1,7 @@
 """SATeCo's refiner: a small network that learns where to trust the decoded picture and where the upscaled one.
 
-SATeCo's is `w * upscaled + (1-w) * decoded`, with one number w, and a residual block of both added; here a network
-looks at both and decides per pixel.
+SATeCo's is `w * upscaled + (1-w) * decoded`, with one number w, and a residual block of both added, which is the form
+"paper" here; in the pack's own, "free", a network looks at both and decides per pixel.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, product
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -41,12 +41,57 @@ CHUNK = 4
 class RefinerShape:
     """`width` channels in `blocks` residual blocks, on 2x2 pixels folded into channels; before each of the first
     `mixes` blocks a frame sees the frames before and after it, so that compression's flicker can be averaged away.
-    With `follows` it also gets those two frames as they come to lie on it along the optical flow."""
+    With `follows` it also gets those two frames as they come to lie on it along the optical flow. `form` is a name in
+    FORMS; `w0` the w that a refiner of SATeCo's form was trained at."""
 
     width: int = 40
     blocks: int = 5
     mixes: int = 2
     follows: bool = False
+    form: str = "free"
+    w0: float = 0.5
+
+
+class Mix(NamedTuple):
+    """`share` of the upscaled picture, the rest of the decoded one, and `factor` times what the network adds."""
+
+    share: float
+    factor: float
+
+    def of(self, upscaled: Tensor, decoded: Tensor, added: Tensor) -> Tensor:
+        """The refined picture, not clamped."""
+        base = upscaled if self.share == 1 else self.share * upscaled + (1 - self.share) * decoded
+        return base + self.factor * added
+
+
+def _paper(w: float, w0: float) -> Mix:
+    """w X_u + (1 - w) X_d + R (SATeCo), R taken back towards w = 1, where the upscaled picture is left."""
+    return Mix(w, min(1.0, (1 - w) / (1 - w0)))
+
+
+#: What w makes of the two pictures. "free": the network finds the share of the decoded one itself, and w takes back all
+#: that it adds. "paper": SATeCo's, with a fixed share. The second is the w that stands for "as it was trained".
+FORMS: dict[str, tuple[Callable[[float, float], Mix], Callable[[float], float]]] = {
+    "free": (lambda w, w0: Mix(1.0, 1 - w), lambda w0: 0.0),
+    "paper": (_paper, lambda w0: w0),
+}
+
+
+def mix_of(shape: RefinerShape, w: float, sateco_w: float = -1.0) -> Mix:
+    """For an artist's w, from 0 (as it was trained) to 1 (the upscaled picture), or, from 0 on, for SATeCo's own w, of
+    which 0 leaves the decoded picture and what the network adds. Raises SettingError for a w outside [0, 1], and for
+    SATeCo's with a refiner of another form."""
+    check_w(w)
+    mix, trained = FORMS[shape.form]
+    if sateco_w < 0:
+        least = trained(shape.w0)
+        return mix(least + (1 - least) * w, shape.w0)
+    if shape.form != "paper" or sateco_w > 1:
+        raise SettingError(
+            f"SATeCo's w is {sateco_w} and the refiner of the form {shape.form!r}: expected a w from 0 to 1, or -1 for"
+            " none, and a refiner of the form 'paper'"
+        )
+    return mix(sateco_w, shape.w0)
 
 
 class _Mix(nn.Module):
@@ -76,11 +121,16 @@ class _Mix(nn.Module):
 
 
 class Refiner(nn.Module):
-    """f(decoded, upscaled) of `refine`, which gives `upscaled + (1 - w) * f`: zero at its start."""
+    """f(decoded, upscaled) of `refine`, which gives `upscaled + (1 - w) * f`, or SATeCo's form: zero at its start."""
 
     def __init__(self, shape: RefinerShape | None = None) -> None:
         super().__init__()
         self.shape = shape or RefinerShape()
+        if self.shape.form not in FORMS or not 0 <= self.shape.w0 < 1:
+            raise SettingError(
+                f"the refiner's form is {self.shape.form!r}, its w0 {self.shape.w0}: expected one of"
+                f" {', '.join(FORMS)}, and a w0 of at least 0 and below 1"
+            )
         width = self.shape.width
         self.enter = nn.Conv2d(48 if self.shape.follows else 24, width, 3, padding=1)
         self.body = nn.ModuleList(ResidualBlock(width) for _ in range(self.shape.blocks))
@@ -99,6 +149,10 @@ class Refiner(nn.Module):
         if self.shape.follows:
             given.append(neighbours(upscaled) if around is None else around)
         return self._settled(given, Carry.of(self), last=True)
+
+    def refined(self, decoded: Tensor, upscaled: Tensor) -> Tensor:
+        """The pictures of one scene refined as in training, not clamped: at w 0."""
+        return mix_of(self.shape, 0.0).of(upscaled, decoded, self(decoded, upscaled).to(upscaled.dtype))
 
     def advance(self, given: Sequence[Tensor], carry: Carry, last: bool) -> Tensor:
         """As `forward` of a whole scene that comes piece by piece: what is added to the frames that the next piece
@@ -151,31 +205,35 @@ def check_w(w: float) -> None:
 
 @torch.no_grad()
 def refine_frames(
-    model: Refiner, pairs: Iterable[tuple[Tensor, Tensor]], w: float = 0.0, cuts: Sequence[int] = ()
+    model: Refiner,
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    w: float = 0.0,
+    cuts: Sequence[int] = (),
+    sateco_w: float = -1.0,
 ) -> Iterator[Tensor]:
     """Refined frames `(3, h, w)` in [0, 1] of pairs (decoded, upscaled), one by one; no frame sees past a cut.
 
     A chunk of frames is evaluated at a time, each frame once: what the next chunk needs of it is carried over. The
-    result does not depend on the chunks. Raises SettingError for `w` outside [0, 1].
+    result does not depend on the chunks. `w` and `sateco_w` are those of `mix_of`, which raises SettingError.
     """
-    check_w(w)
+    mix = mix_of(model.shape, w, sateco_w)
     scenes = groupby(enumerate(pairs), lambda numbered: bisect_right(cuts, numbered[0]))
     for _, scene in scenes:
-        yield from _refined_scene(model, (pair for _, pair in scene), w)
+        yield from _refined_scene(model, (pair for _, pair in scene), mix)
 
 
-def _refined_scene(model: Refiner, pairs: Iterator[Pair], w: float) -> Iterator[Tensor]:
-    waiting: deque[Tensor] = deque()
+def _refined_scene(model: Refiner, pairs: Iterator[Pair], mix: Mix) -> Iterator[Tensor]:
+    waiting: deque[tuple[Tensor, Tensor]] = deque()
     tiles: _Tiles | None = None
     chunks = _chunks(pairs)
     following = followed(chunks) if model.shape.follows else ((chunk, None, last) for chunk, last in chunks)
     for chunk, around, last in following:
         decoded, upscaled = (torch.stack(list(side)) for side in zip(*chunk, strict=True))
         tiles = tiles or _Tiles(model, upscaled)
-        waiting.extend(upscaled)
+        waiting.extend(zip(upscaled, decoded, strict=True))
         given = [decoded, upscaled] if around is None else [decoded, upscaled, around]
         for added in tiles.advance(given, last):
-            yield (waiting.popleft() + (1 - w) * added).clamp(0, 1)
+            yield mix.of(*waiting.popleft(), added).clamp(0, 1)
 
 
 def _chunks(pairs: Iterator[Pair]) -> Iterator[tuple[list[Pair], bool]]:
@@ -226,22 +284,23 @@ def refine(
     cuts: Sequence[int] = (),
     tick: Callable[[int], None] = lambda done: None,
     dtype: torch.dtype | None = None,
+    sateco_w: float = -1.0,
 ) -> Tensor:
     """`refine_frames` of videos `(frames, 3, h, w)` RGB in [0, 1], in their precision or in `dtype`; `w` = 1 returns
     `upscaled` itself.
 
-    `tick` is told of every frame done. Raises SettingError for `w` outside [0, 1] and for videos of two sizes.
+    `tick` is told of every frame done. Raises SettingError as `mix_of`, and for videos of two sizes.
     """
-    check_w(w)
+    mix = mix_of(model.shape, w, sateco_w)
     if decoded.shape != upscaled.shape:
         raise SettingError(
             f"the decoded video is {tuple(decoded.shape)} and the upscaled one {tuple(upscaled.shape)} (frames,"
             " channels, height, width): expected one size; decode the latents of this very video"
         )
-    if w == 1:
+    if mix == Mix(1.0, 0.0):
         return upscaled
     out = empty_video(upscaled, len(upscaled), (upscaled.shape[-2], upscaled.shape[-1]), dtype)
-    for index, frame in enumerate(refine_frames(model, zip(decoded, upscaled, strict=True), w, cuts)):
+    for index, frame in enumerate(refine_frames(model, zip(decoded, upscaled, strict=True), w, cuts, sateco_w)):
         out[index] = frame
         tick(1)
     return out

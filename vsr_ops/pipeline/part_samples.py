@@ -27,7 +27,7 @@ from ..vae.encode import stream_encode
 from ..vae.latents import CELL
 from ..video import Frame, made_info, open_writer
 from .job import Job, from_levels, to_levels
-from .parts import PipelineModules, apply_capm, decoded, refined
+from .parts import PipelineModules, apply_capm, apply_sateco, decoded, refined
 from .sampler import Settings
 
 #: The first frames of a clip that parts are tried on, beside the one before them.
@@ -164,5 +164,5 @@ def run_tile(work: Work, size: TileSize, windows: int, together: int = 1) -> dic
         return (work.clock() - began) / together
 
     run.begin(step, COND)
-    with apply_capm(model, work.parts.prompts, None):
+    with apply_capm(model, work.parts.prompts, None), apply_sateco(model, work.parts.sateco, video):
         return dict(zip(KINDS, map(seconds, calls(plan, step, COND, 1, synchronous=False)), strict=False))

@@ -111,7 +111,7 @@ def time_parts(work: Work) -> PartTimes:
     job, parts, plan = work.job, work.parts, work.layout.settled
     reading, small = _read(work)
     samples, aligned = Samples(work, small), work.settings.align > 0 and work.settings.steps > 0
-    readings = 2 + aligned + (parts.of_decoder.acting.cfw is not None)
+    readings = 2 + aligned + parts.of_decoder.sees_reference
     pixels = job.size[0] * job.size[1] * job.frames
     found = {"reading": job.frames * readings * reading}
     tile = time_tile(work) if work.settings.steps else None
@@ -188,8 +188,8 @@ def _upscaled_share(job: Job) -> float:
 
 def _decoded_volume(work: Work) -> int:
     """Latent pixels that the decoder goes over: frames that see each other go in chunks that overlap."""
-    plan, stam = work.layout.settled, work.parts.of_decoder.acting.stam
-    chunk = work.model.tile.frames if stam is not None or is_temporal(work.model.vae.decoder) else 1
+    plan, together = work.layout.settled, work.parts.of_decoder.joins_frames
+    chunk = work.model.tile.frames if together or is_temporal(work.model.vae.decoder) else 1
     scenes, overlap = [0, *plan_cuts(plan), plan.frames], VAE_OVERLAP if chunk > 1 else 0.0
     frames = sum(_covered(spans(b - a, chunk, overlap)) for a, b in pairwise(scenes))
     return frames * plan.height * plan.width
@@ -199,7 +199,9 @@ def time_tile(work: Work) -> TileSeconds:
     """A tile of the layout's largest plan."""
     plan, model = work.layout.largest, work.model
     tile = max((plan.tile_size(n) for n in range(len(plan.windows))), key=lambda size: size.frames)
-    windows = 2 if len(plan.windows) > 1 and "tap" in work.settings.propagation.kinds else 1
+    # Only a step that TAP acts in looks at another window; a run of one step has none.
+    kinds = {step.kind for step in run_steps(work.settings, NoiseRange.of(model))}
+    windows = 2 if len(plan.windows) > 1 and "tap" in kinds else 1
     operations = Operations(*networks(model))
 
     def run(size: TileSize) -> dict[Kind, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -24,9 +24,13 @@ from ..modules.compression import CompressionHead, estimate_levels, level_of
 from ..modules.dcm import UpscaleFn
 from ..modules.enlarging import Enlarging
 from ..modules.refiner import Refiner, refine_frames
+from ..modules.sateco import FULL, Strengths
+from ..modules.sateco import attached as attached_sateco
+from ..modules.sateco_file import SATeCos
 from ..modules.stam import STAM
 from ..modules.video_upscaler import VideoUpscaler
 from ..modules.video_upscaler import check_strength as check_video_strength
+from ..sampling.calls import gather_tiles
 from ..system.memory import free_bytes
 from ..system.precision import dtype_of
 from ..vae.budget import decoder_bytes, fitting_tile, modules_bytes, tile_side
@@ -63,14 +67,24 @@ class CAPMSettings:
 
 
 @dataclass(frozen=True)
+class SATeCoSettings:
+    """SATeCo's halves, and how far they go."""
+
+    halves: SATeCos
+    strengths: Strengths = FULL
+
+
+@dataclass(frozen=True)
 class PipelineModules:
     """What stands around the diffusion: before it `upscale_fn` (a DCM; None is bicubic) and, on top of it, `video` with
-    its `video_strength`; in UNet and decoder `prompts`; in the decoder `cfw` with its `decode_w`, and `stam`; after it
-    a `refiner` with its `refiner_w`. `flow` is what the alignment estimates motion by."""
+    its `video_strength`; in UNet and decoder `prompts` and `sateco`; in the decoder `cfw` with its `decode_w`, and
+    `stam`; after it a `refiner` with its `refiner_w`, or SATeCo's own `sateco_w` from 0 on. `flow` is what the
+    alignment estimates motion by."""
 
     upscale_fn: UpscaleFn | None = None
     refiner: Refiner | None = None
     refiner_w: float = 0.0
+    sateco_w: float = -1.0
     cfw: CFW | None = None
     decode_w: float = 0.75
     stam: STAM | None = None
@@ -78,6 +92,7 @@ class PipelineModules:
     flow: Estimator = dis_flow
     video: VideoUpscaler | None = None
     video_strength: float = 1.0
+    sateco: SATeCoSettings | None = None
 
     def __post_init__(self) -> None:
         check_w(self.decode_w)
@@ -91,16 +106,21 @@ class PipelineModules:
     @property
     def of_decoder(self) -> DecoderModules:
         """Those that stand beside the VAE's decoder."""
-        if self.prompts is None:
-            return DecoderModules(self.cfw, self.decode_w, self.stam)
-        return DecoderModules(self.cfw, self.decode_w, self.stam, self.prompts.capms.vae, self.prompts.strength)
+        found = DecoderModules(self.cfw, self.decode_w, self.stam)
+        if self.prompts is not None:
+            found = replace(found, capm=self.prompts.capms.vae, strength=self.prompts.strength)
+        if self.sateco is not None:
+            found = replace(found, sateco=self.sateco.halves.vae, strengths=self.sateco.strengths)
+        return found
 
     def check_fits(self, model: Backbone) -> None:
         """Raises SettingError for a module that was made for another UNet or VAE, before any work."""
         capm = None if self.prompts is None else self.prompts.capms.unet
-        if capm is not None:
-            backbone = SD_UNET if isinstance(model, SD) else SVD_UNET
-            capm.check_fits(backbone, decoder_widths(model.unet.config["block_out_channels"]))
+        sateco = None if self.sateco is None else self.sateco.halves.unet
+        for half in (capm, sateco):
+            if half is not None:
+                backbone = SD_UNET if isinstance(model, SD) else SVD_UNET
+                half.check_fits(backbone, decoder_widths(model.unet.config["block_out_channels"]))
         self.of_decoder.check_fits(model.vae)
 
 
@@ -121,6 +141,24 @@ def apply_capm(model: Backbone, prompts: CAPMSettings | None, levels: Tensor | N
         return levels[run.plan.windows[call.window].span.slice]
 
     with attached(capm, model.unet, hint, prompts.strength):
+        yield
+
+
+@contextmanager
+def apply_sateco(model: Backbone, sateco: SATeCoSettings | None, lr: Tensor) -> Generator[None, None, None]:
+    """Within, the levels of `model`'s UNet decoder go through SATeCo, which fits it, guided by the unscaled LR latents
+    `(frames, 4, h, w)`, in the tiles of each call."""
+    half = None if sateco is None else sateco.halves.unet
+    if sateco is None or half is None or sateco.strengths.off:
+        yield
+        return
+
+    def told() -> tuple[Tensor, int]:
+        assert model.active is not None, "the UNet is called inside `serving`"
+        run, call = model.active
+        return (gather_tiles(run.plan, call, lr) * model.scaling_factor).to(model.device), call.frames
+
+    with attached_sateco(half, model.unet, told, sateco.strengths):
         yield
 
 
@@ -157,7 +195,7 @@ def decoded(
     """Frames `(3, 8h, 8w)` of unscaled latents, not clamped, through the modules that there are."""
     modules = parts.of_decoder.acting
     reference: Rolling | None = None
-    if modules.cfw is not None:
+    if modules.sees_reference:
         reference = Rolling((frame.image for frame in references()), latents.shape[0], size)
     how = Streaming(chunk=model.tile.frames, tile=decode_tile(model, latents, modules))
     return stream_decode(model.vae, latents, cuts, modules, reference, levels, how)
@@ -165,7 +203,7 @@ def decoded(
 
 def decode_tile(model: Backbone, latents: Tensor, modules: DecoderModules) -> int:
     """The side in latents of the tiles that are decoded: VAE_TILE, or less where the device has no room for that."""
-    size, together = dtype_of(model.vae.decoder).itemsize, modules.stam is not None or is_temporal(model.vae.decoder)
+    size, together = dtype_of(model.vae.decoder).itemsize, modules.joins_frames or is_temporal(model.vae.decoder)
     frames = min(latents.shape[0], model.tile.frames) if together else 1
 
     def needed(tile: int) -> float:
@@ -189,5 +227,5 @@ def refined(
             waiting.append(reference)
             yield frame, reference.image
 
-    frames = refine_frames(parts.refiner, noted(), parts.refiner_w, cuts)
+    frames = refine_frames(parts.refiner, noted(), parts.refiner_w, cuts, parts.sateco_w)
     return ((frame, waiting.popleft()) for frame in frames)

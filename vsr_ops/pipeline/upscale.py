@@ -28,7 +28,7 @@ from ..vae.encode import stream_encode
 from ..vae.latents import CELL
 from ..video import Frame, check_output, open_writer
 from .job import Job, UpscaledFrames, scene_cuts
-from .parts import PipelineModules, apply_capm, decoded, refined
+from .parts import PipelineModules, apply_capm, apply_sateco, decoded, refined
 from .sampler import NoiseRange, Settings, make_layout, sample, tile_passes
 
 #: (stage, done, total): called after every unit of work; raising stops the run.
@@ -71,7 +71,7 @@ def upscale(
         give_back()
         levels = None if parts.prompts is None else parts.prompts.levels(job)
         context = _contexts(model, upscaled, cuts)
-        with apply_capm(model, parts.prompts, levels):
+        with apply_capm(model, parts.prompts, levels), apply_sateco(model, parts.sateco, lr):
             result = sample(
                 model,
                 lr,

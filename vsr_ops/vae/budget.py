@@ -23,8 +23,10 @@ MARGIN, CAPM_MARGIN = 8, 6
 DECODER_COPIES = 6.0
 #: Of STAM: what it is given, its strips, and these put together; beside them one strip's convolution, queries, keys and
 #: values, and attention; of CFW: dense blocks, which keep all they made; of
-#: CAPM, which computes in float32: the features, and tokens of a quarter of their width.
+#: CAPM, which computes in float32: the features, and tokens of a quarter of their width; of SATeCo, likewise: the
+#: features, normalised, scaled and shifted, and TFA's queries, keys and values, turned and cut into windows.
 STAM_COPIES, STRIP_COPIES, CFW_COPIES, CAPM_COPIES = 4.0, 12.0, 12.0, 6.0
+SATECO_COPIES, TFA_COPIES = 8.0, 24.0
 #: Of whole activations that are kept where every tile is computed once: what a sweep reads and what it writes.
 #: CFW at its levels: the encoder's features, beside them the decoder's, both joined, and a branch.
 KEPT_COPIES, KEPT_CFW_COPIES = 2.0, 5.0
@@ -69,6 +71,9 @@ def modules_bytes(vae: Any, modules: DecoderModules, frames: int, sides: Sequenc
         if acting.capm is not None and op.residual:
             width = acting.capm.shape.widths.get(output_name(top, op), 0)
             found.append(CAPM_COPIES * pixels * width * 4)
+        if acting.sateco is not None and op.residual and (name := output_name(top, op)) in acting.sateco.shape.widths:
+            width, inner = acting.sateco.shape.widths[name], acting.sateco.shape.inner[name]
+            found.append((SATECO_COPIES * width + TFA_COPIES * inner) * pixels * 4)
     return max(found)
 
 
@@ -122,7 +127,7 @@ def _alone_from(ops: Sequence[DecoderOp], modules: DecoderModules) -> int:
     acting = modules.acting
     if acting.capm is not None:
         return len(ops)
-    stam, levels = acting.stam, () if acting.cfw is None else acting.cfw.shape.levels
+    stam, levels = acting.stam, [level for level, _ in _taps(ops[0].level, modules)]
     beside = (
         i + 1 for i, op in enumerate(ops) if (stam and op.name in stam.names) or (op.residual and op.level in levels)
     )
@@ -130,17 +135,22 @@ def _alone_from(ops: Sequence[DecoderOp], modules: DecoderModules) -> int:
 
 
 def features_bytes(vae: Any, modules: DecoderModules, frames: int, sides: Sequence[int], itemsize: int) -> float:
-    """Of that, what the encoder's features take that CFW mixes in."""
+    """Of that, what the encoder's features take that CFW mixes in and SATeCo is guided by."""
     return frames * itemsize * sum(_fused_values(vae, modules, sides))
 
 
 def _fused_values(vae: Any, modules: DecoderModules, sides: Sequence[int]) -> list[int]:
-    """Numbers in a frame's features, level by level that CFW fuses."""
-    cfw, top = modules.acting.cfw, layout_of(vae).decoder(vae.decoder)[0].level
-    if cfw is None:
-        return []
-    cells = [1 << (top - level) for level in cfw.shape.levels]
-    return [sides[0] * sides[1] * cell**2 * width for cell, width in zip(cells, cfw.shape.widths, strict=True)]
+    """Numbers in a frame's features, of each step that they go into."""
+    top = layout_of(vae).decoder(vae.decoder)[0].level
+    return [(sides[0] * sides[1] << 2 * (top - level)) * width for level, width in _taps(top, modules)]
+
+
+def _taps(top: int, modules: DecoderModules) -> list[tuple[int, int]]:
+    """Level and channels of what each step that is guided takes of the encoder; `top` is the deepest level."""
+    cfw, sateco = modules.acting.cfw, modules.acting.sateco
+    found = [] if cfw is None else list(zip(cfw.shape.levels, cfw.shape.widths, strict=True))
+    taps = {} if sateco is None else sateco.shape.taps or {}
+    return found + [(top - int(name.rpartition(".")[2]), width) for name, width in taps.items()]
 
 
 def home_of_kept(needed: float, device: torch.device, allowed: float | None) -> torch.device | None:

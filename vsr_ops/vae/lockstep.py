@@ -113,7 +113,8 @@ class Lockstep:
             given, part = (None if x is None else self._cut(x, have) for x in (source, beside))
             assert given is not None
             if norm is not None:
-                given = F.silu(affine(given, *norm), inplace=True)
+                given = affine(given, *norm)
+                given = F.silu(given, inplace=True) if sweep.activated else given
             made = sweep.run(given, part, at)
             if made is None:
                 continue

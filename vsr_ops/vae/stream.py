@@ -21,6 +21,7 @@ from ..modules.windows import Place
 from ..sampling.tiling import spans
 from ..system.memory import home_of
 from ..system.precision import decoded_within, run_like
+from .adapting import adapting
 from .capm_tiles import TiledCAPM
 from .decoder_modules import DecoderModules
 from .latents import VAE_OVERLAP, VAE_TILE, chunk_bytes, pad_to
@@ -82,11 +83,11 @@ def stream_decode(
 ) -> Iterator[Tensor]:
     """Frames `(3, 8h, 8w)`, nominally in [0, 1], of unscaled latents `(n, 4, h, w)`, one by one.
 
-    `vae` is diffusers' or a host's autoencoder module. Where frames see each other (SVD's decoder, or STAM), they go in
-    fixed chunks that overlap by a quarter and are blended, none across a cut; else one by one. A CFW mixes in what the
-    encoder makes of `reference`, a video `(n, 3, H, W)` in [0, 1] of the picture's size, or under eight latents
-    smaller. A CAPM is told the frames' compression `levels` `(n,)`, NaN where unknown: there it reads them in
-    the whole frame's features.
+    `vae` is diffusers' or a host's autoencoder module. Where frames see each other (SVD's decoder, STAM, SATeCo's
+    TFA), they go in fixed chunks that overlap by a quarter and are blended, none across a cut; else one by one. A CFW
+    mixes in what the encoder makes of `reference`, and SATeCo is guided by it: a video `(n, 3, H, W)` in [0, 1] of the
+    picture's size, or under eight latents smaller. A CAPM is told the frames' compression `levels` `(n,)`, NaN where
+    unknown: there it reads them in the whole frame's features.
 
     Raises SettingError for a missing or unfitting reference, levels that are not one a frame, modules made for another
     backbone or other widths, and a VAE of no known layout.
@@ -98,16 +99,16 @@ def stream_decode(
     if modules.capm is not None:
         _check_levels(latents, levels)
     decoder = _assemble(vae, modules, how)
-    if modules.cfw is None:
-        reference = None
-    else:
+    if modules.sees_reference:
         _check_reference(latents, reference, decoder.cell)
-    together = modules.stam is not None or is_temporal(vae.decoder)
+    else:
+        reference = None
+    together = modules.joins_frames or is_temporal(vae.decoder)
     return _stream(decoder, latents, reference, levels, cuts, how.chunk if together else 1)
 
 
 def _assemble(vae: Any, modules: DecoderModules, how: Streaming) -> TiledDecoder:
-    layout, cfw, stam = layout_of(vae), modules.cfw, modules.stam
+    layout, cfw, stam, sateco = layout_of(vae), modules.cfw, modules.stam, modules.sateco
     prompts = None if modules.capm is None else TiledCAPM(modules.capm, modules.strength)
     ops: list[DecoderOp] = []
     plain = layout.decoder(vae.decoder)
@@ -117,17 +118,19 @@ def _assemble(vae: Any, modules: DecoderModules, how: Streaming) -> TiledDecoder
             block = stam.block(op.name)
             run = partial(run_like, block)
             ops.append(replace(op, name=f"{op.name}_stam", modules=(block,), run=run, residual=False))
-        if cfw is not None and op.residual and op.level in cfw.shape.levels and not plain[index + 1].residual:
+        ends, name = op.residual and not plain[index + 1].residual, output_name(plain[0].level, op)
+        if sateco is not None and ends and name in sateco.shape.widths and op.name.startswith("up_"):
+            ops.append(adapting(sateco, modules.strengths, name, op.level))
+        if cfw is not None and ends and op.level in cfw.shape.levels:
             ops.append(_fusing(f"fuse_{op.level}", op.level, cfw.layer(op.level), modules.w))
-        if prompts is not None and (op.resize or index == len(plain) - 2):
-            name = output_name(plain[0].level, op)
-            # One that does not act would only widen the margins, and so the rounding.
-            if name in prompts.model.shape.widths and prompts.model.acts(name):
-                ops.append(prompts.op(name, op.level - op.resize))
+        known = prompts is not None and name in prompts.model.shape.widths and (op.resize or index == len(plain) - 2)
+        # One that does not act would only widen the margins, and so the rounding.
+        if prompts is not None and known and prompts.model.acts(name):
+            ops.append(prompts.op(name, op.level - op.resize))
     split = next((index for index, op in enumerate(ops) if op.resize), len(ops) - 1)
     encoder: list[DecoderOp] = []
-    if cfw is not None:
-        deepest = max(cfw.shape.levels)
+    if modules.sees_reference:
+        deepest = max(op.level for op in ops if op.guided is not None)
         whole = layout.encoder(vae.encoder)
         last = max(index for index, op in enumerate(whole) if op.residual and op.level == deepest)
         encoder = whole[: last + 1]
@@ -169,7 +172,10 @@ def _check_levels(latents: Tensor, levels: Tensor | None) -> None:
 
 def _check_reference(latents: Tensor, reference: Video | None, cell: int) -> None:
     if reference is None:
-        raise SettingError("CFW needs a reference: give the upscaled video that was encoded, or set w to 0")
+        raise SettingError(
+            "CFW and SATeCo need a reference: give the upscaled video that was encoded, or set w or SATeCo's strengths"
+            " to 0"
+        )
     sides = [(cell * (z - FACTOR), cell * z) for z in latents.shape[-2:]]
     fits = all(low < side <= high for (low, high), side in zip(sides, reference.shape[-2:], strict=True))
     if not fits or reference.shape[0] != latents.shape[0]:

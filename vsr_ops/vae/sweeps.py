@@ -39,11 +39,12 @@ class Sweep:
     """One sweep over the picture.
 
     `run` is given a part of the buffer `reads`, with the margin that `reach`, `window` and `before` ask for (as in a
-    `DecoderOp`), normalised and activated where there is a `norm`, which sees all frames as one where it is
-    `over_time`; of the buffer `beside`, the same part; and where these lie. What it gives goes to the buffer `writes`
-    (None: nowhere, it only gathers, and `ends` is called when all tiles have been seen). `last` are buffers that no
-    later sweep reads. `widest` is how many channels it makes, where that is more than it reads: tiles are as small as
-    these want. `alone` says that each frame is by itself in it, and that it needs no other buffer than these.
+    `DecoderOp`), normalised and, unless not `activated`, activated where there is a `norm`, which sees all frames as
+    one where it is `over_time`; of the buffer `beside`, the same part; and where these lie. What it gives goes to the
+    buffer `writes` (None: nowhere, it only gathers, and `ends` is called when all tiles have been seen). `last` are
+    buffers that no later sweep reads. `widest` is how many channels it makes, where that is more than it reads: tiles
+    are as small as these want. `alone` says that each frame is by itself in it, and that it needs no other buffer than
+    these.
     """
 
     run: Callable[[Tensor, Tensor | None, At], Tensor | None]
@@ -51,6 +52,7 @@ class Sweep:
     writes: str | None = MAIN
     beside: str | None = None
     norm: nn.GroupNorm | None = None
+    activated: bool = True
     over_time: bool = False
     reach: int = 0
     resize: int = 0

@@ -20,6 +20,7 @@ COMBOS = {
     "VSRLoadControl": ["which"],
     "VSRLoadDCVSR": ["unet", "svd"],
     "VSRCAPM": ["which"],
+    "VSRSATeCo": ["which"],
     "VSRCompressionEstimate": ["which"],
     "VSREncode": ["start", "scene_cuts"],
     "VSREstimateFlow": ["estimator", "scene_cuts"],

@@ -151,7 +151,7 @@ def test_modules_act_and_are_taken_back(decode: Any, frames: Tensor, cfw: Any, s
 
 def test_what_does_not_fit_is_said_in_one_line(decode: Any, frames: Tensor, cfw: Any) -> None:
     for named, word in (
-        ({"cfw": filled(cfw)}, "CFW needs a reference"),
+        ({"cfw": filled(cfw)}, "CFW and SATeCo need a reference"),
         ({"cfw": filled(cfw), "reference": frames[:2]}, "the reference is"),
         ({"w": 1.5}, "w is 1.5"),
     ):

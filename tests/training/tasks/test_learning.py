@@ -46,6 +46,7 @@ LEARNS = {
     "sd": Learns("sd_lite", 0.35),
     "control": Learns("control_lite", 0.8, 5e-3),
     "control_dcm": Learns("control_dcm", 0.85, 5e-4, steps=4),
+    "sateco": Learns("sateco_unet_lite", 0.95, 5e-3),
     "capm_sd": Learns("capm_sd_lite", 0.91, 5e-3),
 }
 
