@@ -61,7 +61,7 @@ def test_the_video_upscaler_is_the_headless_one(nodes: dict[str, Any], dcm: Any)
     alone = nodes["VSRUpscaleLR"].execute(frames, 4.0, 0, 0, "bicubic", dcm).args[0]
     assert (large - alone).abs().mean() > 1e-3
     off = nodes["VSRUpscaleLR"].execute(frames, 4.0, 0, 0, "bicubic", None, upscaler, 0.0).args[0]
-    assert (off - alone).abs().max() < 1e-6
+    assert (off - alone).abs().max() < 1e-5
     own = nodes["VSRLoadVideoUpscaler"].execute("lite", dcm).args[0]
     assert torch.equal(large, nodes["VSRUpscaleLR"].execute(frames, 4.0, 0, 0, "bicubic", None, own).args[0])
     with pytest.raises(ValueError, match="both wired"):

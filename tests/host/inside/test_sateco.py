@@ -185,9 +185,9 @@ def test_the_node_reads_a_file_of_both_halves(
 def test_what_does_not_fit_is_said_in_one_line(
     host: ModuleType, models: dict[str, Any], sd: Any, sateco: ModuleType, on: Any
 ) -> None:
-    with refused("made for backbone svd-unet, this model is sd-unet"):
+    with pytest.raises(ValueError, match=r"made for backbone svd-unet, this model is sd-unet: give.*\Z"):
         on(sd, half=some(sateco, backbone="svd-unet"))
-    with refused("made for levels"):
+    with pytest.raises(ValueError, match=r"made for levels .*: give the model it was trained on\Z"):
         on(sd, half=some(sateco, widths=(64, 64)))
     with refused("NaN"):
         on(sd, latent=lr(torch.full(SHAPE, torch.nan)))
