@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..errors import SettingError
 from ..system.memory import to_device
 from .capm_hints import check_hint, check_strength, spread
+from .halves import check_half
 from .windows import HEAD, WINDOW, FeedForward, Place, WindowAttention
 
 #: Backbones by name, as files have them: the same widths do not mean the same features.
@@ -181,16 +182,7 @@ class CAPM(nn.Module):
 
     def check_fits(self, backbone: str, widths: Mapping[str, int]) -> None:
         """Raises SettingError unless the model is of its backbone and `widths` by level are its own."""
-        own = self.shape
-        if backbone != own.backbone:
-            raise SettingError(
-                f"CAPM is made for backbone {own.backbone}, this model is {backbone}: give the model it was trained on"
-            )
-        if any(widths.get(level) != width for level, width in own.widths.items()):
-            raise SettingError(
-                f"CAPM is made for levels {dict(own.widths)}, this model has {dict(widths)}: give the model it was"
-                " trained on"
-            )
+        check_half("CAPM", self, backbone, widths)
 
     def forward(
         self,

@@ -18,13 +18,28 @@ HALVES = ("unet", "vae")
 
 
 class Half(Protocol):
-    """A module whose `shape`, a dataclass with a `backbone`, says how to build it again."""
+    """A module whose `shape`, a dataclass with a `backbone` and `widths` by level, says how to build it again."""
 
     @property
     def shape(self) -> Any: ...
 
 
 H = TypeVar("H", bound=Half)
+
+
+def check_half(name: str, half: Half, backbone: str, widths: Mapping[str, int]) -> None:
+    """Raises SettingError unless a model is of the backbone that a half, which people call `name`, was made for, and
+    its `widths` by level are its own."""
+    shape = half.shape
+    if backbone != shape.backbone:
+        raise SettingError(
+            f"{name} is made for backbone {shape.backbone}, this model is {backbone}: give the model it was trained on"
+        )
+    if any(widths.get(level) != width for level, width in shape.widths.items()):
+        raise SettingError(
+            f"{name} is made for levels {dict(shape.widths)}, this model has {dict(widths)}: give the model it was"
+            " trained on"
+        )
 
 
 def read_halves(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import SettingError
 from ..sampling.tiling import Span, spans
 from .blocks import ResidualBlock
+from .halves import check_half
 from .tubelets import TubeletAttention
 from .windows import Place
 
@@ -248,17 +249,7 @@ class SATeCo(nn.Module):
 
     def check_fits(self, backbone: str, widths: Mapping[str, int]) -> None:
         """Raises SettingError unless the model is of its backbone and `widths` by level are its own."""
-        own = self.shape
-        if backbone != own.backbone:
-            raise SettingError(
-                f"SATeCo is made for backbone {own.backbone}, this model is {backbone}: give the model it was trained"
-                " on"
-            )
-        if any(widths.get(level) != width for level, width in own.widths.items()):
-            raise SettingError(
-                f"SATeCo is made for levels {dict(own.widths)}, this model has {dict(widths)}: give the model it was"
-                " trained on"
-            )
+        check_half("SATeCo", self, backbone, widths)
 
     def _level(self, level: str, features: Tensor | None = None) -> _Level:
         if level not in self.shape.widths:
