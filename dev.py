@@ -23,7 +23,9 @@ PROCESSES = min(4, os.cpu_count() or 1)
 
 def run(*command: str | Path) -> None:
     """Runs a command in the repository; a failure ends this script with the same exit code."""
-    code = subprocess.run([str(part) for part in command], cwd=ROOT, check=False).returncode
+    # Tests start many processes: what one of them has compiled is kept for the others.
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    code = subprocess.run([str(part) for part in command], cwd=ROOT, env=kept, check=False).returncode
     if code:
         sys.exit(code)
 
