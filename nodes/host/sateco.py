@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...vsr_ops.errors import SettingError
 from ...vsr_ops.modules.sateco import HostSATeCo, SATeCo
+from ...vsr_ops.system.memory import to_device
 from ...vsr_ops.vae.decoder_modules import DecoderModules
 from ..session.run import call_of
 from .cost import latent_cuts
@@ -41,7 +42,7 @@ def _adapting(half: SATeCo, adapting: HostSATeCo, lr: Tensor, cuts: tuple[int, .
         part = lr[call.frames]
         tiles = torch.cat([part[..., rows, cols] for rows, cols in call.places]) if call.places else part
         _check(lr, x, len(tiles), None if run is None else (run.plan.frames, run.plan.height, run.plan.width))
-        guides = half.guides(tiles.to(x.device))
+        guides = half.guides(to_device(tiles, x.device))
         # The windows of tiles lie within scenes; whole videos are cut here.
         within = cuts if run is None or run.tiles is None else ()
 

@@ -252,7 +252,7 @@ def test_cost_grows_with_the_area_alone() -> None:
 
 
 def test_an_unknown_level_is_refused() -> None:
-    with pytest.raises(SettingError, match=r"unknown CAPM level 'up_blocks\.7': this CAPM has up_blocks\.0, up_bl"):
+    with pytest.raises(SettingError, match=r"unknown CAPM level 'up_blocks\.7': this one has up_blocks\.0, up_bl"):
         filled()("up_blocks.7", randn(1, 32, 4, 4))
 
 

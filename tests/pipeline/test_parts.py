@@ -18,6 +18,7 @@ from vsr_ops.modules.capm_file import CAPMs
 from vsr_ops.modules.cfw import CFW, CFWShape
 from vsr_ops.modules.compression import CompressionHead, HeadShape
 from vsr_ops.modules.enlarging import Enlarging
+from vsr_ops.modules.refiner import Refiner, RefinerShape
 from vsr_ops.modules.stam import STAM, STAMShape
 from vsr_ops.pipeline.job import Job, UpscaledFrames
 from vsr_ops.pipeline.parts import CAPMSettings, PipelineModules, Rolling
@@ -194,6 +195,15 @@ def test_modules_of_another_model_are_refused_before_any_work(tiny: SVD, job: Jo
         assert not stages, name
     with pytest.raises(SettingError, match="strength is 3"):
         CAPMSettings(CAPMs(), strength=3.0)
+
+
+def test_satecos_w_is_refused_before_any_work() -> None:
+    for refiner in (None, Refiner(RefinerShape(8, 1))):
+        with pytest.raises(SettingError, match=r"SATeCo's w is 0\.5"):
+            PipelineModules(refiner=refiner, sateco_w=0.5)
+    PipelineModules(refiner=Refiner(RefinerShape(8, 1, form="paper")), sateco_w=0.5)
+    with pytest.raises(SettingError, match="SATeCo's w is nan"):
+        PipelineModules(refiner=Refiner(RefinerShape(8, 1, form="paper")), sateco_w=float("nan"))
 
 
 def test_a_weight_outside_its_range_is_refused() -> None:

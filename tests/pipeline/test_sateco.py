@@ -73,20 +73,25 @@ def test_a_fresh_one_and_strength_0_change_nothing_to_the_bit(tiny: SVD) -> None
 
 
 def test_one_tile_is_the_unet_without_tiles(tiny: SVD) -> None:
-    """What a call gives is diffusers' own UNet with the same guide behind its levels."""
-    model, lr, context = model_of(tiny), randn(3, 4, 8, 8), randn(1, 1, 16, seed=2)
-    half, x = some(model), randn(3, 4, 8, 8, seed=1)
-    with attached(half, model.unet, lambda: (lr * model.scaling_factor, 3), Strengths()):
-        expected = model.denoise(x, 1.0, lr, context, 3)
-    assert relative(model.denoise(x, 1.0, lr, context, 3), expected) > 1e-2
-    calls: list[Tensor] = []
-    handle = model.unet.register_forward_hook(lambda module, given, out: calls.append(out[0]))
+    """What a run's calls give is diffusers' own UNet with the guide of the whole video behind its levels."""
+    model, lr = model_of(tiny), randn(3, 4, 8, 8)
+    half, calls = some(model), list[tuple[Any, Any, Tensor]]()
+
+    def note(module: Any, given: Any, named: Any, out: Any) -> None:
+        calls.append((given, named, out[0]))
+
+    handle = model.unet.register_forward_hook(note, with_kwargs=True)
     try:
         with apply_sateco(model, SATeCoSettings(SATeCos(half)), lr):
-            sample(model, lr, whole(lr), PLAIN, context)
+            sample(model, lr, whole(lr), PLAIN)
     finally:
         handle.remove()
-    assert len(calls) == 2 and all(torch.isfinite(call).all() for call in calls)
+    assert len(calls) == 2
+    for given, named, found in calls:
+        with attached(half, model.unet, lambda: (lr * model.scaling_factor, 3), Strengths()):
+            expected = model.unet(*given, **named)[0]
+        assert relative(found, expected) < 1e-6
+        assert relative(model.unet(*given, **named)[0], expected) > 1e-2
 
 
 @pytest.mark.parametrize("layout", ["paper", "balanced", "shifted"])

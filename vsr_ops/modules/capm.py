@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..errors import SettingError
 from ..system.memory import to_device
 from .capm_hints import check_hint, check_strength, spread
-from .halves import check_half
+from .halves import check_half, key_of, level_of
 from .windows import HEAD, WINDOW, FeedForward, Place, WindowAttention
 
 #: Backbones by name, as files have them: the same widths do not mean the same features.
@@ -114,7 +114,7 @@ class CAPM(nn.Module):
         if shape.weighing not in WEIGHINGS:
             raise SettingError(f"CAPM's weighing is '{shape.weighing}': expected one of {', '.join(WEIGHINGS)}")
         self.shape = shape
-        self.levels = nn.ModuleDict({_key(name): _Level(width, shape) for name, width in shape.widths.items()})
+        self.levels = nn.ModuleDict({key_of(name): _Level(width, shape) for name, width in shape.widths.items()})
 
     @property
     def reach(self) -> int:
@@ -218,16 +218,7 @@ class CAPM(nn.Module):
         return scale[torch.cdist(code, self.embedded(level, scale).float()).argmin(1)]
 
     def _block(self, level: str, features: Tensor | None = None) -> _Level:
-        if level not in self.shape.widths:
-            known = ", ".join(self.shape.widths)
-            raise SettingError(f"unknown CAPM level {level!r}: this CAPM has {known}; give it one of these")
-        block = cast(_Level, self.levels[_key(level)])
-        if features is not None and features.shape[1] != block.width:
-            raise SettingError(
-                f"CAPM's {level} takes {block.width} channels, these features have {features.shape[1]}: expected the"
-                f" backbone {self.shape.backbone} it was made for; use a CAPM of this model"
-            )
-        return block
+        return cast(_Level, level_of("CAPM", self, self.levels, level, features))
 
 
 def decoder_widths(block_out_channels: Sequence[int]) -> dict[str, int]:
@@ -292,11 +283,6 @@ def attached(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _key(level: str) -> str:
-    """A level's name as a module's, which may hold no dot."""
-    return level.replace(".", "_")
 
 
 def _enlarging(size: int, whole: int, start: int, length: int) -> Tensor:

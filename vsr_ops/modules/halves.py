@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoints.module_file import fill, read_module, write_module
 from ..errors import CheckpointError, SettingError
@@ -40,6 +40,25 @@ def check_half(name: str, half: Half, backbone: str, widths: Mapping[str, int]) 
             f"{name} is made for levels {dict(shape.widths)}, this model has {dict(widths)}: give the model it was"
             " trained on"
         )
+
+
+def level_of(name: str, half: Half, levels: nn.ModuleDict, level: str, features: Tensor | None = None) -> nn.Module:
+    """The module of one level of a half, which people call `name`. Raises SettingError for an unknown level, and for
+    features `(n, c, h, w)` of another width than it takes."""
+    widths = half.shape.widths
+    if level not in widths:
+        raise SettingError(f"unknown {name} level {level!r}: this one has {', '.join(widths)}; give it one of these")
+    if features is not None and features.shape[1] != widths[level]:
+        raise SettingError(
+            f"{name}'s {level} takes {widths[level]} channels, these features have {features.shape[1]}: expected the"
+            f" backbone {half.shape.backbone} it was made for; use one of this model"
+        )
+    return levels[key_of(level)]
+
+
+def key_of(level: str) -> str:
+    """A level's name as a module's, which may hold no dot."""
+    return level.replace(".", "_")
 
 
 def read_halves(

@@ -86,7 +86,7 @@ def mix_of(shape: RefinerShape, w: float, sateco_w: float = -1.0) -> Mix:
     if sateco_w < 0:
         least = trained(shape.w0)
         return mix(least + (1 - least) * w, shape.w0)
-    if shape.form != "paper" or sateco_w > 1:
+    if shape.form != "paper" or not 0 <= sateco_w <= 1:
         raise SettingError(
             f"SATeCo's w is {sateco_w} and the refiner of the form {shape.form!r}: expected a w from 0 to 1, or -1 for"
             " none, and a refiner of the form 'paper'"

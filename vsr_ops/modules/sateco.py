@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import SettingError
 from ..sampling.tiling import Span, spans
 from .blocks import ResidualBlock
-from .halves import check_half
+from .halves import check_half, key_of, level_of
 from .tubelets import TubeletAttention
 from .windows import Place
 
@@ -168,12 +168,12 @@ class SATeCo(nn.Module):
     def __init__(self, shape: SATeCoShape) -> None:
         super().__init__()
         self.shape = shape
-        self.levels = nn.ModuleDict({_key(name): _Level(name, shape) for name in shape.widths})
+        self.levels = nn.ModuleDict({key_of(name): _Level(name, shape) for name in shape.widths})
         if shape.shrinks is not None:
             self.guide: nn.Module = LatentGuide(shape.guide, set(shape.shrinks.values()))
         else:
             taps = shape.taps or {}
-            self.guide = nn.ModuleDict({_key(name): nn.Conv2d(width, shape.guide, 1) for name, width in taps.items()})
+            self.guide = nn.ModuleDict({key_of(name): nn.Conv2d(width, shape.guide, 1) for name, width in taps.items()})
 
     def guides(self, lr: Tensor) -> dict[str, Tensor]:
         """By level, of LR latents `(n, 4, h, w)` of deviation 1: the guide of a UNet's half."""
@@ -184,7 +184,7 @@ class SATeCo(nn.Module):
 
     def guide_of(self, level: str, tap: Tensor) -> Tensor:
         """Of what the encoder sees at a level `(n, tap, h, w)`: the guide of a VAE's half."""
-        return cast(nn.ModuleDict, self.guide)[_key(level)](tap)
+        return cast(nn.ModuleDict, self.guide)[key_of(level)](tap)
 
     def part(self, level: str) -> _Level:
         """The adapters of one level; they move between devices with this module."""
@@ -252,16 +252,7 @@ class SATeCo(nn.Module):
         check_half("SATeCo", self, backbone, widths)
 
     def _level(self, level: str, features: Tensor | None = None) -> _Level:
-        if level not in self.shape.widths:
-            known = ", ".join(self.shape.widths)
-            raise SettingError(f"unknown SATeCo level {level!r}: this one has {known}; give it one of these")
-        block = cast(_Level, self.levels[_key(level)])
-        if features is not None and features.shape[1] != block.width:
-            raise SettingError(
-                f"SATeCo's {level} takes {block.width} channels, these features have {features.shape[1]}: expected the"
-                f" backbone {self.shape.backbone} it was made for; use one of this model"
-            )
-        return block
+        return cast(_Level, level_of("SATeCo", self, self.levels, level, features))
 
 
 def windows_of(frames: int, cuts: Sequence[int] = ()) -> list[Span]:
@@ -305,8 +296,3 @@ def attached(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _key(level: str) -> str:
-    """A level's name as a module's, which may hold no dot."""
-    return level.replace(".", "_")

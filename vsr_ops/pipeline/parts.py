@@ -23,7 +23,7 @@ from ..modules.cfw import CFW, check_w
 from ..modules.compression import CompressionHead, estimate_levels, level_of
 from ..modules.dcm import UpscaleFn
 from ..modules.enlarging import Enlarging
-from ..modules.refiner import Refiner, refine_frames
+from ..modules.refiner import Refiner, mix_of, refine_frames
 from ..modules.sateco import FULL, Strengths
 from ..modules.sateco import attached as attached_sateco
 from ..modules.sateco_file import SATeCos
@@ -31,7 +31,7 @@ from ..modules.stam import STAM
 from ..modules.video_upscaler import VideoUpscaler
 from ..modules.video_upscaler import check_strength as check_video_strength
 from ..sampling.calls import gather_tiles
-from ..system.memory import free_bytes
+from ..system.memory import free_bytes, to_device
 from ..system.precision import dtype_of
 from ..vae.budget import decoder_bytes, fitting_tile, modules_bytes, tile_side
 from ..vae.decoder_modules import DecoderModules
@@ -97,6 +97,13 @@ class PipelineModules:
     def __post_init__(self) -> None:
         check_w(self.decode_w)
         check_video_strength(self.video_strength)
+        if self.refiner is not None:
+            mix_of(self.refiner.shape, self.refiner_w, self.sateco_w)
+        elif self.sateco_w >= 0:
+            raise SettingError(
+                f"SATeCo's w is {self.sateco_w} without a refiner: expected one of the form 'paper'; give it, or leave"
+                " the w at -1"
+            )
 
     @property
     def enlarging(self) -> Enlarging:
@@ -156,7 +163,7 @@ def apply_sateco(model: Backbone, sateco: SATeCoSettings | None, lr: Tensor) -> 
     def told() -> tuple[Tensor, int]:
         assert model.active is not None, "the UNet is called inside `serving`"
         run, call = model.active
-        return (gather_tiles(run.plan, call, lr) * model.scaling_factor).to(model.device), call.frames
+        return to_device(gather_tiles(run.plan, call, lr) * model.scaling_factor, model.device), call.frames
 
     with attached_sateco(half, model.unet, told, sateco.strengths):
         yield
